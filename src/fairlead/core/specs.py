@@ -1,0 +1,217 @@
+"""What is known of a model: its `model.yaml`, completed by what its artefact tells."""
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field, structs
+
+from fairlead.core.errors import InvalidRequest
+from fairlead.core.request import Request
+from fairlead.core.tensors import DATATYPES, Tensors, datatype_of
+
+Datatype = Literal["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BF16", "BYTES"]
+Dimension = Annotated[int, Meta(ge=-1)]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class TensorSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One input or output. `shape` is the whole shape, -1 where any length goes; a leading -1 is the batch."""
+
+    name: Annotated[str, Meta(min_length=1)]
+    datatype: Datatype
+    shape: tuple[Dimension, ...]
+    optional: bool = False
+    labels: tuple[str, ...] = ()
+    """Class names by index, for the classification extension."""
+
+
+class TimeoutAction(StrEnum):
+    REJECT = "REJECT"
+    DELAY = "DELAY"
+
+
+class QueuePolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one priority level waits (Triton's ModelQueuePolicy)."""
+
+    timeout_action: TimeoutAction = TimeoutAction.REJECT
+    default_timeout: Seconds = 0.0
+    """0: none."""
+    allow_timeout_override: bool = True
+    """A request may set a timeout of its own: lower than the default, or any where there is no default."""
+    max_queue_size: Count = 0
+    """Requests; 0 leaves only the bounds on rows and bytes."""
+
+
+class BatchingSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Dynamic batching (Triton's ModelDynamicBatching). Sizes and bounds count rows, not requests."""
+
+    max_batch_size: Count = 64
+    """0: one request at a time, no batch dimension is assumed."""
+    preferred_batch_sizes: tuple[Positive, ...] = ()
+    max_queue_delay: Seconds = 0.0
+    """0: a batch is what piled up while the instances were busy."""
+    preserve_ordering: bool = False
+    priority_levels: Count = 0
+    default_priority: Count = 0
+    queue_policy: QueuePolicy = QueuePolicy()
+    priority_queue_policies: dict[int, QueuePolicy] = field(default_factory=dict)
+    max_queue_rows: Positive = 65_536
+    max_queue_bytes: Positive = 1 << 30
+
+
+class Isolation(StrEnum):
+    AUTO = "auto"
+    """What suits the backend: threads where the library releases the GIL, else a process."""
+    THREAD = "thread"
+    PROCESS = "process"
+
+
+class Execution(StrEnum):
+    """Where a thread-isolated instance computes."""
+
+    AUTO = "auto"
+    """In the event loop while its measured batch time is small, else in a thread."""
+    INLINE = "inline"
+    THREAD = "thread"
+
+
+class InstancesSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    count: Positive = 1
+    device: str = "cpu"
+    """`cpu`, `cuda` or `cuda:N`."""
+    isolation: Isolation = Isolation.AUTO
+    execution: Execution = Execution.AUTO
+    threads: Count = 0
+    """Intra-op threads of each instance; 0 divides the cores by the instances."""
+
+
+class VersionPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Exactly one of the three; without any, `latest: 1`."""
+
+    latest: Count = 0
+    all: bool = False
+    specific: tuple[Positive, ...] = ()
+
+
+class Sample(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Data for one warm-up request: an array of zeros or random numbers, or the values themselves."""
+
+    shape: tuple[Positive, ...] = ()
+    fill: Literal["zeros", "random"] = "zeros"
+    data: list[Any] | None = None
+
+
+class WarmupSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    inputs: dict[str, Sample]
+    count: Positive = 1
+
+
+class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`model.yaml`: every key is optional where the artefact or the folder tells it."""
+
+    name: str = ""
+    backend: str = ""
+    """onnx, xgboost, lightgbm, catboost, sklearn, torchscript, torch_export or python; "" to detect it."""
+    file: str = ""
+    """The artefact's name inside the version folder; "" to detect it."""
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    batching: BatchingSpec = BatchingSpec()
+    instances: InstancesSpec = InstancesSpec()
+    version_policy: VersionPolicy = VersionPolicy()
+    warmup: tuple[WarmupSpec, ...] = ()
+    trusted: bool = False
+    """The operator vouches for an artefact whose loading runs code of its own (joblib, pickle)."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Passed to the backend, or to a Python model's `load`."""
+    streams: bool = False
+    """Several responses may answer one request (Triton: decoupled). Told by the artefact."""
+
+    @property
+    def batches(self) -> bool:
+        """Whether rows of several requests may run together."""
+        return self.batching.max_batch_size > 0
+
+    def input(self, name: str) -> TensorSpec | None:
+        return next((spec for spec in self.inputs if spec.name == name), None)
+
+    def output(self, name: str) -> TensorSpec | None:
+        return next((spec for spec in self.outputs if spec.name == name), None)
+
+    def replace(self, **changes: Any) -> "ModelSpec":
+        return structs.replace(self, **changes)
+
+
+class InputCheck:
+    """Holds requests against one model's spec; built once per version because it runs on every request.
+
+    The messages are Triton's, which its users' programs match on.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.model = spec.name
+        self.max_batch_size = spec.batching.max_batch_size
+        self.specs = {s.name: s for s in spec.inputs}
+        self.required = frozenset(s.name for s in spec.inputs if not s.optional)
+        self.outputs = frozenset(s.name for s in spec.outputs)
+        self.items = {s.name: s.shape[1:] if self.max_batch_size else s.shape for s in spec.inputs}
+        self.fixed = {name: item for name, item in self.items.items() if -1 not in item}
+
+    def __call__(self, request: Request) -> None:
+        """Set `request.num_rows`. Raises InvalidRequest."""
+        inputs = request.inputs
+        if inputs.keys() != self.required:
+            self._check_names(inputs)
+        rows = 1
+        first = True
+        for name, array in inputs.items():
+            spec = self.specs[name]
+            if DATATYPES.get(array.dtype) != spec.datatype:
+                raise InvalidRequest(f"inference input '{name}' data-type is '{datatype_of(array)}', but model '{self.model}' expects '{spec.datatype}'")
+            shape = array.shape
+            if self.max_batch_size:
+                if not shape or shape[1:] != self.fixed.get(name):
+                    self._check_shape(spec, shape)
+                if first:
+                    rows, first = shape[0], False
+                elif shape[0] != rows:
+                    raise InvalidRequest(f"input '{name}' batch size does not match other inputs for '{self.model}'")
+            elif shape != self.fixed.get(name):
+                self._check_shape(spec, shape)
+        if self.max_batch_size:
+            if rows > self.max_batch_size:
+                raise InvalidRequest(f"inference request batch-size must be <= {self.max_batch_size} for '{self.model}'")
+            if rows == 0 and not first:
+                raise InvalidRequest(f"inference request for '{self.model}' has an empty batch dimension")
+        request.num_rows = rows
+        if request.outputs is not None and not self.outputs.issuperset(request.outputs):
+            unknown = next(name for name in request.outputs if name not in self.outputs)
+            raise InvalidRequest(f"unexpected inference output '{unknown}' for model '{self.model}', allowed outputs are: {', '.join(sorted(self.outputs))}")
+
+    def _check_names(self, inputs: Tensors) -> None:
+        missing = [name for name in self.specs if name in self.required and name not in inputs]
+        if missing:
+            expected, got = len(self.required), len(inputs)
+            names = lambda items: "[" + ",".join(f"'{item}'" for item in items) + "]"  # noqa: E731
+            raise InvalidRequest(
+                f"expected {expected} inputs but got {got} inputs for model '{self.model}'. Got input(s) {names(inputs)}, but missing required input(s) {names(missing)}. Please provide all required input(s)."
+            )
+        for name in inputs:
+            if name not in self.specs:
+                allowed = ", ".join(self.specs)
+                raise InvalidRequest(f"unexpected inference input '{name}' for model '{self.model}', allowed inputs are: {allowed}")
+
+    def _check_shape(self, spec: TensorSpec, shape: tuple[int, ...]) -> None:
+        want = spec.shape
+        if len(shape) == len(want) and all(w == -1 or w == s for w, s in zip(want, shape, strict=True)):
+            return
+        show = lambda dims: "[" + ",".join(map(str, dims)) + "]"  # noqa: E731
+        note = ""
+        if self.max_batch_size:
+            note = (
+                ". NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each input shape."
+                f" If you want to specify the full shape including the batch dim in your input dims config, try setting max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
+            )
+        raise InvalidRequest(f"unexpected shape for input '{spec.name}' for model '{self.model}'. Expected {show(want)}, got {show(shape)}{note}")

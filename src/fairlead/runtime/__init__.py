@@ -1,0 +1,1 @@
+"""Repository, batcher, instances, replica processes and the wire between them."""

@@ -1,0 +1,42 @@
+"""Execution slots: where a batch computes."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from fairlead.core.errors import FairleadError
+from fairlead.core.request import Request
+from fairlead.core.tensors import Tensors
+
+Done = Callable[[Tensors | None, FairleadError | None], None]
+"""Takes a batch's outputs, or what went wrong. Called once, from the event loop."""
+
+
+class Stream(Protocol):
+    """The consumer of a streaming request's responses. Called from the event loop only."""
+
+    def respond(self, outputs: Tensors) -> None: ...
+
+    def close(self, error: FairleadError | None) -> None: ...
+
+
+class Instance(Protocol):
+    """One execution slot of a loaded version; runs one batch, or one stream, at a time.
+
+    All methods are called from the event loop. Streams have credit: an instance may be `credit` responses
+    ahead of the consumer, which gives more with `grant`.
+    """
+
+    def run(self, inputs: list[Tensors], outputs: frozenset[str] | None, done: Done) -> None:
+        """Compute one batch: the rows of all `inputs` together, in order (one element: as it is)."""
+
+    def stream(self, request: Request, stream: Stream, credit: int) -> None:
+        """Compute one request that may have many responses."""
+
+    def grant(self, credit: int) -> None:
+        """The consumer of the running stream has room for so many more."""
+
+    def cancel(self) -> None:
+        """Stop the running stream if there is one: its `close` is still called. Batches run to their end."""
+
+    async def close(self) -> None:
+        """Finish or fail what runs, release everything."""
