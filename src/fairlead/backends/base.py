@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,20 @@ from msgspec import Struct
 
 from fairlead.core.specs import Isolation, ModelSpec, TensorSpec
 from fairlead.core.tensors import Tensors
+
+
+class RequestContext(Struct, frozen=True, omit_defaults=True):
+    """What a model may know of a request besides its inputs."""
+
+    id: str = ""
+    trace: str = ""
+    """The W3C traceparent that came with it."""
+    parameters: dict[str, Any] = {}
+    num_rows: int = 1
+
+
+requests: ContextVar[tuple[RequestContext, ...]] = ContextVar("requests", default=())
+"""In `infer`: the requests of the running batch, in the order of their rows. Empty where none carries anything."""
 
 
 class Executable(ABC):

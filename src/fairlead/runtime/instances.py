@@ -26,6 +26,14 @@ class Instance(Protocol):
     ahead of the consumer, which gives more with `grant`.
     """
 
+    ready: bool
+    """False while its process is being started again."""
+    restarts: int
+    gather_seconds: float
+    """Time that the last batch took to be put together ..."""
+    compute_seconds: float
+    """... and to be computed by the model."""
+
     def run(self, inputs: list[Tensors], outputs: frozenset[str] | None, done: Done) -> None:
         """Compute one batch: the rows of all `inputs` together, in order (one element: as it is)."""
 

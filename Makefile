@@ -1,0 +1,48 @@
+# The developer's manual: `make demo`, `make test`, `make lint`, `make bench`.
+# Everything runs in .venv, which is made once and again when the dependencies change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# uv takes a minute or two off a fresh install, but reads none of pip's configuration: hand it the wheel folders, else let pip do it.
+FIND_LINKS := $(foreach place,$(PIP_FIND_LINKS),--find-links $(place))
+TORCH := 2.13.0
+
+.PHONY: demo test lint format bench venv constraints clean
+
+demo: $(INSTALLED)  ## train small real models, serve them, ask each one
+	$(BIN)/fairlead demo $(ARGS)
+
+test: lint $(INSTALLED)  ## what CI runs
+	$(BIN)/pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## Fairlead and its peers side by side, each in its own environment
+	$(BIN)/python -m benchmarks.tensors $(ARGS)
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -e '.[dev]' \
+		|| $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+constraints: $(INSTALLED)  ## pin the newest versions that fit pyproject.toml, on every platform
+	echo torch==$(TORCH) > $(VENV)/torch.txt
+	$(BIN)/uv pip compile --quiet --upgrade --universal --all-extras --no-annotate --no-header \
+		--python-version 3.11 -c $(VENV)/torch.txt pyproject.toml -o constraints.txt
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build demo-models

@@ -1,0 +1,510 @@
+"""Infer requests and responses on the wire: JSON, and JSON followed by raw tensors (the binary extension).
+
+Pure functions. What may take long is told apart: see `LARGE_JSON_BYTES`, `TooSlow` and `pace`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from enum import Enum
+from functools import cache
+from itertools import chain
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
+
+from fairlead.api.kserve.classification import classify
+from fairlead.api.kserve.parameters import take_parameters
+from fairlead.core.errors import FairleadError, InvalidRequest, QueueFull, TimeoutExpired, TooLarge, Unsupported
+from fairlead.core.request import Request, Response
+from fairlead.core.specs import ModelSpec
+from fairlead.core.tensors import DATATYPES, DTYPES, datatype_of, decode_bytes, encode_bytes, object_array
+
+Data = bytes | bytearray | memoryview
+T = TypeVar("T")
+
+LARGE_JSON_BYTES = 256 << 10
+"""JSON beyond this holds the GIL for longer than other requests should wait: parse it in another process."""
+LARGE_JSON_ELEMENTS = 1 << 14
+"""The same for a tensor to be written as JSON."""
+MANY_STRINGS = 1 << 13
+"""BYTES elements are taken apart one by one; beyond this do it in a thread."""
+COPY_BYTES = 1 << 14
+"""Smaller tensors are cheaper copied into one buffer with their head than written beside it."""
+MAX_DEPTH = 100
+MAX_DIMENSIONS = 64
+MAX_ELEMENTS = 2**63 - 1
+
+Unsigned = Annotated[int, Meta(ge=0)]
+
+
+class InputJson(Struct, forbid_unknown_fields=True):
+    name: str
+    shape: tuple[Unsigned, ...]
+    datatype: str
+    parameters: dict[str, Any] | None = None
+    data: Raw | UnsetType = UNSET
+
+
+class OutputJson(Struct, forbid_unknown_fields=True):
+    name: str
+    parameters: dict[str, Any] | None = None
+
+
+class RequestJson(Struct, forbid_unknown_fields=True):
+    inputs: list[InputJson]
+    id: str | None = None
+    parameters: dict[str, Any] | None = None
+    outputs: list[OutputJson] | None = None
+
+
+class TensorJson(Struct):
+    """One output of a response; its keys in Triton's order."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    parameters: dict[str, int] | UnsetType = UNSET
+    data: list[Any] | UnsetType = UNSET
+
+
+class ResponseJson(Struct):
+    id: str | UnsetType
+    model_name: str
+    model_version: str
+    parameters: dict[str, Any] | UnsetType
+    outputs: list[TensorJson]
+
+
+class Form(Struct, frozen=True):
+    """How the caller wants its answer written."""
+
+    binary: bool = False
+    """What holds for outputs that say nothing themselves."""
+    binaries: dict[str, bool] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
+    """Output → how many classes (the classification extension)."""
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    batches: bool = False
+
+
+JSON_FORM = Form()
+BINARY_FORM = Form(binary=True)
+
+
+class TooSlow(Exception):  # noqa: N818
+    """The request decodes, but not in the event loop: call `decode` again from a thread with `patient=True`."""
+
+
+class Pace(Enum):
+    """Where to encode a response so that the event loop does not wait."""
+
+    LOOP = "loop"
+    THREAD = "thread"
+    PROCESS = "process"
+
+
+_request_decoder = msgspec.json.Decoder(RequestJson)
+_encoder = msgspec.json.Encoder()
+
+
+def message_of(error: FairleadError, request_id: str) -> str:
+    """What the caller reads; Triton names the request where the error is about it."""
+    if isinstance(error, (InvalidRequest, QueueFull, TimeoutExpired)) and not isinstance(error, TooLarge):
+        if not error.message.startswith("[request id: "):
+            return f"[request id: {request_id or '<id_unknown>'}] {error.message}"
+    return error.message
+
+
+# Requests
+
+
+def head_size(header: str, size: int) -> int:
+    """The JSON's length from the Inference-Header-Content-Length header of a body of `size` bytes."""
+    if not (header.isascii() and header.isdigit() and len(header) < 20):
+        raise InvalidRequest(f"Unable to parse Inference-Header-Content-Length header value: '{header[:100]}' is not an unsigned integer")
+    head = int(header)
+    if head > size:
+        raise InvalidRequest(f"inference header size should be in range (0, {size}], got: {head}")
+    return head
+
+
+def decode(
+    body: Data,
+    head_bytes: int | None,
+    model: str,
+    version: str,
+    find_spec: Callable[[str, str], ModelSpec] | None,
+    patient: bool = False,  # noqa: FBT
+) -> tuple[Request, Form]:
+    """The request that a body holds; `head_bytes` of it are JSON, None for all, 0 for none (one raw tensor).
+
+    Tensors of the binary part are read-only views on the body. `find_spec` gives a model's spec for the rare
+    requests that need it. Raises FairleadError whose message names the request; TooSlow unless `patient`.
+    """
+    if head_bytes == 0:
+        assert find_spec is not None
+        return _decode_raw(body, model, version, find_spec(model, version))
+    view = memoryview(body)
+    message = _parse(view if head_bytes is None else view[:head_bytes])
+    try:
+        return _decode(message, view, head_bytes, model, version, find_spec, patient)
+    except InvalidRequest as error:
+        raise type(error)(message_of(error, message.id or "")) from None
+
+
+def _parse(head: Data) -> RequestJson:
+    try:
+        return _request_decoder.decode(head)
+    except RecursionError:
+        why = f"JSON nesting depth exceeds maximum allowed limit ({MAX_DEPTH})"
+    except msgspec.ValidationError as error:
+        if ".shape" in str(error):
+            why = "Unable to parse 'shape': attempt to access JSON non-unsigned-integer as unsigned-integer"
+        else:
+            why = f"failed to parse the request JSON buffer: {error}"
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        why = f"failed to parse the request JSON buffer: {error}"
+    raise InvalidRequest(message_of(InvalidRequest(why), ""))
+
+
+def _decode(
+    message: RequestJson,
+    body: memoryview,
+    head_bytes: int | None,
+    model: str,
+    version: str,
+    find_spec: Callable[[str, str], ModelSpec] | None,
+    patient: bool,
+) -> tuple[Request, Form]:
+    end = len(body)
+    at = end if head_bytes is None else head_bytes
+    inputs = {}
+    for tensor in message.inputs:
+        name = tensor.name
+        if name in inputs:
+            raise InvalidRequest(f"input '{name}' already exists in request")
+        data, size = tensor.data, None
+        if tensor.parameters:
+            size = _binary_size(tensor)
+        if size is None:
+            if data is UNSET:
+                raise _no_data(name)
+            inputs[name] = _from_json(tensor)
+            continue
+        if data is not UNSET:
+            raise InvalidRequest(f"{_ONE_SOURCE} But both 'data' and 'binary_data_size' are set for input '{name}'")
+        if head_bytes is None:
+            raise InvalidRequest(f"input '{name}' has 'binary_data_size' but the request has no Inference-Header-Content-Length header")
+        if size > end - at:
+            raise InvalidRequest(f"unexpected size for input '{name}', expecting {size - (end - at)} additional bytes for model '{model}'")
+        inputs[name] = _from_binary(body[at : at + size], name, tensor.datatype, tensor.shape, patient)
+        at += size
+    if at != end:
+        raise InvalidRequest(
+            f"unexpected additional input data for model '{model}': {end - at} bytes more than the inputs' binary_data_size"
+        )
+    request = Request(model=model, version=version, inputs=inputs, id=message.id or "")
+    binary = False
+    if message.parameters:
+        binary = take_parameters(request, message.parameters).binary_data_output
+    if not message.outputs:
+        return request, BINARY_FORM if binary else JSON_FORM
+    return request, _form(request, message.outputs, binary, find_spec)
+
+
+_ONE_SOURCE = (
+    "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', 'shared_memory_region' in 'parameters'."
+)
+
+
+def _no_data(name: str) -> InvalidRequest:
+    return InvalidRequest(f"{_ONE_SOURCE} But no field is set for input '{name}'")
+
+
+def _no_shared_memory(kind: str, name: str, parameters: dict[str, Any]) -> None:
+    for key in parameters:
+        if key.startswith("shared_memory_"):
+            raise Unsupported(
+                f"{kind} '{name}' sets '{key}': shared-memory regions are not supported, send tensors with the binary extension"
+            )
+
+
+def _binary_size(tensor: InputJson) -> int | None:
+    parameters = tensor.parameters
+    assert parameters is not None
+    size = parameters.get("binary_data_size")
+    if len(parameters) > (size is not None):
+        _no_shared_memory("input", tensor.name, parameters)
+    if size is None and "binary_data_size" not in parameters:
+        return None
+    if type(size) is not int or size < 0:
+        raise InvalidRequest(f"parameter 'binary_data_size' of input '{tensor.name}' must be an unsigned integer")
+    return size
+
+
+def _form(request: Request, outputs: list[OutputJson], binary: bool, find_spec: Callable[[str, str], ModelSpec] | None) -> Form:
+    names: list[str] = []
+    binaries = {}
+    classes = {}
+    for output in outputs:
+        name, parameters = output.name, output.parameters
+        if name in binaries:
+            raise InvalidRequest(f"output '{name}' already exists in request")
+        wish = binary
+        if parameters:
+            _no_shared_memory("output", name, parameters)
+            wish = parameters.get("binary_data", binary)
+            if type(wish) is not bool:
+                raise InvalidRequest(f"parameter 'binary_data' of output '{name}' must be a boolean")
+            if "classification" in parameters:
+                count = parameters["classification"]
+                if type(count) is not int or count < 0:
+                    raise InvalidRequest(f"parameter 'classification' of output '{name}' must be an unsigned integer")
+                if count:
+                    classes[name] = count
+        names.append(name)
+        binaries[name] = wish
+    request.outputs = tuple(names)
+    if not classes:
+        if all(binaries.values()):
+            return BINARY_FORM
+        if not any(binaries.values()):
+            return JSON_FORM
+        return Form(binaries=binaries)
+    assert find_spec is not None
+    spec = find_spec(request.model, request.version)
+    labels = {output.name: output.labels for output in spec.outputs if output.name in classes}
+    return Form(binaries=binaries, classes=classes, labels=labels, batches=spec.batches)
+
+
+def _decode_raw(body: Data, model: str, version: str, spec: ModelSpec) -> tuple[Request, Form]:
+    """The whole body is the model's one input, batch 1, and all outputs come back binary."""
+    if len(spec.inputs) != 1:
+        raise InvalidRequest(
+            f"[request id: <id_unknown>] raw binary request requires exactly one input, but model '{model}' has {len(spec.inputs)}"
+        )
+    (tensor,) = spec.inputs
+    name = tensor.name
+    try:
+        if tensor.datatype == "BYTES":
+            # the body is the one element's text, with no length before it
+            array = object_array([bytes(body)], (1,) * (2 if spec.batches and len(tensor.shape) > 1 else 1))
+        else:
+            array = _from_binary(
+                memoryview(body),
+                name,
+                tensor.datatype,
+                _raw_shape(tensor.shape, tensor.datatype, len(body), name, batches=spec.batches),
+                patient=True,
+            )
+    except InvalidRequest as error:
+        raise InvalidRequest(message_of(error, "")) from None
+    return Request(model=model, version=version, inputs={name: array}), BINARY_FORM
+
+
+def _raw_shape(shape: tuple[int, ...], datatype: str, size: int, name: str, *, batches: bool) -> tuple[int, ...]:
+    dims = (1, *shape[1:]) if batches else shape
+    if dims.count(-1) > 1:
+        raise InvalidRequest(
+            f"raw binary request: input '{name}' has more than one dimension of variable length, use a request with a JSON header"
+        )
+    known = math.prod(dim for dim in dims if dim != -1) * DTYPES[datatype].itemsize
+    if -1 not in dims:
+        return dims
+    if not known or size % known:
+        raise InvalidRequest(f"raw binary request: {size} bytes do not divide into elements of {known} bytes for input '{name}'")
+    return tuple(size // known if dim == -1 else dim for dim in dims)
+
+
+def _num_elements(name: str, shape: tuple[int, ...]) -> int:
+    count = math.prod(shape)
+    if count > MAX_ELEMENTS:
+        raise InvalidRequest(f"shape for input '{name}' causes total element count to exceed maximum size of {MAX_ELEMENTS}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidRequest(f"shape for input '{name}' has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+    return count
+
+
+def _dtype(name: str, datatype: str) -> np.dtype:
+    try:
+        return DTYPES[datatype]
+    except KeyError:
+        raise InvalidRequest(f"invalid datatype '{datatype}' for input '{name}', expecting one of {', '.join(DTYPES)}") from None
+
+
+def _from_binary(data: memoryview, name: str, datatype: str, shape: tuple[int, ...], patient: bool) -> np.ndarray:
+    dtype = _dtype(name, datatype)
+    count = _num_elements(name, shape)
+    if datatype == "BYTES":
+        if count > MANY_STRINGS and not patient:
+            raise TooSlow
+        elements = decode_bytes(data, name, limit=count)
+        if len(elements) != count:
+            raise InvalidRequest(f"unexpected number of string elements {len(elements)} for inference input '{name}', expecting {count}")
+        return object_array(elements, shape)
+    size = count * dtype.itemsize
+    if size > MAX_ELEMENTS:
+        raise InvalidRequest(f"byte size overflow for input '{name}'")
+    if size != len(data):
+        raise InvalidRequest(f"input byte size mismatch for input '{name}'. Expected {size}, got {len(data)}")
+    if datatype == "BOOL":
+        flags = np.frombuffer(data, np.uint8)
+        if size and flags.max() > 1:
+            raise InvalidRequest(f"BOOL input '{name}' holds a byte that is neither 0 nor 1")
+        return flags.view(np.bool_).reshape(shape)
+    array = np.frombuffer(data, dtype).reshape(shape)
+    if not array.flags.aligned:
+        # native libraries may assume it
+        array = array.copy()
+        array.flags.writeable = False
+    return array
+
+
+# A double beyond this rounds to infinity in single precision.
+_FLOAT_LIMIT = math.nextafter(2.0**128 - 2.0**103, 0.0)
+
+
+def _integer(bits: int, *, signed: bool) -> Any:
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    # msgspec's bounds are 64-bit signed; NumPy itself refuses what exceeds 64 bits
+    return Annotated[int, Meta(ge=low)] if high >= 2**63 else Annotated[int, Meta(ge=low, le=high)]
+
+
+_ELEMENTS: dict[str, Any] = {
+    "BOOL": bool,
+    **{f"INT{bits}": _integer(bits, signed=True) for bits in (8, 16, 32, 64)},
+    **{f"UINT{bits}": _integer(bits, signed=False) for bits in (8, 16, 32, 64)},
+    "FP32": Annotated[float, Meta(ge=-_FLOAT_LIMIT, le=_FLOAT_LIMIT)],
+    "FP64": float,
+    "BYTES": str,
+}
+_flat_decoders = {datatype: msgspec.json.Decoder(list[element]) for datatype, element in _ELEMENTS.items()}  # type: ignore[valid-type]
+_BRACKETS = re.compile(rb"[\s\[]*")
+
+
+@cache
+def _nested_decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
+    type_ = _ELEMENTS[datatype]
+    for _ in range(depth):
+        type_ = list[type_]  # type: ignore[valid-type]
+    return msgspec.json.Decoder(type_)
+
+
+def _from_json(tensor: InputJson) -> np.ndarray:
+    name, datatype, shape, data = tensor.name, tensor.datatype, tensor.shape, tensor.data
+    decoder = _flat_decoders.get(datatype)
+    if decoder is None:
+        _dtype(name, datatype)
+        raise InvalidRequest(f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input '{name}'")
+    assert isinstance(data, Raw)
+    try:
+        values = decoder.decode(data)
+    except msgspec.DecodeError as error:
+        values = _nested(data, name, datatype, error)
+    count = math.prod(shape)
+    if len(values) != count or len(shape) > MAX_DIMENSIONS:
+        _num_elements(name, shape)
+        raise InvalidRequest(
+            f"Unable to parse 'data': Shape does not match true shape of 'data' field: input '{name}' has shape {list(shape)} and {len(values)} elements"
+        )
+    if datatype == "BYTES":
+        return object_array([value.encode() for value in values], shape)
+    try:
+        return np.array(values, DTYPES[datatype]).reshape(shape)
+    except OverflowError:
+        raise InvalidRequest(f"Unable to parse 'data' of input '{name}': a number is out of range for {datatype}") from None
+
+
+def _nested(data: Raw, name: str, datatype: str, error: Exception) -> list[Any]:
+    """The elements of nested lists, all of one depth."""
+    brackets = _BRACKETS.match(data)
+    depth = brackets.group().count(b"[") if brackets else 0
+    if depth > MAX_DEPTH - 3:  # the document, `inputs` and the input are around it
+        raise InvalidRequest(f"Unable to parse 'data' of input '{name}': JSON nesting depth exceeds maximum allowed limit ({MAX_DEPTH})")
+    if depth > 1:
+        try:
+            values = _nested_decoder(datatype, depth).decode(data)
+        except msgspec.DecodeError as nested_error:
+            error = nested_error
+        else:
+            for _ in range(depth - 1):
+                values = list(chain.from_iterable(values))
+            return values  # type: ignore[no-any-return]
+    raise InvalidRequest(f"Unable to parse 'data' of input '{name}' as {datatype}: {error}")
+
+
+# Responses
+
+
+def pace(response: Response, form: Form) -> Pace:
+    """Where `encode` should run."""
+    slowest = Pace.LOOP
+    for name, array in response.outputs.items():
+        if array.size > MANY_STRINGS and name not in form.classes:
+            if array.dtype.kind == "O":
+                return Pace.THREAD
+            if array.size > LARGE_JSON_ELEMENTS and not form.binaries.get(name, form.binary):
+                slowest = Pace.PROCESS
+    return slowest
+
+
+def encode(response: Response, form: Form, names: tuple[str, ...] | None) -> tuple[list[Data], int | None]:
+    """(the body in parts, the length of its JSON where tensors follow it).
+
+    Raises InvalidRequest for what has no JSON form.
+    """
+    arrays = response.outputs
+    outputs = []
+    tensors: list[Data] = []
+    binary = False
+    for name in arrays if names is None else names:
+        array = arrays[name]
+        if form.classes and name in form.classes:
+            array = classify(array, form.classes[name], form.labels.get(name, ()), batches=form.batches)
+        datatype = DATATYPES.get(array.dtype) or datatype_of(array)
+        if form.binaries.get(name, form.binary) if form.binaries else form.binary:
+            binary = True
+            data = _to_binary(array)
+            outputs.append(TensorJson(name, datatype, array.shape, {"binary_data_size": len(data)}))
+            tensors.append(data)
+        else:
+            outputs.append(TensorJson(name, datatype, array.shape, UNSET, _to_json(array, name, datatype)))
+    message = ResponseJson(response.id or UNSET, response.model, response.version, response.parameters or UNSET, outputs)
+    head = _encoder.encode(message)
+    if b"null" in head and not all(_is_finite(arrays[name]) for name in (arrays if names is None else names)):
+        # msgspec writes null for NaN and the infinities, the protocol wants them bare
+        head = json.dumps(msgspec.to_builtins(message), separators=(",", ":"), ensure_ascii=False).encode()
+    if not binary:
+        return [head], None
+    return [head, *tensors], len(head)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+
+
+def _to_binary(array: np.ndarray) -> Data:
+    if array.dtype.kind == "O":
+        return encode_bytes(array)
+    if array.nbytes > COPY_BYTES and array.flags.c_contiguous:
+        # through uint8, because NumPy exports no buffer of BF16
+        return memoryview(array.reshape(-1).view(np.uint8))
+    return array.tobytes()
+
+
+def _to_json(array: np.ndarray, name: str, datatype: str) -> list[Any]:
+    if datatype in _ELEMENTS:
+        values: list[Any] = array.ravel().tolist()
+        if datatype != "BYTES":
+            return values
+        try:
+            return [value.decode() for value in values]
+        except UnicodeDecodeError:
+            raise InvalidRequest(
+                f"output '{name}' holds BYTES that are not UTF-8 and so have no JSON form. Please use the binary data format for it"
+            ) from None
+    raise InvalidRequest(f"sending {datatype} data via JSON is not supported. Please use the binary data format for output '{name}'")

@@ -1,0 +1,155 @@
+"""The OpenAPI 3.1 document, made from the table of operations and the types of their bodies."""
+
+import re
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Any, TypedDict
+
+import msgspec
+from msgspec import Struct
+
+from fairlead import __version__
+from fairlead.api.web import Serve
+
+JSON = "application/json"
+BINARY = "application/octet-stream"
+EVENTS = "text/event-stream"
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+TAGS = {
+    "health": "Whether the server and its models answer.",
+    "models": "What a model is, and what it did.",
+    "inference": "Ask a model.",
+    "repository": "Load and unload models.",
+    "not offered": "Parts of Triton's protocol that this server answers with 501.",
+    "document": "This document.",
+}
+
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "model": {"description": "The model's name.", "schema": {"type": "string", "minLength": 1}},
+    "version": {"description": "One version instead of the default one.", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
+    "repository": {"description": "A repository's name.", "schema": {"type": "string", "minLength": 1}},
+    "region": {"description": "A shared-memory region's name.", "schema": {"type": "string", "minLength": 1}},
+    "kind": {"description": "Of the system or of CUDA.", "schema": {"enum": ["systemsharedmemory", "cudasharedmemory"]}},
+}
+
+
+class Error(TypedDict):
+    error: str
+    """What went wrong, for a person to read."""
+
+
+class Operation(Struct, frozen=True, kw_only=True):
+    """A row of the table that makes both the app's routes and the document."""
+
+    name: str
+    method: str
+    path: str
+    tag: str
+    summary: str
+    serve: Serve
+    answer: Any = None
+    """The type of the JSON body of a 200; None for one that has no answer but errors."""
+    body: Any = None
+    """The type of the JSON body that it takes; None: none."""
+    body_required: bool = False
+    example: Any = None
+    binary: bool = False
+    """Whether the binary tensor extension may be used."""
+    events: str = ""
+    """`also`: server-sent events where the Accept header asks for them; `only`: always."""
+    errors: tuple[int, ...] = ()
+
+
+def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`examples`: bodies that work, by operation and model."""
+    operations = tuple(operations)
+    types = [Error, *(type_ for operation in operations for type_ in (operation.answer, operation.body) if type_ is not None)]
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    schema_of = {repr(type_): schema for type_, schema in zip(types, schemas, strict=True)}
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, schema_of, examples.get(operation.name, {}))
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Fairlead",
+            "version": __version__,
+            "summary": "KServe v2 (Open Inference Protocol) with Triton's extensions.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "tags": [{"name": name, "description": description} for name, description in TAGS.items()],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "responses": {
+                _response_name(status): {"description": HTTPStatus(status).phrase, "content": {JSON: {"schema": schema_of[repr(Error)]}}}
+                for status in sorted({status for operation in operations for status in operation.errors})
+            },
+        },
+    }
+
+
+def _response_name(status: int) -> str:
+    return HTTPStatus(status).phrase.title().replace(" ", "")
+
+
+def _operation(operation: Operation, schema_of: dict[str, Any], examples: dict[str, Any]) -> dict[str, Any]:
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, **PARAMETERS[name]} for name in re.findall(r"{(\w+)}", operation.path)
+    ]
+    if operation.binary:
+        parameters.append(
+            {
+                "name": HEADER_LENGTH,
+                "in": "header",
+                "description": "Bytes of the JSON at the head of a binary body; the tensors follow. 0: the whole body is the one input. Absent: JSON only.",
+                "schema": {"type": "integer", "minimum": 0},
+            }
+        )
+    described: dict[str, Any] = {
+        "operationId": operation.name,
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "parameters": parameters,
+        "responses": {
+            **({"200": _answer(operation, schema_of)} if operation.answer is not None or operation.events else {}),
+            **{str(status): {"$ref": f"#/components/responses/{_response_name(status)}"} for status in operation.errors},
+        },
+    }
+    if operation.body is not None:
+        described["requestBody"] = _request_body(operation, schema_of, examples)
+    return described
+
+
+def _request_body(operation: Operation, schema_of: dict[str, Any], examples: dict[str, Any]) -> dict[str, Any]:
+    media: dict[str, Any] = {"schema": schema_of[repr(operation.body)]}
+    if examples:
+        media["examples"] = {model: {"summary": f"For the model {model}", "value": example} for model, example in examples.items()}
+    elif operation.example is not None:
+        media["example"] = operation.example
+    content = {JSON: media}
+    if operation.binary:
+        content[BINARY] = {
+            "schema": {
+                "description": f"JSON of {HEADER_LENGTH} bytes, then the tensors, little-endian and row-major, in the order of the inputs."
+            }
+        }
+    return {"required": operation.body_required, "content": content}
+
+
+def _answer(operation: Operation, schema_of: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    described: dict[str, Any] = {"description": "OK"}
+    if operation.events != "only":
+        content[JSON] = {"schema": schema_of[repr(operation.answer)]}
+    if operation.binary:
+        content[BINARY] = {"schema": {"description": "JSON, then the tensors in the order of the outputs."}}
+        described["headers"] = {
+            HEADER_LENGTH: {"description": "Bytes of the JSON at the head of a binary body.", "schema": {"type": "integer", "minimum": 0}}
+        }
+    if operation.events:
+        content[EVENTS] = {
+            "schema": {"type": "string", "description": 'Each event\'s data is one JSON answer, or {"error": ...} for the last.'}
+        }
+    return {**described, "content": content}

@@ -1,0 +1,283 @@
+"""KServe v2 over HTTP: everything but the path that plain `infer` takes."""
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator
+from typing import Any, NotRequired, TypedDict, TypeVar
+
+from msgspec import Struct, field, structs
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from fairlead.api.kserve.metadata import ModelMetadata, ServerMetadata, model_config, model_metadata, server_metadata
+from fairlead.api.kserve.openapi import Operation, document
+from fairlead.api.web import Serve, decode_json, health_response, json_app, json_response, live_response, read_body, ready_response
+from fairlead.core.errors import InvalidRequest, NotFound, Unavailable, Unsupported
+from fairlead.runtime.repository import ModelRepository
+
+T = TypeVar("T")
+
+MAX_BODY_BYTES = 64 << 20
+SMALL_BODY_BYTES = 1 << 20
+MODEL_PATHS = (("/v2/models/{model}", "model"), ("/v2/models/{model}/versions/{version}", "modelVersion"))
+MEMORY_KINDS = ("systemsharedmemory", "cudasharedmemory")
+FILE = re.compile(r"file:([0-9]+(?:/[^/\\\0]+)+)")
+
+
+class Live(TypedDict):
+    live: bool
+
+
+class Ready(TypedDict):
+    ready: bool
+
+
+class Health(TypedDict):
+    live: bool
+    ready: bool
+
+
+class ModelReady(TypedDict):
+    name: str
+    ready: bool
+
+
+class Statistics(TypedDict):
+    model_stats: list[dict[str, Any]]
+
+
+class IndexRow(TypedDict):
+    name: str
+    version: NotRequired[str]
+    state: NotRequired[str]
+    reason: NotRequired[str]
+
+
+class IndexRequest(Struct, forbid_unknown_fields=True):
+    ready: bool = False
+    """Only the models that are ready."""
+
+
+class LoadRequest(Struct, forbid_unknown_fields=True):
+    parameters: dict[str, str] = field(default_factory=dict)
+    """`config`: the model's configuration as JSON; `file:VERSION/NAME`: a file's content in base64."""
+
+
+class UnloadParameters(Struct, forbid_unknown_fields=True):
+    unload_dependents: bool = False
+    """Of no consequence: no model depends on another here."""
+
+
+class UnloadRequest(Struct, forbid_unknown_fields=True):
+    parameters: UnloadParameters = field(default_factory=UnloadParameters)
+
+
+class Nothing(TypedDict):
+    pass
+
+
+def data_app(repository: ModelRepository) -> Starlette:
+    """The ASGI app of port 8000."""
+    return json_app([(operation.method, operation.path, operation.serve) for operation in Rest(repository).operations])
+
+
+class Rest:
+    """The operations upon one repository."""
+
+    def __init__(self, repository: ModelRepository) -> None:
+        self.repository = repository
+        self.operations = (*self._health(), *self._models(), *self._repository(), *_not_offered(), self._document())
+
+    # The table
+
+    def _health(self) -> Iterator[Operation]:
+        runs, works = "Whether the server runs", "Whether the server starts, works or stops, and its models are loaded"
+        yield _get("/v2/health/live", "serverLive", "health", runs, self.live, Live)
+        yield _get("/v2/health/ready", "serverReady", "health", works, self.ready, Ready, 503)
+        yield _get("/healthz", "health", "health", "Live and ready in one", self.health, Health, 503)
+        yield _get("/healthz/live", "healthLive", "health", runs, self.live, Live)
+        yield _get("/healthz/ready", "healthReady", "health", works, self.ready, Ready, 503)
+
+    def _models(self) -> Iterator[Operation]:
+        yield _get("/v2", "serverMetadata", "models", "The server's name and extensions", self.server_metadata, ServerMetadata)
+        yield _get("/v2/models/stats", "statistics", "models", "What all models did", self.statistics, Statistics)
+        for path, name in MODEL_PATHS:
+            yield _get(
+                path, f"{name}Metadata", "models", "The model's versions, inputs and outputs", self.model_metadata, ModelMetadata, 404, 503
+            )
+            yield _get(f"{path}/ready", f"{name}Ready", "health", "Whether the model answers", self.model_ready, ModelReady, 400, 404)
+            yield _get(
+                f"{path}/config",
+                f"{name}Config",
+                "models",
+                "The configuration, as Triton's ModelConfig",
+                self.model_config,
+                dict[str, Any],
+                404,
+                503,
+            )
+            yield _get(f"{path}/stats", f"{name}Statistics", "models", "What the model did", self.statistics, Statistics, 400, 404)
+
+    def _repository(self) -> Iterator[Operation]:
+        index = "Every model of the repositories, loaded or not"
+        yield _post(
+            "/v2/repository/index",
+            "repositoryIndex",
+            "repository",
+            index,
+            self.index,
+            IndexRequest,
+            list[IndexRow],
+            400,
+            413,
+            example={"ready": True},
+        )
+        path, errors = "/v2/repository/models/{model}", (400, 404, 413, 503)
+        yield _post(f"{path}/load", "modelLoad", "repository", "Load a model, or load it anew", self.load, LoadRequest, Nothing, *errors)
+        yield _post(f"{path}/unload", "modelUnload", "repository", "Unload a model", self.unload, UnloadRequest, Nothing, *errors)
+
+    def _document(self) -> Operation:
+        return _get("/openapi.json", "openapi", "document", "OpenAPI 3.1", self.openapi, dict[str, Any])
+
+    # Health
+
+    async def live(self, _: Request) -> Response:
+        return live_response()
+
+    async def ready(self, _: Request) -> Response:
+        return ready_response(self.repository)
+
+    async def health(self, _: Request) -> Response:
+        return health_response(self.repository)
+
+    async def model_ready(self, request: Request) -> Response:
+        model, version = _place(request)
+        try:
+            ready = self.repository.find(model, version).ready
+        except Unavailable:
+            ready = False
+        except NotFound:
+            if not any(entry.name == model and (not version or entry.version == version) for entry in self.repository.index()):
+                raise
+            ready = False
+        if not ready:
+            raise InvalidRequest("Model version not ready")
+        return json_response({"name": model, "ready": True})
+
+    # Models
+
+    async def server_metadata(self, _: Request) -> Response:
+        return json_response(server_metadata())
+
+    async def model_metadata(self, request: Request) -> Response:
+        return json_response(model_metadata(self.repository, self.repository.find(*_place(request))))
+
+    async def model_config(self, request: Request) -> Response:
+        return json_response(model_config(self.repository.find(*_place(request))))
+
+    async def statistics(self, request: Request) -> Response:
+        model, version = _place(request) if "model" in request.path_params else ("", "")
+        return json_response({"model_stats": self.repository.statistics(model, version)})
+
+    # Repository
+
+    async def index(self, request: Request) -> Response:
+        asked = await _body(request, IndexRequest)
+        rows = self.repository.index(ready=asked.ready)
+        return json_response([{name: value for name, value in structs.asdict(row).items() if value or name == "name"} for row in rows])
+
+    async def load(self, request: Request) -> Response:
+        parameters = (await _body(request, LoadRequest, MAX_BODY_BYTES)).parameters
+        config = parameters.pop("config", None)
+        files = {_file_path(name): _file_content(name, content) for name, content in parameters.items()}
+        if files and config is None:
+            raise InvalidRequest("load parameter 'config' must be given where files are")
+        await self.repository.load(request.path_params["model"], config, files or None)
+        return json_response({})
+
+    async def unload(self, request: Request) -> Response:
+        await _body(request, UnloadRequest)
+        await self.repository.unload(request.path_params["model"])
+        return json_response({})
+
+    # The document
+
+    async def openapi(self, _: Request) -> Response:
+        return json_response(document(self.operations, {}))
+
+
+def _get(path: str, name: str, tag: str, summary: str, serve: Serve, answer: Any, *errors: int) -> Operation:
+    return Operation(name=name, method="GET", path=path, tag=tag, summary=summary, serve=serve, answer=answer, errors=(*errors, 500))
+
+
+def _post(path: str, name: str, tag: str, summary: str, serve: Serve, body: Any, answer: Any, *errors: int, **more: Any) -> Operation:
+    return Operation(
+        name=name, method="POST", path=path, tag=tag, summary=summary, serve=serve, body=body, answer=answer, errors=(*errors, 500), **more
+    )
+
+
+def _not_offered() -> Iterator[Operation]:
+    """What Triton's clients may ask for and this server says no to, with a reason."""
+    memory = "shared-memory regions: it would let clients read the server's memory. Send tensors with the binary extension"
+    tracing = "trace settings: traces follow the traceparent header"
+    named = "named repositories in paths: use /v2/repository/index and /v2/repository/models/NAME"
+    rows = [
+        *(("GET", f"/v2/{kind}{region}/status", memory) for kind in MEMORY_KINDS for region in ("", "/region/{region}")),
+        *(("POST", f"/v2/{kind}/region/{{region}}/register", memory) for kind in MEMORY_KINDS),
+        *(("POST", f"/v2/{kind}{region}/unregister", memory) for kind in MEMORY_KINDS for region in ("", "/region/{region}")),
+        *((method, f"{path}/trace/setting", tracing) for path in ("/v2", *(path for path, _ in MODEL_PATHS)) for method in ("GET", "POST")),
+        *((method, "/v2/logging", "log settings over HTTP: set them when the server starts") for method in ("GET", "POST")),
+        ("POST", "/v2/repository/{repository}/index", named),
+        *(("POST", f"/v2/repository/{{repository}}/models/{{model}}/{verb}", named) for verb in ("load", "unload")),
+    ]
+    for method, path, what in rows:
+        name = "".join(part[:1].upper() + part[1:] for part in re.findall(r"\w+", path.removeprefix("/v2")))
+        yield Operation(
+            name=f"{method.lower()}{name}",
+            method=method,
+            path=path,
+            tag="not offered",
+            summary="Not offered",
+            serve=_refuse(what),
+            errors=(501,),
+        )
+
+
+def _refuse(what: str) -> Serve:
+    async def refuse(_: Request) -> Response:
+        raise Unsupported(f"this server does not offer {what}")
+
+    return refuse
+
+
+def _place(request: Request) -> tuple[str, str]:
+    """(model, version) of the path; a version that is not a number makes it an unknown path."""
+    version = request.path_params.get("version", "")
+    if version and not (version.isascii() and version.isdigit()):
+        raise HTTPException(404)
+    return request.path_params["model"], version
+
+
+async def _body(request: Request, type_: type[T], limit: int = SMALL_BODY_BYTES) -> T:
+    """The JSON body; all its fields' defaults where it is empty."""
+    return decode_json(await read_body(request, limit) or b"{}", type_)
+
+
+def _file_path(parameter: str) -> str:
+    """VERSION/NAME of a load parameter `file:VERSION/NAME`."""
+    match = FILE.fullmatch(parameter)
+    if match is None:
+        raise InvalidRequest(f"unrecognized load parameter '{parameter}', expecting 'config' or 'file:VERSION/NAME'")
+    if not {".", ".."}.isdisjoint(match[1].split("/")):
+        raise InvalidRequest(f"load parameter '{parameter}' must name a file inside a version's folder")
+    return match[1]
+
+
+def _file_content(parameter: str, content: str) -> bytes:
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest(f"load parameter '{parameter}' is not base64") from None

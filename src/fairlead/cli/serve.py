@@ -1,0 +1,87 @@
+"""`fairlead serve PATH`."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import click
+from msgspec import structs
+
+from fairlead.core.errors import ConfigError
+from fairlead.core.settings import Settings, read_settings
+
+HELP = """Serve a model repository, or one model.
+
+PATH is a folder of models (`NAME/VERSION/artefact`), one model's folder, or a bare artefact: .onnx, .ubj or .json
+(XGBoost), .txt (LightGBM), .cbm, .skops, .pt, .pt2, model.py. Several may be given; an fsspec URL such as
+s3://bucket/models works too. Flags win over fairlead.yaml.
+"""
+
+# flag → where it goes in Settings
+FLAGS = {
+    "host": "listen",
+    "port": "listen",
+    "grpc_port": "listen",
+    "ops_host": "listen",
+    "ops_port": "listen",
+    "open": "listen",
+    "control": "models",
+    "poll_seconds": "models",
+    "load": "models",
+    "strict_readiness": "models",
+    "max_request_bytes": "limits",
+    "drain_timeout": "limits",
+    "log_level": "logs.level",
+    "log_format": "logs.format",
+    "log_requests": "logs.requests",
+    "triton_metrics": "metrics.triton_names",
+}
+
+
+@click.command(help=HELP)
+@click.argument("paths", nargs=-1, metavar="PATH...")
+@click.option("--config", type=click.Path(path_type=Path), help="A fairlead.yaml.")
+@click.option("--host", help="Address of the HTTP and gRPC ports.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="HTTP.  [default: 8000; 0: any free one]")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="gRPC.  [default: 8001]")
+@click.option("--ops-host", help="Address of the operations port.  [default: 127.0.0.1]")
+@click.option("--ops-port", type=click.IntRange(0, 65535), help="Metrics and health.  [default: 8002]")
+@click.option("--open", is_flag=True, default=None, help="Answer beyond loopback although no keys are asked for.")
+@click.option("--control", type=click.Choice(["none", "poll", "explicit"]), help="Who decides what is loaded.  [default: none]")
+@click.option("--poll-seconds", type=click.FloatRange(0, min_open=True), help="Time between looks, with --control poll.  [default: 15]")
+@click.option("--load", multiple=True, help="Model to load at the start, with --control explicit; '*' for all.")
+@click.option("--strict-readiness", is_flag=True, default=None, help="Ready only while every model that should be loaded is.")
+@click.option("--max-request-bytes", type=click.IntRange(1), help="Largest request, before and after decompression.  [default: 64 MiB]")
+@click.option("--drain-timeout", type=click.FloatRange(0), help="Seconds that requests in flight get on shutdown.  [default: 30]")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
+@click.option("--log-format", type=click.Choice(["auto", "json", "console"]))
+@click.option("--log-requests/--no-log-requests", default=None, help="One line per finished request.  [default: on]")
+@click.option("--triton-metrics", is_flag=True, default=None, help="Metrics under Triton's nv_inference_* names too.")
+def serve(paths: tuple[str, ...], config: Path | None, **flags: Any) -> None:
+    settings = with_flags(read_settings(config) if config else Settings(), paths, flags)
+    if not settings.models.repositories:
+        raise ConfigError("nothing to serve: name a model repository or a model, e.g. `fairlead serve ./models` (`fairlead demo` builds one)")
+    from fairlead.observe.logs import configure_logs
+
+    configure_logs(settings.logs.level, settings.logs.format)
+    from fairlead.app import serve as run
+
+    try:
+        import uvloop
+    except ImportError:  # Windows
+        asyncio.run(run(settings))
+    else:
+        uvloop.run(run(settings))
+
+
+def with_flags(settings: Settings, paths: tuple[str, ...], flags: dict[str, Any]) -> Settings:
+    """The settings with the flags that were given laid over them."""
+    changes: dict[str, dict[str, Any]] = {}
+    if paths:
+        changes["models"] = {"repositories": paths}
+    for flag, value in flags.items():
+        if value is not None and value != ():
+            section, _, name = FLAGS[flag].partition(".")
+            changes.setdefault(section, {})[name or flag] = value
+    sections = {name: structs.replace(getattr(settings, name), **values) for name, values in changes.items()}
+    return structs.replace(settings, **sections)

@@ -1,0 +1,93 @@
+"""`fairlead.yaml`: everything about a server that is not about one model."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from fairlead.core.config import read_yaml
+from fairlead.core.errors import ConfigError
+from fairlead.core.specs import Positive, Seconds
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class Listen(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    """HTTP: the data plane. 0 picks a free port, as for the others."""
+    grpc_port: Port = 8001
+    ops_host: str = "127.0.0.1"
+    ops_port: Port = 8002
+    """Metrics and health."""
+    open: bool = False
+    """Answer beyond loopback although nothing asks callers for a key."""
+
+
+class Models(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    repositories: tuple[str, ...] = ()
+    """Folders, single artefacts or fsspec URLs."""
+    control: Literal["none", "poll", "explicit"] = "none"
+    poll_seconds: Annotated[float, Meta(gt=0)] = 15.0
+    load: tuple[str, ...] = ()
+    """Loaded at the start where `control` is explicit; `*` for all."""
+    strict_readiness: bool = False
+    """Ready only while every model that should be loaded is."""
+    load_concurrency: Positive = 4
+
+
+class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    max_request_bytes: Positive = 64 << 20
+    """One request, before and after decompression."""
+    drain_timeout: Seconds = 30.0
+    """Seconds that in-flight requests get after SIGTERM, or when their version is replaced."""
+
+
+class Logs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"
+    requests: bool = True
+    """One line per finished request."""
+
+
+class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    triton_names: bool = False
+    """Also under Triton's nv_inference_* names."""
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    listen: Listen = Listen()
+    models: Models = Models()
+    limits: Limits = Limits()
+    logs: Logs = Logs()
+    metrics: MetricsSettings = MetricsSettings()
+
+
+def read_settings(path: Path) -> Settings:
+    """Parse a `fairlead.yaml`; `${NAME}` stands for an environment variable. Raises ConfigError, naming the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    return read_yaml(_fill_in(text, str(path)), Settings, str(path))
+
+
+def _fill_in(text: str, source: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            line = text.count("\n", 0, match.start()) + 1
+            raise ConfigError(f"{source}:{line}: environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def check_exposure(listen: Listen) -> None:
+    """Raises ConfigError where the server would answer strangers without having been told to."""
+    for name, host in (("host", listen.host), ("ops_host", listen.ops_host)):
+        if host not in ("127.0.0.1", "::1", "localhost") and not listen.open:
+            raise ConfigError(
+                f"{name} {host} is reachable from other machines and nothing asks callers for a key: pass --open (or `listen: {{open: true}}`) if that is what you want"
+            )

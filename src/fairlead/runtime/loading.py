@@ -1,0 +1,111 @@
+"""From a version's folder to a ModelVersion that has answered its warm-up."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import structlog
+
+from fairlead.backends import Executable, Kind, detect, load_backend
+from fairlead.core.errors import FairleadError, LoadError
+from fairlead.core.specs import Isolation, ModelSpec, TensorSpec
+from fairlead.core.tensors import Tensors
+from fairlead.observe.metrics import Metrics
+from fairlead.runtime.instances import Instance
+from fairlead.runtime.local import LocalInstance
+from fairlead.runtime.version import ModelVersion, samples_of
+
+log = structlog.get_logger("fairlead.runtime")
+
+
+class Launcher:
+    """Placeholder until process.py lands."""
+
+    async def close(self) -> None:
+        pass
+
+
+async def load_version(spec: ModelSpec, version: str, folder: Path, launcher: Launcher, metrics: Metrics) -> ModelVersion:
+    """Load every instance and warm it up. Raises LoadError (or ConfigError) with one readable sentence."""
+    kind, artefact = await asyncio.to_thread(detect, folder, spec)
+    isolation = kind.isolation if spec.instances.isolation is Isolation.AUTO else spec.instances.isolation
+    threads = spec.instances.threads or _threads_of_each(spec.instances.count)
+    served: list[ModelVersion] = []
+
+    def changed() -> None:
+        for each in served:
+            each.instance_changed()
+
+    instances: list[Instance]
+    if isolation is Isolation.PROCESS:
+        from fairlead.runtime.process import ProcessInstance
+
+        processes = [ProcessInstance(spec, artefact, kind, threads, launcher, changed) for _ in range(spec.instances.count)]
+        try:
+            await asyncio.gather(*(process.start() for process in processes))
+        except BaseException:
+            await asyncio.gather(*(process.close() for process in processes))
+            raise
+        told: Executable | ProcessInstance = processes[0]
+        instances = list(processes)
+    else:
+        executables = await _load_here(kind, artefact, spec, threads)
+        told = executables[0]
+        instances = [LocalInstance(executable, spec.name, spec.instances.execution) for executable in executables]
+    complete = complete_spec(spec, kind, told.inputs, told.outputs, batches=told.batches, streams=told.streams)
+    loaded = ModelVersion(complete, version, told.platform or kind.name, instances, metrics)
+    served.append(loaded)
+    try:
+        await _warm_up(loaded, told.example)
+    except BaseException:
+        await loaded.drain(0.0)
+        raise
+    return loaded
+
+
+def complete_spec(
+    spec: ModelSpec, kind: Kind, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, batches: bool, streams: bool
+) -> ModelSpec:
+    """What the operator declared, completed by what the loaded artefact told."""
+    batching = spec.batching
+    whole = all(tensor.shape[:1] == (-1,) for tensor in (*inputs, *outputs))
+    if not (batches and whole) or streams:
+        batching = type(batching)(
+            max_batch_size=0,
+            preserve_ordering=batching.preserve_ordering,
+            priority_levels=batching.priority_levels,
+            default_priority=batching.default_priority,
+            queue_policy=batching.queue_policy,
+            priority_queue_policies=batching.priority_queue_policies,
+            max_queue_rows=batching.max_queue_rows,
+            max_queue_bytes=batching.max_queue_bytes,
+        )
+    return spec.replace(backend=kind.name, inputs=inputs, outputs=outputs, batching=batching, streams=streams)
+
+
+async def _load_here(kind: Kind, artefact: Path, spec: ModelSpec, threads: int) -> list[Executable]:
+    def load() -> list[Executable]:
+        backend = load_backend(kind.name)
+        first = backend.load(artefact, spec, threads)
+        if first.shareable:
+            return [first] * spec.instances.count
+        return [first, *(backend.load(artefact, spec, threads) for _ in range(spec.instances.count - 1))]
+
+    return await asyncio.to_thread(load)
+
+
+async def _warm_up(version: ModelVersion, example: Tensors | None) -> None:
+    try:
+        await version.warm_up(samples_of(version.spec, example))
+    except FairleadError as error:
+        raise LoadError(f"warm-up failed: {error.message}") from None
+    except TimeoutError:
+        raise LoadError("warm-up did not answer in time") from None
+
+
+def _threads_of_each(count: int) -> int:
+    """Intra-op threads of one of `count` instances: the cores shared out, or what OMP_NUM_THREADS says."""
+    declared = os.environ.get("OMP_NUM_THREADS", "")
+    if declared.isdigit() and int(declared) > 0:
+        return int(declared)
+    return max(1, len(os.sched_getaffinity(0)) // count)

@@ -1,0 +1,454 @@
+"""Every model that is served: what is there, what is loaded, and which version answers."""
+
+import asyncio
+import ctypes
+import gc
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+from enum import StrEnum
+from pathlib import Path
+
+import structlog
+from msgspec import Struct, field
+
+from fairlead.core.config import read_yaml
+from fairlead.core.errors import ConfigError, FairleadError, InvalidRequest, LoadError, NotFound, ShuttingDown, Unavailable
+from fairlead.core.request import Request, Response, Sink
+from fairlead.core.specs import ModelSpec
+from fairlead.observe.metrics import Metrics
+from fairlead.runtime.loading import Launcher, load_version
+from fairlead.runtime.source import Listing, Source, choose_versions
+from fairlead.runtime.version import ModelVersion, Ticket
+
+log = structlog.get_logger("fairlead.repository")
+
+
+class Control(StrEnum):
+    """Who decides what is loaded (Triton's --model-control-mode)."""
+
+    NONE = "none"
+    """Everything, once, at the start."""
+    POLL = "poll"
+    """What the sources hold, looked at again and again."""
+    EXPLICIT = "explicit"
+    """What is asked for through the API."""
+
+
+class State(StrEnum):
+    LOADING = "LOADING"
+    READY = "READY"
+    UNLOADING = "UNLOADING"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+class IndexEntry(Struct, frozen=True):
+    name: str
+    version: str = ""
+    state: str = ""
+    reason: str = ""
+
+
+class RepositorySettings(Struct, frozen=True, kw_only=True):
+    sources: tuple[str, ...]
+    control: Control = Control.NONE
+    poll_seconds: float = 15.0
+    load: tuple[str, ...] = ()
+    """Models loaded at the start in explicit mode; `*` for all."""
+    strict_readiness: bool = False
+    """Ready only while every model that should be loaded is."""
+    drain_timeout: float = 30.0
+    load_concurrency: int = 4
+    cache_folder: Path = field(default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fairlead" / "models")
+
+
+class _Model:
+    """What is known of one name."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.versions: dict[int, ModelVersion] = {}
+        self.stamps: dict[int, str] = {}
+        """What each loaded version was loaded from."""
+        self.states: dict[int, tuple[State, str]] = {}
+        self.reason = ""
+        """Why nothing of it could be loaded, where that is no single version's fault."""
+        self.attempted: str | None = None
+        """The listing that was last loaded or tried, for polling."""
+        self.seen: str | None = None
+        self.overridden: Path | None = None
+        """The folder of files that came with an explicit load."""
+
+
+class _Served(Struct):
+    """The ready versions of one name; replaced whole."""
+
+    by_version: dict[str, ModelVersion]
+    default: ModelVersion
+
+
+class ModelRepository:
+    """Called from the event loop only; blocking work goes to threads."""
+
+    def __init__(self, settings: RepositorySettings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.started = False
+        self.stopping = False
+        self._sources: list[Source] = []
+        self._models: dict[str, _Model] = {}
+        self._listings: dict[str, tuple[Source, Listing]] = {}
+        self._served: dict[str, _Served] = {}
+        self._launcher = Launcher()
+        self._loading = asyncio.Semaphore(settings.load_concurrency)
+        self._draining: set[asyncio.Task[None]] = set()
+        self._poller: asyncio.Task[None] | None = None
+
+    # Requests
+
+    @property
+    def ready(self) -> bool:
+        if not self.started or self.stopping:
+            return False
+        return not self.settings.strict_readiness or not self.failures()
+
+    def failures(self) -> dict[str, str]:
+        """What should be loaded and is not: `name` or `name@version` → why."""
+        failed = {}
+        for name, model in self._models.items():
+            if model.reason:
+                failed[name] = model.reason
+            for number, (_, reason) in model.states.items():
+                if reason and reason != UNLOADED:
+                    failed[f"{name}@{number}"] = reason
+        return failed
+
+    def submit(self, request: Request, sink: Sink) -> Ticket:
+        """Queue a request for its one response; every error goes to the sink, possibly before this returns."""
+        served = self._served.get(request.model)
+        version = None if served is None else served.by_version.get(request.version) if request.version else served.default
+        if version is None or self.stopping:
+            return _refused(request, sink, self._missing(request.model, request.version))
+        return version.submit(request, sink)
+
+    async def infer(self, request: Request) -> AsyncIterator[Response]:
+        """The response, or the responses of a streaming model. Raises FairleadError; closing it cancels."""
+        if self.stopping:
+            raise self._missing(request.model, request.version)
+        async with aclosing(self.find(request.model, request.version).infer(request)) as responses:
+            async for response in responses:
+                yield response
+
+    def find(self, name: str, version: str = "") -> ModelVersion:
+        """Raises NotFound in Triton's words."""
+        served = self._served.get(name)
+        found = None if served is None else served.by_version.get(version) if version else served.default
+        if found is None:
+            raise self._missing(name, version)
+        return found
+
+    def known(self, name: str) -> bool:
+        return name in self._models or name in self._listings
+
+    def versions(self, name: str) -> list[str]:
+        """Loaded versions, ascending."""
+        served = self._served.get(name)
+        return list(served.by_version) if served else []
+
+    def _missing(self, name: str, version: str) -> FairleadError:
+        if self.stopping:
+            return ShuttingDown("Server is stopping, scheduler for model has stopped accepting new inference requests")
+        prefix = f"Request for unknown model: '{name}'"
+        model = self._models.get(name)
+        if not self.known(name):
+            return NotFound(f"{prefix} is not found")
+        if version and self.versions(name):
+            return NotFound(f"{prefix} version {version} is not found")
+        if model is not None and any(state is State.LOADING for state, _ in model.states.values()):
+            return Unavailable(f"{prefix} is still loading")
+        return NotFound(f"{prefix} has no available versions")
+
+    def index(self, *, ready: bool = False) -> list[IndexEntry]:
+        entries = []
+        for name in sorted({*self._models, *self._listings}):
+            model = self._models.get(name)
+            states = dict(sorted(model.states.items())) if model else {}
+            for number, (state, reason) in states.items():
+                if not ready or state is State.READY:
+                    entries.append(IndexEntry(name=name, version=str(number), state=state, reason=reason))
+            if not states and not ready:
+                reason = model.reason if model else ""
+                entries.append(IndexEntry(name=name, state=State.UNAVAILABLE if reason else "", reason=reason))
+        return entries
+
+    def statistics(self, name: str = "", version: str = "") -> list[dict[str, object]]:
+        """Raises NotFound for a name or version that is not loaded."""
+        if name:
+            versions = [self.find(name, version)] if version else [self.find(name, each) for each in self.versions(name)] or [self.find(name)]
+        else:
+            versions = [found for served in self._served.values() for found in served.by_version.values()]
+        return [each.statistics() for each in versions]
+
+    # Life
+
+    async def start(self) -> None:
+        """Load what the control mode asks for. Raises ConfigError where a source cannot be read at all."""
+        settings = self.settings
+        self._sources = [Source(url, settings.cache_folder) for url in settings.sources]
+        await self._scan()
+        wanted = list(self._listings)
+        if settings.control is Control.EXPLICIT and "*" not in settings.load:
+            unknown = [name for name in settings.load if name not in self._listings]
+            if unknown:
+                raise ConfigError(f"model '{unknown[0]}' is to be loaded but no source has it; there are: {', '.join(sorted(self._listings)) or 'none'}")
+            wanted = list(settings.load)
+        await asyncio.gather(*(self._load_quietly(name) for name in wanted))
+        self.started = True
+        if settings.control is Control.POLL:
+            self._poller = asyncio.create_task(self._poll(), name="repository-poll")
+
+    async def stop(self) -> None:
+        """Refuse new requests, let the others finish within the drain timeout, release everything."""
+        self.stopping = True
+        if self._poller is not None:
+            self._poller.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._poller
+        versions = [version for model in self._models.values() for version in model.versions.values()]
+        await asyncio.gather(*(version.drain(self.settings.drain_timeout) for version in versions), *self._draining)
+        await self._launcher.close()
+        for model in self._models.values():
+            if model.overridden is not None:
+                shutil.rmtree(model.overridden, ignore_errors=True)
+
+    async def load(self, name: str, config: str | None = None, files: dict[str, bytes] | None = None) -> None:
+        """Load, or load again, one model (explicit mode). `config`: a model.yaml (JSON is YAML too) that replaces its own.
+
+        `files`: `version/name` → content, replacing its own artefacts. Raises FairleadError with the reason.
+        """
+        self._must_be_explicit()
+        if files and config is None:
+            raise InvalidRequest("files can be given only together with a `config`")
+        await self._scan()
+        overridden = None
+        if files:
+            overridden = await asyncio.to_thread(_write_files, files)
+            source, listing = Source(str(overridden), self.settings.cache_folder), None
+            found = await asyncio.to_thread(source.scan)
+            listing = next(iter(found.values()), None)
+            if listing is None:
+                raise InvalidRequest("the given files hold no version folder; name them `1/model.onnx`")
+            entry = (source, Listing(name=name, files=listing.files, root=listing.root))
+        elif name in self._listings:
+            entry = self._listings[name]
+        else:
+            raise NotFound(f"failed to load '{name}', failed to poll from model repository")
+        model = self._models.setdefault(name, _Model())
+        spec = None
+        if config is not None:
+            spec = read_yaml(config, ModelSpec, "config").replace(name=name)
+        async with model.lock:
+            await self._load(name, model, *entry, spec=spec, reload=config is not None)
+            if overridden is not None:
+                model.overridden, overridden = overridden, model.overridden
+                if overridden is not None:
+                    shutil.rmtree(overridden, ignore_errors=True)
+        failed = [reason for _, reason in model.states.values() if reason and reason != UNLOADED]
+        if model.reason or failed:
+            raise LoadError(f"failed to load '{name}': {model.reason or failed[0]}")
+
+    async def unload(self, name: str) -> None:
+        """Unload every version (explicit mode); returns once they are drained. Raises FairleadError."""
+        self._must_be_explicit()
+        model = self._models.get(name)
+        if model is None:
+            raise NotFound(f"Request for unknown model: '{name}' is not found")
+        async with model.lock:
+            await self._unload(name, model)
+
+    def _must_be_explicit(self) -> None:
+        if self.stopping:
+            raise ShuttingDown("Server is stopping")
+        if self.settings.control is not Control.EXPLICIT:
+            raise Unavailable("explicit model load / unload is not allowed if polling is enabled")
+
+    # Loading
+
+    async def _scan(self) -> None:
+        found: dict[str, tuple[Source, Listing]] = {}
+        for source in self._sources:
+            for name, listing in (await asyncio.to_thread(source.scan)).items():
+                if name in found:
+                    log.error("model name stands in two sources; the first is served", model=name, first=found[name][0].url, second=source.url)
+                else:
+                    found[name] = (source, listing)
+        self._listings = found
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.poll_seconds)
+            try:
+                await self.poll_once()
+            except ConfigError as error:
+                log.error("cannot look for changes", error=error.message)
+            except Exception:
+                log.exception("looking for changes failed")
+
+    async def poll_once(self) -> None:
+        """Compare the sources with what is loaded, and act. A model acts only once it has looked the same twice:
+        a folder that is still being copied is left alone."""
+        await self._scan()
+        changed = []
+        for name, (_, listing) in self._listings.items():
+            model = self._models.setdefault(name, _Model())
+            stamp = _stamp(listing.files)
+            if stamp != model.attempted and stamp == model.seen:
+                changed.append(name)
+            model.seen = stamp
+        gone = [name for name in self._models if name not in self._listings and (self._models[name].versions or self._models[name].states)]
+        await asyncio.gather(*(self._load_quietly(name) for name in changed), *(self._unload_gone(name) for name in gone))
+
+    async def _unload_gone(self, name: str) -> None:
+        model = self._models[name]
+        async with model.lock:
+            await self._unload(name, model)
+            del self._models[name]
+
+    async def _load_quietly(self, name: str) -> None:
+        """Load one of many: what goes wrong is kept in the index and the log."""
+        model = self._models.setdefault(name, _Model())
+        async with model.lock:
+            try:
+                await self._load(name, model, *self._listings[name])
+            except FairleadError as error:
+                model.reason = error.message
+                self.metrics.loads[name, "failure"] += 1
+                log.error("model not loaded", model=name, error=error.message)
+
+    async def _load(self, name: str, model: _Model, source: Source, listing: Listing, *, spec: ModelSpec | None = None, reload: bool = False) -> None:
+        """Bring the loaded versions in line with the listing: load what is new beside what serves, swap, drain the old."""
+        model.attempted = model.seen = _stamp(listing.files)
+        model.reason = ""
+        if spec is None:
+            spec = await asyncio.to_thread(source.spec, listing)
+        there = listing.versions()
+        wanted = choose_versions(list(there), spec.version_policy)
+        if not wanted:
+            what = f"version_policy wants {list(spec.version_policy.specific)}, there are {sorted(there)}" if there else "its folder holds no artefact"
+            raise LoadError(f"model '{name}' has no version to serve: {what}")
+        spec_stamp = listing.files.get("model.yaml", "")
+        stamps = {number: _stamp({**there[number], "model.yaml": spec_stamp}) for number in wanted}
+        fresh = [number for number in wanted if reload or number not in model.versions or model.stamps[number] != stamps[number]]
+        for number in list(model.states):
+            if number not in wanted and number not in model.versions:
+                del model.states[number]
+        loaded = await asyncio.gather(*(self._load_version(name, model, source, listing, number, spec) for number in fresh))
+        retired: list[ModelVersion] = []
+        for number, version in zip(fresh, loaded, strict=True):
+            if version is not None:
+                if number in model.versions:
+                    retired.append(model.versions[number])
+                model.versions[number] = version
+                model.stamps[number] = stamps[number]
+        # What is no longer wanted goes only when something wanted serves in its stead.
+        if any(number in model.versions for number in wanted):
+            for number in [number for number in model.versions if number not in wanted]:
+                retired.append(model.versions.pop(number))
+                del model.stamps[number]
+                model.states[number] = (State.UNAVAILABLE, UNLOADED)
+        self._publish(name, model)
+        for version in retired:
+            self._retire(version)
+
+    async def _load_version(self, name: str, model: _Model, source: Source, listing: Listing, number: int, spec: ModelSpec) -> ModelVersion | None:
+        if number not in model.versions:
+            model.states[number] = (State.LOADING, "")
+        began = time.perf_counter()
+        try:
+            async with self._loading:
+                folder = await asyncio.to_thread(source.fetch, listing, number)
+                version = await load_version(spec, str(number), folder, self._launcher, self.metrics)
+        except FairleadError as error:
+            reason = error.message
+        except Exception as error:
+            log.exception("model failed to load", model=name, version=number)
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            model.states[number] = (State.READY, "")
+            self.metrics.loads[name, "success"] += 1
+            log.info("model loaded", model=name, version=number, platform=version.platform, seconds=round(time.perf_counter() - began, 3))
+            return version
+        # A version that serves goes on serving what it was loaded from before.
+        model.states[number] = (State.READY if number in model.versions else State.UNAVAILABLE, reason)
+        self.metrics.loads[name, "failure"] += 1
+        log.error("model not loaded", model=name, version=number, error=reason)
+        return None
+
+    async def _unload(self, name: str, model: _Model) -> None:
+        versions = dict(model.versions)
+        model.versions.clear()
+        model.stamps.clear()
+        model.attempted = None
+        model.reason = ""
+        model.states = dict.fromkeys(versions, (State.UNLOADING, ""))
+        self._publish(name, model)
+        await asyncio.gather(*(version.drain(self.settings.drain_timeout) for version in versions.values()))
+        model.states = dict.fromkeys(versions, (State.UNAVAILABLE, UNLOADED))
+        versions.clear()
+        await asyncio.to_thread(_give_memory_back)
+        log.info("model unloaded", model=name)
+
+    def _publish(self, name: str, model: _Model) -> None:
+        if model.versions:
+            by_version = {str(number): model.versions[number] for number in sorted(model.versions)}
+            self._served[name] = _Served(by_version=by_version, default=model.versions[max(model.versions)])
+        else:
+            self._served.pop(name, None)
+
+    def _retire(self, version: ModelVersion) -> None:
+        async def drain() -> None:
+            await version.drain(self.settings.drain_timeout)
+            await asyncio.to_thread(_give_memory_back)
+
+        task = asyncio.create_task(drain(), name=f"drain-{version.name}@{version.version}")
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
+
+
+UNLOADED = "unloaded"
+
+
+def _refused(request: Request, sink: Sink, error: FairleadError) -> Ticket:
+    ticket = Ticket.__new__(Ticket)
+    ticket.done = True
+    sink.close(error)
+    return ticket
+
+
+def _stamp(files: dict[str, str]) -> str:
+    return repr(sorted(files.items()))
+
+
+def _write_files(files: dict[str, bytes]) -> Path:
+    """Files of an explicit load in a folder of their own. Raises InvalidRequest for a path that leaves it."""
+    folder = Path(tempfile.mkdtemp(prefix="fairlead-load-"))
+    for name, content in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()) or path == folder:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise InvalidRequest(f"file '{name}' does not lie inside the model's folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def _give_memory_back() -> None:
+    """Return freed heap pages to the system: allocators keep them otherwise."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
