@@ -41,5 +41,7 @@ def predictor(workload: str, threads: int = 1) -> Predictor:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(MODELS / ("xgb.onnx" if workload == "w2" else "cnn.onnx"), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        MODELS / ("xgb.onnx" if workload == "w2" else "cnn.onnx"), options, providers=["CPUExecutionProvider"]
+    )
     return lambda x: session.run(["output"], {"input": x})[0]

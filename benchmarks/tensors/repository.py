@@ -4,7 +4,12 @@ import shutil
 
 from models import MODELS
 
-ARTEFACTS = {"w1": ("xgb.ubj", "model.ubj"), "w2": ("xgb.onnx", "model.onnx"), "w3": ("identity.onnx", "model.onnx"), "w4": ("cnn.onnx", "model.onnx")}
+ARTEFACTS = {
+    "w1": ("xgb.ubj", "model.ubj"),
+    "w2": ("xgb.onnx", "model.onnx"),
+    "w3": ("identity.onnx", "model.onnx"),
+    "w4": ("cnn.onnx", "model.onnx"),
+}
 ONE_THREAD = "instances: {threads: 1}\n"
 """As every other server here."""
 

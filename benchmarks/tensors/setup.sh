@@ -2,7 +2,7 @@
 # Build one virtual environment per peer, then the models and request bodies they share.
 #   bash setup.sh            everything
 #   bash setup.sh mlserver   only the named environments
-# Needs Python 3.11 with venv (PYTHON=...), wrk and h2load (Debian: wrk, nghttp2-client). Uses uv where there is one (UV=...).
+# Needs Python 3.11 with venv (PYTHON=...), wrk and h2load (Debian: wrk, nghttp2-client) and a C compiler. Uses uv where there is one (UV=...).
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3.11}
@@ -18,8 +18,8 @@ declare -A WANT=(
   [pytriton]="nvidia-pytriton==0.7.0 xgboost-cpu scikit-learn onnxruntime"
   [kserve]="kserve==0.21.0 xgboost-cpu scikit-learn onnxruntime"
 )
-for tool in wrk h2load; do
-  command -v $tool >/dev/null || { echo "$tool is not installed (Debian: apt-get install wrk nghttp2-client)" >&2; exit 1; }
+for tool in wrk h2load cc; do
+  command -v $tool >/dev/null || { echo "$tool is not installed (Debian: apt-get install wrk nghttp2-client gcc)" >&2; exit 1; }
 done
 for name in ${*:-base fastapi mlserver bentoml litserve ray pytriton kserve}; do
   python=envs/$name/bin/python
@@ -31,3 +31,7 @@ for name in ${*:-base fastapi mlserver bentoml litserve ray pytriton kserve}; do
     $python -m pip install -q ${WANT[$name]}
   fi
 done
+[ -f envs/base/bin/python ] || exit 0
+[ envs/paced -nt paced.c ] || cc -O2 -Wall -o envs/paced paced.c -lm
+[ -d models/repository ] || { envs/base/bin/python train.py && envs/base/bin/python repository.py; }
+[ -d payloads ] || envs/base/bin/python payloads.py

@@ -4,7 +4,6 @@ import os
 
 import bentoml
 import numpy as np
-
 from models import predictor
 
 

@@ -3,7 +3,6 @@
 import sys
 
 from kserve import InferOutput, InferResponse, Model, ModelServer
-
 from models import predictor
 
 

@@ -4,7 +4,6 @@ import sys
 
 import litserve
 import numpy as np
-
 from models import predictor
 
 w, port, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -32,4 +31,6 @@ class API(litserve.LitAPI):
 
 if __name__ == "__main__":
     api = API(max_batch_size=batch, batch_timeout=0.002)
-    litserve.LitServer(api, accelerator="cpu", track_requests=False).run(host="127.0.0.1", port=port, generate_client_file=False, log_level="error")
+    litserve.LitServer(api, accelerator="cpu", track_requests=False).run(
+        host="127.0.0.1", port=port, generate_client_file=False, log_level="error"
+    )

@@ -5,11 +5,10 @@ import sys
 import sysconfig
 
 import numpy as np
+from models import COLUMNS, SHAPES, predictor
 from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
-
-from models import COLUMNS, SHAPES, predictor
 
 w, http, grpc, metrics, size = sys.argv[1], *map(int, sys.argv[2:])
 model = predictor(w)

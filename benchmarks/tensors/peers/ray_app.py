@@ -6,9 +6,8 @@ import time
 
 import numpy as np
 import ray
-from ray import serve
-
 from models import predictor
+from ray import serve
 
 
 @serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": 1})

@@ -1,4 +1,5 @@
 """The Triton server bundled with pytriton, run by itself with its own Python backend (no pytriton proxy)."""
+
 import os
 import shutil
 import site
@@ -8,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 import pytriton
-
 from models import COLUMNS, SHAPES
 
 w, http, grpc, metrics, batch = sys.argv[1:]

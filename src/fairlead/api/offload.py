@@ -4,13 +4,13 @@ Parsing JSON holds the GIL, so large JSON goes to a helper process; zlib and cop
 """
 
 import asyncio
-
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import structlog
@@ -67,10 +67,8 @@ class Offload:
         loop = asyncio.get_running_loop()
 
         def finished(future: Future[Any]) -> None:
-            try:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle, future)
-            except RuntimeError:  # the loop is closed: nobody waits any more
-                pass
 
         def settle(future: Future[Any]) -> None:
             self.num_in_flight -= 1

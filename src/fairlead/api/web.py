@@ -15,8 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from fairlead.api.compression import content_encoding, decompress
 from fairlead.api.status import http_status
-from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge, Unavailable
+from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge, Unavailable, Unsupported
 
 T = TypeVar("T")
 Serve = Callable[[Request], Awaitable[Any]]
@@ -61,8 +62,10 @@ def _no_surprises(serve: Serve) -> Serve:
             return await serve(request)
         except FairleadError as error:
             return error_response(error)
-        except (HTTPException, ClientDisconnect):
+        except HTTPException:
             raise
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_LEFT)
         except Exception:
             log.exception("request_failed", method=request.method, path=request.url.path)
             return error_response(INTERNAL)
@@ -70,8 +73,20 @@ def _no_surprises(serve: Serve) -> Serve:
     return endpoint
 
 
+def place(request: Request) -> tuple[str, str]:
+    """(model, version) of the path, version "" for the default; one that is not a number makes it an unknown path."""
+    version = request.path_params.get("version", "")
+    if version and not (version.isascii() and version.isdigit()):
+        raise HTTPException(404)
+    return request.path_params["model"], version
+
+
 async def read_body(request: Request, limit: int) -> bytes:
-    """Raises TooLarge, before reading where Content-Length already says so."""
+    """The body, decompressed. Raises TooLarge, before reading where Content-Length already says so."""
+    try:
+        encoding = content_encoding(request.headers.get("content-encoding", ""))
+    except Unsupported as error:
+        raise HTTPException(501, error.message, {"Accept-Encoding": "gzip, deflate"}) from None
     too_large = TooLarge(f"request body exceeds the limit of {limit} bytes for {request.url.path}")
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:20]) > limit:
@@ -82,7 +97,8 @@ async def read_body(request: Request, limit: int) -> bytes:
         if size > limit:
             raise too_large
         chunks.append(chunk)
-    return b"".join(chunks)
+    body = b"".join(chunks)
+    return await asyncio.to_thread(decompress, body, encoding, limit) if encoding else body
 
 
 def decode_json(body: bytes, type_: type[T]) -> T:
@@ -119,61 +135,79 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T |
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
+Ended = Callable[[int, str], None]
+"""Told once how an answer ended: its status (CLIENT_LEFT where nobody waited for it) and what went wrong, "" if nothing."""
+CLIENT_LEFT = 499
+
+
 class EventStream:
     """Server-sent events, each on its way as soon as it is there.
 
-    An error before the first event is an ordinary error answer with its status; a later one is an event.
+    An error before the first event is an ordinary error answer with its status; a later one is the last event.
     The events' generator is closed at the end, and when the client leaves.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], ended: Ended) -> None:
         self.events = events
+        self.ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = await while_connected(receive, self._talk(send))
-        if error is not None:
-            await error_response(error)(scope, receive, send)
+        status, message = CLIENT_LEFT, "the client left"
+        try:
+            end = await while_connected(receive, self._talk(send))
+            if end is not None:
+                status, message, answer = end
+                if answer is not None:
+                    await answer(scope, receive, send)
+        finally:
+            self.ended(status, message)
 
-    async def _talk(self, send: Send) -> FairleadError | None:
-        """Send the events. Returns the error that came in place of the first."""
+    async def _talk(self, send: Send) -> tuple[int, str, Response | None]:
+        """Send the events. Returns how it ended, with an answer where an error came in place of the first event."""
         started = False
         try:
             async with aclosing(self.events) as events:
                 async for event in events:
                     if not started:
-                        await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM_HEAD})
+                        await send(EVENT_STREAM_START)
                         started = True
                     await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
         except FairleadError as error:
             failure = error
         except OSError:
-            return None  # the client left
+            return CLIENT_LEFT, "the client left", None
         except Exception:
             log.exception("stream_failed")
             failure = INTERNAL
         else:
             if not started:
-                await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM_HEAD})
+                await send(EVENT_STREAM_START)
             await send({"type": "http.response.body", "body": b""})
-            return None
+            return 200, "", None
         if not started:
-            return failure
-        event = b"data: " + msgspec.json.encode({"error": failure.message}) + b"\n\n"
-        await send({"type": "http.response.body", "body": event})
-        return None
+            return http_status(failure), failure.message, error_response(failure)
+        await send({"type": "http.response.body", "body": b"data: " + msgspec.json.encode({"error": failure.message}) + b"\n\n"})
+        return http_status(failure), failure.message, None
 
 
-EVENT_STREAM_HEAD = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    # Proxies of the nginx family buffer without it.
-    (b"x-accel-buffering", b"no"),
-]
+EVENT_STREAM_START = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        # Proxies of the nginx family buffer without it.
+        (b"x-accel-buffering", b"no"),
+    ],
+}
 
 
 class Readiness(Protocol):
-    ready: bool
-    stopping: bool
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def stopping(self) -> bool: ...
 
 
 def not_ready(state: Readiness) -> str:

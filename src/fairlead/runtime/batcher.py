@@ -67,7 +67,7 @@ class Entry:
 
 
 class Batch:
-    __slots__ = ("close_reason", "entries", "error", "finished", "number", "outputs", "rows", "started")
+    __slots__ = ("close_reason", "entries", "error", "finished", "number", "outputs", "rows", "started", "wanted")
 
     def __init__(self, entries: list[Entry], rows: int, close_reason: CloseReason, number: int) -> None:
         self.entries = entries
@@ -78,6 +78,8 @@ class Batch:
         self.finished = False
         # Kept here by who runs it:
         self.started = 0.0
+        self.wanted: frozenset[str] | None = None
+        """Names of the outputs that a member asked for; None for all."""
         self.outputs: Tensors | None = None
         self.error: FairleadError | None = None
 
@@ -216,7 +218,7 @@ class Batcher:
             if rows >= limit:
                 reason = CloseReason.FULL
                 break
-        late = self.max_queue_delay > 0 and now - min(entry.arrived for entry in picked) >= self.max_queue_delay
+        late = self.max_queue_delay > 0 and now >= min(entry.arrived for entry in picked) + self.max_queue_delay
         if num_preferred and not late:
             whole = reason is CloseReason.FULL and num_preferred == len(picked)
             return self._close(picked[:num_preferred], CloseReason.FULL if whole else CloseReason.PREFERRED)

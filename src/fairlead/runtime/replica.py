@@ -5,7 +5,7 @@ import inspect
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
@@ -76,31 +76,33 @@ def _load(load: Load, sock: socket.socket, slab: Slab | None) -> Executable | No
     for variable in THREAD_VARIABLES:
         os.environ[variable] = str(load.threads)
     threadpool_limits(load.threads)
+    body: list[Buffer] = []
+    executable: Executable | None = None
     try:
         executable = load_backend(load.backend).load(Path(load.artefact), load.spec, load.threads)
+        threadpool_limits(load.threads)  # the libraries that came with the model
+        answer, body = _describe_executable(executable, slab)
     except FairleadError as error:
-        answer, body = Frame(Kind.ERROR, error=type(error).__name__, message=error.message), []
-        executable = None
+        answer = Frame(Kind.ERROR, error="LoadError", message=error.message)
     except Exception as error:
         log.exception("model failed to load", model=name)
-        message = f"model '{name}' failed to load: {_describe(error)}"
-        answer, body = Frame(Kind.ERROR, error="LoadError", message=message), []
-        executable = None
-    else:
-        threadpool_limits(load.threads)  # the libraries that came with the model
-        example = executable.example
-        tensors, body = pack([example], slab) if example is not None else ([], [])
-        told = Ready(
-            platform=executable.platform,
-            inputs=executable.inputs,
-            outputs=executable.outputs,
-            batches=executable.batches,
-            streams=executable.streams,
-            has_example=example is not None,
-        )
-        answer = Frame(Kind.READY, tensors=tensors, ready=told)
+        answer = Frame(Kind.ERROR, error="LoadError", message=f"model '{name}' failed to load: {_describe(error)}")
     sock.sendall(b"".join(encode_frame(answer, body)))
-    return executable
+    return executable if answer.kind is Kind.READY else None
+
+
+def _describe_executable(executable: Executable, slab: Slab | None) -> tuple[Frame, list[Buffer]]:
+    example = executable.example
+    tensors, body = pack([example], slab) if example is not None else ([], [])
+    told = Ready(
+        platform=executable.platform,
+        inputs=executable.inputs,
+        outputs=executable.outputs,
+        batches=executable.batches,
+        streams=executable.streams,
+        has_example=example is not None,
+    )
+    return Frame(Kind.READY, tensors=tensors, ready=told), body
 
 
 def _describe(error: BaseException) -> str:
@@ -123,6 +125,7 @@ class Replica:
         self._closing = False
         self._ended = asyncio.Event()
         self._connection = Connection("gateway", self._on_frame, self._ended.set)
+        self._connection.slab = outputs
 
     async def run(self, sock: socket.socket) -> None:
         """Until the gateway says CLOSE or is gone."""
@@ -133,11 +136,6 @@ class Replica:
             await asyncio.wait({self._task}, timeout=END_SECONDS)
 
     def _on_frame(self, frame: Frame, body: Buffer) -> None:
-        if frame.freed and self._outputs is not None:
-            try:
-                self._outputs.ranges.release(frame.freed)
-            except ValueError as error:
-                raise WireError(str(error)) from None
         match frame.kind:
             case Kind.INFER:
                 self._infer(frame, self._receive(frame, body))
@@ -190,22 +188,31 @@ class Replica:
         try:
             result = self.executable.infer(inputs, outputs)
             if inspect.isawaitable(result):
-                self._start(frame.work, _guarded(result), answer)
+                self._start(frame.work, self._wait(result), answer)
             else:
                 answer(result)
         except (Exception, SystemExit) as error:
             self._fail(frame.work, error)
 
+    async def _wait(self, result: Awaitable[Any]) -> Any:
+        try:
+            return await result
+        except SystemExit as error:  # would end the loop
+            raise ModelError(f"model '{self.name}' failed: {_describe(error)}") from None
+
     async def _stream(self, frame: Frame, inputs: Tensors) -> None:
         outputs = None if frame.outputs is None else frozenset(frame.outputs)
-        await self._have_credit()
-        async with aclosing(_responses(self.executable.infer(inputs, outputs))) as responses:
-            async for tensors in responses:
-                if self._cancelled:  # a model that went on regardless
-                    raise Cancelled("request was cancelled")
-                self._credit -= 1
-                self._respond(frame.work, tensors, outputs)
-                await self._have_credit()
+        try:
+            await self._have_credit()
+            async with aclosing(_responses(self.executable.infer(inputs, outputs))) as responses:
+                async for tensors in responses:
+                    if self._cancelled:  # a model that went on regardless
+                        raise Cancelled("request was cancelled")
+                    self._credit -= 1
+                    self._respond(frame.work, tensors, outputs)
+                    await self._have_credit()
+        except SystemExit as error:  # would end the loop
+            raise ModelError(f"model '{self.name}' failed: {_describe(error)}") from None
 
     async def _have_credit(self) -> None:
         await asyncio.sleep(0)  # a generator that never waits would keep CANCEL and GRANT from being read
@@ -239,14 +246,7 @@ class Replica:
         return self._inputs.received if self._inputs is not None else 0
 
 
-async def _guarded(result: Any) -> Any:
-    try:
-        return await result
-    except SystemExit as error:  # would end the loop
-        raise ModelError(_describe(error)) from None
-
-
-async def _responses(result: Any) -> AsyncIterator[Tensors]:
+async def _responses(result: Any) -> AsyncGenerator[Tensors, None]:
     """Whatever form `Executable.infer` has, as one async generator; closing it closes what is underneath."""
     if inspect.isawaitable(result):
         result = await result

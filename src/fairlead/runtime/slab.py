@@ -18,6 +18,10 @@ SLAB_BYTES = 256 << 20
 ALIGNMENT = 64
 
 
+class StaleRange(Exception):
+    """The peer named a range that it cannot have."""
+
+
 class Ranges:
     """A free-list allocator over `size` bytes: first fit, so that the same low pages stay warm."""
 
@@ -47,9 +51,9 @@ class Ranges:
         return None
 
     def release(self, generation: int) -> None:
-        """Give back all ranges up to this generation. ValueError for one that was never given out."""
+        """Give back all ranges up to this generation. Raises StaleRange for one that was never given out."""
         if generation > self.generation:
-            raise ValueError(f"range {generation} was never given out; the last one is {self.generation}")
+            raise StaleRange(f"range {generation} was never given out; the last one is {self.generation}")
         while self._held and self._held[0][0] <= generation:
             _, offset, length = self._held.popleft()
             i = bisect_left(self._free, (offset, 0))

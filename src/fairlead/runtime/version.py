@@ -185,7 +185,7 @@ class ModelVersion:
                 break
             self._start(slot, batch, now)
         if batcher.num_requests:
-            self._arm(batcher.wake_at(free=free))
+            self._arm(batcher.wake_at(free=free, predicted=self.slots[0].instance.compute_seconds))
         elif not self._running and not self._retries:
             self._idle.set()
 
@@ -229,7 +229,8 @@ class ModelVersion:
                 outputs = None
             elif outputs is not None:
                 outputs.update(request.outputs)
-        slot.instance.run(inputs, None if outputs is None else frozenset(outputs), lambda result, error: self._done(slot, result, error))
+        batch.wanted = None if outputs is None else frozenset(outputs)
+        slot.instance.run(inputs, batch.wanted, lambda result, error: self._done(slot, result, error))
 
     def _done(self, slot: _Slot, outputs: Tensors | None, error: FairleadError | None) -> None:
         batch = slot.batch
@@ -237,8 +238,8 @@ class ModelVersion:
         slot.batch = None
         self._running -= 1
         now = time.perf_counter()
-        if outputs is not None:
-            error = self._wrong(batch, outputs)
+        if outputs is not None and (error := self._wrong(batch, outputs)) is not None:
+            outputs = None
         if error is not None and len(batch.entries) > 1 and not isinstance(error, ReplicaDied):
             # One request's values may have spoiled its neighbours': each gets a try of its own.
             for entry in batch.entries:
@@ -258,6 +259,9 @@ class ModelVersion:
 
     def _wrong(self, batch: Batch, outputs: Tensors) -> ModelError | None:
         """What the model did wrong that splitting its answer would turn into somebody else's rows."""
+        if not outputs.keys() >= (batch.wanted or self.check.outputs):
+            missing = sorted((batch.wanted or self.check.outputs) - outputs.keys())
+            return ModelError(f"model '{self.name}' gave no output '{missing[0]}'")
         if self._batches:
             for name, array in outputs.items():
                 if array.ndim == 0 or array.shape[0] != batch.rows:
@@ -293,7 +297,7 @@ class ModelVersion:
                 continue
             wanted = request.outputs
             if single:
-                mine = outputs if wanted is None else {key: outputs[key] for key in wanted if key in outputs}
+                mine = outputs if wanted is None else {key: outputs[key] for key in wanted}
             else:
                 mine = {key: outputs[key][begin:at] for key in (outputs if wanted is None else wanted)}
             sink.respond(Response(model=name, version=version, outputs=mine, id=request.id))

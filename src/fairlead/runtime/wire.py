@@ -34,7 +34,7 @@ from fairlead.backends.base import RequestContext
 from fairlead.core.errors import InvalidRequest
 from fairlead.core.specs import ModelSpec, TensorSpec
 from fairlead.core.tensors import DATATYPES, DTYPES, Tensors, datatype_of, decode_bytes, encode_bytes, object_array
-from fairlead.runtime.slab import Slab
+from fairlead.runtime.slab import Slab, StaleRange
 
 log = structlog.get_logger("fairlead.runtime")
 
@@ -182,7 +182,7 @@ def pack(batch: Sequence[Tensors], slab: Slab | None) -> tuple[list[TensorPlace]
             body.append(data)
         elif nbytes > INLINE_BYTES:
             whole = first if single else np.concatenate(arrays)
-            body.append(memoryview(whole.reshape(-1).view(np.uint8)))
+            body.append(whole.reshape(-1).view(np.uint8).data)
         else:
             body += [array.tobytes() for array in arrays]
         if padding := -nbytes % ALIGNMENT:
@@ -199,9 +199,8 @@ def unpack(places: list[TensorPlace], body: Buffer, slab: Slab | None, *, copy: 
         nbytes, shape = place.nbytes, place.shape
         if dtype is None:
             raise WireError(f"unknown datatype {place.datatype!r}")
-        source: Buffer | np.ndarray
         if place.offset < 0:
-            source, start = body, at
+            source, start = memoryview(body), at
             at += nbytes + -nbytes % ALIGNMENT
             if at > len(body):
                 raise WireError(f"tensor {place.name!r} ends {at - len(body)} bytes after the body")
@@ -211,11 +210,11 @@ def unpack(places: list[TensorPlace], body: Buffer, slab: Slab | None, *, copy: 
             if place.generation <= slab.received:
                 raise WireError(f"tensor {place.name!r} comes from range {place.generation}, but range {slab.received} was seen already")
             slab.received = place.generation
-            source, start = slab.memory, place.offset
+            source, start = slab.memory.data, place.offset
         count = prod(shape)
         try:
             if dtype.kind == "O":
-                elements = decode_bytes(memoryview(source)[start : start + nbytes], place.name, count)
+                elements = decode_bytes(source[start : start + nbytes], place.name, count)
                 tensors[place.name] = object_array(elements, shape)
                 continue
             if count * dtype.itemsize != nbytes:
@@ -279,7 +278,7 @@ class Receiver:
             return
         beginning = bytes(self._buffer[self._start : self._end])
         if size > BUFFER_BYTES:
-            self._buffer = memoryview(np.empty(size, np.uint8))
+            self._buffer = np.empty(size, np.uint8).data
         self._buffer[: len(beginning)] = beginning
         self._start, self._end = 0, len(beginning)
 
@@ -292,8 +291,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, peer: str, on_frame: Callable[[Frame, Buffer], None], on_lost: Callable[[], None]) -> None:
         self.peer = peer
-        self._on_frame = on_frame
+        self.on_frame = on_frame
         """May raise WireError: the peer is hung up on."""
+        self.slab: Slab | None = None
+        """Where this end allocates: gets back what the peer has freed."""
         self._on_lost = on_lost
         self._receiver = Receiver()
         self.transport: asyncio.Transport | None = None
@@ -307,8 +308,10 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         try:
             for frame, body in self._receiver.received(nbytes):
-                self._on_frame(frame, body)
-        except WireError as error:
+                if frame.freed and self.slab is not None:
+                    self.slab.ranges.release(frame.freed)
+                self.on_frame(frame, body)
+        except (WireError, StaleRange) as error:
             log.error("connection closed: malformed frame", peer=self.peer, reason=str(error))
             self.abort()
 

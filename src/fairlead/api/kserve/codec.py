@@ -6,25 +6,23 @@ Pure functions. What may take long is told apart: see `LARGE_JSON_BYTES`, `TooSl
 import json
 import math
 import re
-from collections.abc import Callable
 from enum import Enum
 from functools import cache
 from itertools import chain
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field, structs
 
 from fairlead.api.kserve.classification import classify
 from fairlead.api.kserve.parameters import take_parameters
-from fairlead.core.errors import FairleadError, InvalidRequest, QueueFull, TimeoutExpired, TooLarge, Unsupported
+from fairlead.core.errors import FairleadError, InvalidRequest, ModelError, QueueFull, TimeoutExpired, TooLarge, Unsupported
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import ModelSpec
-from fairlead.core.tensors import DATATYPES, DTYPES, datatype_of, decode_bytes, encode_bytes, object_array
+from fairlead.core.tensors import DATATYPES, DTYPES, Tensors, datatype_of, decode_bytes, encode_bytes, nbytes_of, object_array
 
 Data = bytes | bytearray | memoryview
-T = TypeVar("T")
 
 LARGE_JSON_BYTES = 256 << 10
 """JSON beyond this holds the GIL for longer than other requests should wait: parse it in another process."""
@@ -38,12 +36,12 @@ MAX_DEPTH = 100
 MAX_DIMENSIONS = 64
 MAX_ELEMENTS = 2**63 - 1
 
-Unsigned = Annotated[int, Meta(ge=0)]
+Dimensions = Annotated[tuple[Annotated[int, Meta(ge=0, le=MAX_ELEMENTS)], ...], Meta(max_length=MAX_DIMENSIONS)]
 
 
 class InputJson(Struct, forbid_unknown_fields=True):
     name: str
-    shape: tuple[Unsigned, ...]
+    shape: Dimensions
     datatype: str
     parameters: dict[str, Any] | None = None
     data: Raw | UnsetType = UNSET
@@ -95,7 +93,7 @@ JSON_FORM = Form()
 BINARY_FORM = Form(binary=True)
 
 
-class TooSlow(Exception):  # noqa: N818
+class TooSlow(Exception):
     """The request decodes, but not in the event loop: call `decode` again from a thread with `patient=True`."""
 
 
@@ -113,10 +111,10 @@ _encoder = msgspec.json.Encoder()
 
 def message_of(error: FairleadError, request_id: str) -> str:
     """What the caller reads; Triton names the request where the error is about it."""
-    if isinstance(error, (InvalidRequest, QueueFull, TimeoutExpired)) and not isinstance(error, TooLarge):
-        if not error.message.startswith("[request id: "):
-            return f"[request id: {request_id or '<id_unknown>'}] {error.message}"
-    return error.message
+    about_it = isinstance(error, (InvalidRequest, QueueFull, TimeoutExpired)) and not isinstance(error, TooLarge)
+    if not about_it or error.message.startswith("[request id: "):
+        return error.message
+    return f"[request id: {request_id or '<id_unknown>'}] {error.message}"
 
 
 # Requests
@@ -132,28 +130,32 @@ def head_size(header: str, size: int) -> int:
     return head
 
 
-def decode(
-    body: Data,
-    head_bytes: int | None,
-    model: str,
-    version: str,
-    find_spec: Callable[[str, str], ModelSpec] | None,
-    patient: bool = False,  # noqa: FBT
-) -> tuple[Request, Form]:
-    """The request that a body holds; `head_bytes` of it are JSON, None for all, 0 for none (one raw tensor).
+def decode(body: Data, head_bytes: int | None, model: str, version: str, patient: bool = False) -> tuple[Request, Form]:
+    """The request that a body holds; its first `head_bytes` are JSON, all of it where None.
 
-    Tensors of the binary part are read-only views on the body. `find_spec` gives a model's spec for the rare
-    requests that need it. Raises FairleadError whose message names the request; TooSlow unless `patient`.
+    Tensors of the binary part are read-only views on the body. Raises FairleadError whose message names the
+    request, and TooSlow unless `patient`. A form that asks for classes still needs `with_labels`.
     """
-    if head_bytes == 0:
-        assert find_spec is not None
-        return _decode_raw(body, model, version, find_spec(model, version))
     view = memoryview(body)
     message = _parse(view if head_bytes is None else view[:head_bytes])
     try:
-        return _decode(message, view, head_bytes, model, version, find_spec, patient)
+        return _decode(message, view, head_bytes, model, version, patient)
     except InvalidRequest as error:
         raise type(error)(message_of(error, message.id or "")) from None
+
+
+def decode_raw(body: Data, model: str, version: str, spec: ModelSpec) -> tuple[Request, Form]:
+    """A raw binary request: the whole body is the model's one input, batch 1, and all outputs come back binary."""
+    try:
+        return Request(model=model, version=version, inputs=_raw_input(memoryview(body), model, spec)), BINARY_FORM
+    except InvalidRequest as error:
+        raise InvalidRequest(message_of(error, "")) from None
+
+
+def with_labels(form: Form, spec: ModelSpec) -> Form:
+    """The form, knowing how the model's outputs are to be classified."""
+    labels = {output.name: output.labels for output in spec.outputs if output.name in form.classes}
+    return structs.replace(form, labels=labels, batches=spec.batches)
 
 
 def _parse(head: Data) -> RequestJson:
@@ -162,7 +164,7 @@ def _parse(head: Data) -> RequestJson:
     except RecursionError:
         why = f"JSON nesting depth exceeds maximum allowed limit ({MAX_DEPTH})"
     except msgspec.ValidationError as error:
-        if ".shape" in str(error):
+        if ".shape" in str(error) and "length" not in str(error):
             why = "Unable to parse 'shape': attempt to access JSON non-unsigned-integer as unsigned-integer"
         else:
             why = f"failed to parse the request JSON buffer: {error}"
@@ -172,13 +174,7 @@ def _parse(head: Data) -> RequestJson:
 
 
 def _decode(
-    message: RequestJson,
-    body: memoryview,
-    head_bytes: int | None,
-    model: str,
-    version: str,
-    find_spec: Callable[[str, str], ModelSpec] | None,
-    patient: bool,
+    message: RequestJson, body: memoryview, head_bytes: int | None, model: str, version: str, patient: bool
 ) -> tuple[Request, Form]:
     end = len(body)
     at = end if head_bytes is None else head_bytes
@@ -213,7 +209,7 @@ def _decode(
         binary = take_parameters(request, message.parameters).binary_data_output
     if not message.outputs:
         return request, BINARY_FORM if binary else JSON_FORM
-    return request, _form(request, message.outputs, binary, find_spec)
+    return request, _form(request, message.outputs, binary)
 
 
 _ONE_SOURCE = (
@@ -246,7 +242,7 @@ def _binary_size(tensor: InputJson) -> int | None:
     return size
 
 
-def _form(request: Request, outputs: list[OutputJson], binary: bool, find_spec: Callable[[str, str], ModelSpec] | None) -> Form:
+def _form(request: Request, outputs: list[OutputJson], binary: bool) -> Form:
     names: list[str] = []
     binaries = {}
     classes = {}
@@ -275,35 +271,19 @@ def _form(request: Request, outputs: list[OutputJson], binary: bool, find_spec: 
         if not any(binaries.values()):
             return JSON_FORM
         return Form(binaries=binaries)
-    assert find_spec is not None
-    spec = find_spec(request.model, request.version)
-    labels = {output.name: output.labels for output in spec.outputs if output.name in classes}
-    return Form(binaries=binaries, classes=classes, labels=labels, batches=spec.batches)
+    return Form(binaries=binaries, classes=classes)
 
 
-def _decode_raw(body: Data, model: str, version: str, spec: ModelSpec) -> tuple[Request, Form]:
-    """The whole body is the model's one input, batch 1, and all outputs come back binary."""
+def _raw_input(body: memoryview, model: str, spec: ModelSpec) -> Tensors:
     if len(spec.inputs) != 1:
-        raise InvalidRequest(
-            f"[request id: <id_unknown>] raw binary request requires exactly one input, but model '{model}' has {len(spec.inputs)}"
-        )
+        raise InvalidRequest(f"a raw binary request needs a model of exactly one input, but model '{model}' has {len(spec.inputs)}")
     (tensor,) = spec.inputs
     name = tensor.name
-    try:
-        if tensor.datatype == "BYTES":
-            # the body is the one element's text, with no length before it
-            array = object_array([bytes(body)], (1,) * (2 if spec.batches and len(tensor.shape) > 1 else 1))
-        else:
-            array = _from_binary(
-                memoryview(body),
-                name,
-                tensor.datatype,
-                _raw_shape(tensor.shape, tensor.datatype, len(body), name, batches=spec.batches),
-                patient=True,
-            )
-    except InvalidRequest as error:
-        raise InvalidRequest(message_of(error, "")) from None
-    return Request(model=model, version=version, inputs={name: array}), BINARY_FORM
+    if tensor.datatype == "BYTES":
+        # the body is the one element, with no length before it
+        return {name: object_array([bytes(body)], (1, 1) if spec.batches and len(tensor.shape) > 1 else (1,))}
+    shape = _raw_shape(tensor.shape, tensor.datatype, len(body), name, batches=spec.batches)
+    return {name: _from_binary(body, name, tensor.datatype, shape, patient=True)}
 
 
 def _raw_shape(shape: tuple[int, ...], datatype: str, size: int, name: str, *, batches: bool) -> tuple[int, ...]:
@@ -324,8 +304,6 @@ def _num_elements(name: str, shape: tuple[int, ...]) -> int:
     count = math.prod(shape)
     if count > MAX_ELEMENTS:
         raise InvalidRequest(f"shape for input '{name}' causes total element count to exceed maximum size of {MAX_ELEMENTS}")
-    if len(shape) > MAX_DIMENSIONS:
-        raise InvalidRequest(f"shape for input '{name}' has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
     return count
 
 
@@ -402,11 +380,11 @@ def _from_json(tensor: InputJson) -> np.ndarray:
         raise InvalidRequest(f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input '{name}'")
     assert isinstance(data, Raw)
     try:
-        values = decoder.decode(data)
+        values: list[Any] = decoder.decode(data)
     except msgspec.DecodeError as error:
         values = _nested(data, name, datatype, error)
     count = math.prod(shape)
-    if len(values) != count or len(shape) > MAX_DIMENSIONS:
+    if len(values) != count:
         _num_elements(name, shape)
         raise InvalidRequest(
             f"Unable to parse 'data': Shape does not match true shape of 'data' field: input '{name}' has shape {list(shape)} and {len(values)} elements"
@@ -444,11 +422,13 @@ def pace(response: Response, form: Form) -> Pace:
     """Where `encode` should run."""
     slowest = Pace.LOOP
     for name, array in response.outputs.items():
-        if array.size > MANY_STRINGS and name not in form.classes:
-            if array.dtype.kind == "O":
+        binary = form.binaries.get(name, form.binary)
+        if array.dtype.kind == "O":
+            if array.size > MANY_STRINGS or (not binary and nbytes_of(array) > LARGE_JSON_BYTES):
+                # copying many strings to another process takes as long as encoding them
                 return Pace.THREAD
-            if array.size > LARGE_JSON_ELEMENTS and not form.binaries.get(name, form.binary):
-                slowest = Pace.PROCESS
+        elif array.size > LARGE_JSON_ELEMENTS and not binary:
+            slowest = Pace.PROCESS
     return slowest
 
 
@@ -461,8 +441,11 @@ def encode(response: Response, form: Form, names: tuple[str, ...] | None) -> tup
     outputs = []
     tensors: list[Data] = []
     binary = False
-    for name in arrays if names is None else names:
-        array = arrays[name]
+    for name in names or arrays:
+        try:
+            array = arrays[name]
+        except KeyError:
+            raise ModelError(f"model '{response.model}' gave no output '{name}'") from None
         if form.classes and name in form.classes:
             array = classify(array, form.classes[name], form.labels.get(name, ()), batches=form.batches)
         datatype = DATATYPES.get(array.dtype) or datatype_of(array)
@@ -475,7 +458,7 @@ def encode(response: Response, form: Form, names: tuple[str, ...] | None) -> tup
             outputs.append(TensorJson(name, datatype, array.shape, UNSET, _to_json(array, name, datatype)))
     message = ResponseJson(response.id or UNSET, response.model, response.version, response.parameters or UNSET, outputs)
     head = _encoder.encode(message)
-    if b"null" in head and not all(_is_finite(arrays[name]) for name in (arrays if names is None else names)):
+    if b"null" in head and not all(_is_finite(arrays[name]) for name in (names or arrays)):
         # msgspec writes null for NaN and the infinities, the protocol wants them bare
         head = json.dumps(msgspec.to_builtins(message), separators=(",", ":"), ensure_ascii=False).encode()
     if not binary:
@@ -492,7 +475,7 @@ def _to_binary(array: np.ndarray) -> Data:
         return encode_bytes(array)
     if array.nbytes > COPY_BYTES and array.flags.c_contiguous:
         # through uint8, because NumPy exports no buffer of BF16
-        return memoryview(array.reshape(-1).view(np.uint8))
+        return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
     return array.tobytes()
 
 

@@ -1,5 +1,6 @@
 """The OpenAPI 3.1 document, made from the table of operations and the types of their bodies."""
 
+import math
 import re
 from collections.abc import Iterable
 from http import HTTPStatus
@@ -10,11 +11,22 @@ from msgspec import Struct
 
 from fairlead import __version__
 from fairlead.api.web import Serve
+from fairlead.core.specs import ModelSpec, TensorSpec
 
 JSON = "application/json"
 BINARY = "application/octet-stream"
 EVENTS = "text/event-stream"
 HEADER_LENGTH = "Inference-Header-Content-Length"
+
+MAX_EXAMPLE_ELEMENTS = 1024
+ZEROS: dict[str, Any] = {
+    "BOOL": False,
+    "BYTES": "",
+    "FP32": 0.0,
+    "FP64": 0.0,
+    **{f"{sign}INT{bits}": 0 for sign in ("", "U") for bits in (8, 16, 32, 64)},
+}
+"""By datatype; those that have no JSON form are not here."""
 
 TAGS = {
     "health": "Whether the server and its models answer.",
@@ -88,6 +100,28 @@ def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]
             },
         },
     }
+
+
+def examples_of(specs: Iterable[ModelSpec]) -> dict[str, dict[str, Any]]:
+    """For each operation that asks a model: by model, a body of zeros and empty strings that it answers."""
+    found: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        inputs = [tensor for tensor in spec.inputs if not tensor.optional]
+        values = {tensor.name: [ZEROS.get(tensor.datatype)] * math.prod(_smallest(tensor)) for tensor in inputs}
+        if not inputs or any(not zeros or None in zeros or len(zeros) > MAX_EXAMPLE_ELEMENTS for zeros in values.values()):
+            continue
+        tensors = [{"name": t.name, "datatype": t.datatype, "shape": _smallest(t), "data": values[t.name]} for t in inputs]
+        flat = {name: zeros[0] if len(zeros) == 1 else zeros for name, zeros in values.items()}
+        for place in ("model", "modelVersion"):
+            found.setdefault(f"{place}Infer", {})[spec.name] = {"inputs": tensors}
+            found.setdefault(f"{place}GenerateStream", {})[spec.name] = flat
+            if not spec.streams:
+                found.setdefault(f"{place}Generate", {})[spec.name] = flat
+    return found
+
+
+def _smallest(tensor: TensorSpec) -> list[int]:
+    return [1 if dim == -1 else dim for dim in tensor.shape]
 
 
 def _response_name(status: int) -> str:

@@ -1,95 +1,61 @@
-"""KServe v2 over HTTP: everything but the path that plain `infer` takes."""
+"""KServe v2 over HTTP: the table of all its operations, and those about the server, its models and its repository."""
 
 import base64
 import binascii
 import re
 from collections.abc import Iterator
-from typing import Any, NotRequired, TypedDict, TypeVar
+from typing import Any, TypeVar
 
-from msgspec import Struct, field, structs
+from msgspec.structs import asdict, replace
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from fairlead.api.kserve.bodies import (
+    Health,
+    IndexRequest,
+    IndexRow,
+    Live,
+    LoadRequest,
+    ModelReady,
+    Nothing,
+    Ready,
+    Statistics,
+    UnloadRequest,
+)
+from fairlead.api.kserve.codec import RequestJson, ResponseJson
 from fairlead.api.kserve.metadata import ModelMetadata, ServerMetadata, model_config, model_metadata, server_metadata
-from fairlead.api.kserve.openapi import Operation, document
-from fairlead.api.web import Serve, decode_json, health_response, json_app, json_response, live_response, read_body, ready_response
+from fairlead.api.kserve.openapi import Operation, document, examples_of
+from fairlead.api.kserve.streaming import Streaming
+from fairlead.api.web import Serve, decode_json, health_response, json_app, json_response, live_response, place, read_body, ready_response
 from fairlead.core.errors import InvalidRequest, NotFound, Unavailable, Unsupported
+from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
 
 T = TypeVar("T")
 
-MAX_BODY_BYTES = 64 << 20
 SMALL_BODY_BYTES = 1 << 20
+MAX_EXAMPLES = 16
+"""Models that the OpenAPI document shows bodies for."""
 MODEL_PATHS = (("/v2/models/{model}", "model"), ("/v2/models/{model}/versions/{version}", "modelVersion"))
 MEMORY_KINDS = ("systemsharedmemory", "cudasharedmemory")
 FILE = re.compile(r"file:([0-9]+(?:/[^/\\\0]+)+)")
 
 
-class Live(TypedDict):
-    live: bool
-
-
-class Ready(TypedDict):
-    ready: bool
-
-
-class Health(TypedDict):
-    live: bool
-    ready: bool
-
-
-class ModelReady(TypedDict):
-    name: str
-    ready: bool
-
-
-class Statistics(TypedDict):
-    model_stats: list[dict[str, Any]]
-
-
-class IndexRow(TypedDict):
-    name: str
-    version: NotRequired[str]
-    state: NotRequired[str]
-    reason: NotRequired[str]
-
-
-class IndexRequest(Struct, forbid_unknown_fields=True):
-    ready: bool = False
-    """Only the models that are ready."""
-
-
-class LoadRequest(Struct, forbid_unknown_fields=True):
-    parameters: dict[str, str] = field(default_factory=dict)
-    """`config`: the model's configuration as JSON; `file:VERSION/NAME`: a file's content in base64."""
-
-
-class UnloadParameters(Struct, forbid_unknown_fields=True):
-    unload_dependents: bool = False
-    """Of no consequence: no model depends on another here."""
-
-
-class UnloadRequest(Struct, forbid_unknown_fields=True):
-    parameters: UnloadParameters = field(default_factory=UnloadParameters)
-
-
-class Nothing(TypedDict):
-    pass
-
-
-def data_app(repository: ModelRepository) -> Starlette:
-    """The ASGI app of port 8000."""
-    return json_app([(operation.method, operation.path, operation.serve) for operation in Rest(repository).operations])
+def data_app(repository: ModelRepository, *, access_log: AccessLog | None = None, max_body_bytes: int = 64 << 20) -> Starlette:
+    """The ASGI app of port 8000. `infer` answers with server-sent events only: plain answers are the server's own business."""
+    operations = Rest(repository, access_log or AccessLog(None), max_body_bytes).operations
+    return json_app([(operation.method, operation.path, operation.serve) for operation in operations])
 
 
 class Rest:
     """The operations upon one repository."""
 
-    def __init__(self, repository: ModelRepository) -> None:
+    def __init__(self, repository: ModelRepository, access_log: AccessLog, max_body_bytes: int) -> None:
         self.repository = repository
-        self.operations = (*self._health(), *self._models(), *self._repository(), *_not_offered(), self._document())
+        self.max_body_bytes = max_body_bytes
+        self.streaming = Streaming(repository, access_log, max_body_bytes)
+        self.operations = (*self._health(), *self._models(), *self._inference(), *self._repository(), *_not_offered(), self._document())
 
     # The table
 
@@ -120,6 +86,29 @@ class Rest:
                 503,
             )
             yield _get(f"{path}/stats", f"{name}Statistics", "models", "What the model did", self.statistics, Statistics, 400, 404)
+
+    def _inference(self) -> Iterator[Operation]:
+        streaming, flat, errors = self.streaming, dict[str, Any], (400, 404, 413, 501, 503)
+        for path, name in MODEL_PATHS:
+            infer = _post(
+                f"{path}/infer", f"{name}Infer", "inference", "Tensors in, tensors out", streaming.infer, RequestJson, ResponseJson, *errors
+            )
+            one = _post(
+                f"{path}/generate", f"{name}Generate", "inference", "Flat JSON in, flat JSON out", streaming.generate, flat, flat, *errors
+            )
+            many = _post(
+                f"{path}/generate_stream",
+                f"{name}GenerateStream",
+                "inference",
+                "Flat JSON in, a stream of it out",
+                streaming.generate_stream,
+                flat,
+                None,
+                *errors,
+            )
+            yield replace(infer, body_required=True, binary=True, events="also")
+            yield replace(one, body_required=True)
+            yield replace(many, body_required=True, events="only")
 
     def _repository(self) -> Iterator[Operation]:
         index = "Every model of the repositories, loaded or not"
@@ -154,7 +143,7 @@ class Rest:
         return health_response(self.repository)
 
     async def model_ready(self, request: Request) -> Response:
-        model, version = _place(request)
+        model, version = place(request)
         try:
             ready = self.repository.find(model, version).ready
         except Unavailable:
@@ -173,24 +162,24 @@ class Rest:
         return json_response(server_metadata())
 
     async def model_metadata(self, request: Request) -> Response:
-        return json_response(model_metadata(self.repository, self.repository.find(*_place(request))))
+        return json_response(model_metadata(self.repository, self.repository.find(*place(request))))
 
     async def model_config(self, request: Request) -> Response:
-        return json_response(model_config(self.repository.find(*_place(request))))
+        return json_response(model_config(self.repository.find(*place(request))))
 
     async def statistics(self, request: Request) -> Response:
-        model, version = _place(request) if "model" in request.path_params else ("", "")
+        model, version = place(request) if "model" in request.path_params else ("", "")
         return json_response({"model_stats": self.repository.statistics(model, version)})
 
     # Repository
 
     async def index(self, request: Request) -> Response:
-        asked = await _body(request, IndexRequest)
+        asked = await _body(request, IndexRequest, SMALL_BODY_BYTES)
         rows = self.repository.index(ready=asked.ready)
-        return json_response([{name: value for name, value in structs.asdict(row).items() if value or name == "name"} for row in rows])
+        return json_response([{name: value for name, value in asdict(row).items() if value or name == "name"} for row in rows])
 
     async def load(self, request: Request) -> Response:
-        parameters = (await _body(request, LoadRequest, MAX_BODY_BYTES)).parameters
+        parameters = (await _body(request, LoadRequest, self.max_body_bytes)).parameters
         config = parameters.pop("config", None)
         files = {_file_path(name): _file_content(name, content) for name, content in parameters.items()}
         if files and config is None:
@@ -199,14 +188,15 @@ class Rest:
         return json_response({})
 
     async def unload(self, request: Request) -> Response:
-        await _body(request, UnloadRequest)
+        await _body(request, UnloadRequest, SMALL_BODY_BYTES)
         await self.repository.unload(request.path_params["model"])
         return json_response({})
 
     # The document
 
     async def openapi(self, _: Request) -> Response:
-        return json_response(document(self.operations, {}))
+        ready = sorted({entry.name for entry in self.repository.index(ready=True)})[:MAX_EXAMPLES]
+        return json_response(document(self.operations, examples_of(self.repository.find(name).spec for name in ready)))
 
 
 def _get(path: str, name: str, tag: str, summary: str, serve: Serve, answer: Any, *errors: int) -> Operation:
@@ -253,15 +243,7 @@ def _refuse(what: str) -> Serve:
     return refuse
 
 
-def _place(request: Request) -> tuple[str, str]:
-    """(model, version) of the path; a version that is not a number makes it an unknown path."""
-    version = request.path_params.get("version", "")
-    if version and not (version.isascii() and version.isdigit()):
-        raise HTTPException(404)
-    return request.path_params["model"], version
-
-
-async def _body(request: Request, type_: type[T], limit: int = SMALL_BODY_BYTES) -> T:
+async def _body(request: Request, type_: type[T], limit: int) -> T:
     """The JSON body; all its fields' defaults where it is empty."""
     return decode_json(await read_body(request, limit) or b"{}", type_)
 

@@ -1,0 +1,517 @@
+"""gRPC over HTTP/2: messages, deadlines, compression, statuses (the gRPC over HTTP2 protocol description).
+
+A service is a table of methods; a method sees a Call and whole messages, and nothing of HTTP/2.
+"""
+
+import asyncio
+import re
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from struct import Struct as Layout
+from typing import Any
+from urllib.parse import quote
+
+import structlog
+from msgspec import Struct
+
+from fairlead.api.grpc import http2
+from fairlead.api.grpc.http2 import Buffer, Connection, Headers, Limits, Stream, literal
+from fairlead.api.status import GrpcStatus, grpc_status
+from fairlead.core.errors import Cancelled, FairleadError
+from fairlead.observe.access import AccessLog, new_request_id
+
+log = structlog.get_logger("fairlead.grpc")
+
+PREFIX = Layout(">BI")
+SMALL_BYTES = 16_384
+"""Messages up to here are copied out of what the socket gave; of larger ones views are kept."""
+PIECE_BYTES = 4_096
+INLINE_INFLATE_BYTES = 4_096
+"""Compressed messages above this are inflated in a thread: deflate makes at most a thousand bytes of one."""
+MAX_INBOX = 16
+"""Messages of a streaming call that wait to be taken, before its window closes."""
+MAX_STATUS_MESSAGE = 2_048
+"""Characters; clients refuse header lists above 8 KiB."""
+MAX_REQUEST_ID = 126
+MAX_TIMEOUT = 10 * 365 * 86_400.0
+TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
+SECONDS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
+REQUEST_ID = re.compile(rb"[!-~]{1,%d}" % MAX_REQUEST_ID)
+
+_CONTENT_TYPE = b"\x0f\x10\x10application/grpc"
+HEAD = b"\x88" + _CONTENT_TYPE + b"\x00\x0cx-request-id"
+"""`:status: 200`, `content-type`, and the name of the field whose value comes next."""
+OK_TRAILERS = literal(b"grpc-status", b"0")
+ACCEPT_ENCODING = literal(b"grpc-accept-encoding", b"identity,deflate,gzip")
+
+
+class Unary(Struct, frozen=True):
+    """Answers from a callback: `start(call, message)` returns at once; `call.finish` or `call.fail` follows, now or later."""
+
+    start: Callable[["Call", Buffer], None]
+
+
+class Awaited(Struct, frozen=True):
+    """A unary method that has to wait for something: a coroutine that returns the answer."""
+
+    run: Callable[["Call", Buffer], Coroutine[Any, Any, bytes]]
+
+
+class Streaming(Struct, frozen=True):
+    """Takes messages with `call.next_message` and answers with `call.send`, until it returns."""
+
+    run: Callable[["Call"], Coroutine[Any, Any, None]]
+
+
+Method = Unary | Awaited | Streaming
+
+
+class Head(Struct):
+    """What the header block of a request says."""
+
+    method: Method | None
+    metadata: dict[bytes, bytes]
+    request_id: str = ""
+    trace: str = ""
+    timeout: float = 0.0
+    window_bits: int = 0
+    """How messages that say they are compressed are: zlib's `wbits`; 0: they are not."""
+    fault: tuple[GrpcStatus, str] | None = None
+    refusal: bytes = b""
+    """The header block that answers what is no gRPC at all."""
+
+
+def read_head(methods: dict[bytes, Method], headers: Headers) -> Head:
+    """Raises http2.Malformed."""
+    pseudo, fields = http2.check_request(headers)
+    path = pseudo[b":path"]
+    head = Head(methods.get(path), fields)
+    content_type = fields.get(b"content-type", b"")
+    if content_type != b"application/grpc" and not content_type.startswith((b"application/grpc+", b"application/grpc;")):
+        head.refusal = literal(b":status", b"415")
+    elif pseudo[b":method"] != b"POST":
+        head.refusal = literal(b":status", b"405") + literal(b"allow", b"POST")
+    request_id = fields.get(b"x-request-id", b"")
+    if REQUEST_ID.fullmatch(request_id):
+        head.request_id = request_id.decode()
+    head.trace = fields.get(b"traceparent", b"").decode("ascii", "replace")
+    encoding = fields.get(b"grpc-encoding", b"identity")
+    head.window_bits = WINDOW_BITS.get(encoding, 0)
+    timeout = fields.get(b"grpc-timeout")
+    if timeout is not None:
+        match = TIMEOUT.fullmatch(timeout)
+        if match is None:
+            head.fault = GrpcStatus.INTERNAL, f"malformed grpc-timeout: {timeout.decode('ascii', 'replace')!r}"
+        else:
+            head.timeout = max(min(int(match[1]) * SECONDS[match[2]], MAX_TIMEOUT), 1e-9)
+    if not head.window_bits and encoding != b"identity":
+        head.fault = GrpcStatus.UNIMPLEMENTED, f"grpc-encoding {encoding.decode('ascii', 'replace')!r} is not supported"
+    if head.method is None:
+        head.fault = GrpcStatus.UNIMPLEMENTED, f"unknown method {path.decode('utf-8', 'replace')}"
+    return head
+
+
+class Calls(Struct, kw_only=True):
+    """What all calls of a server share."""
+
+    methods: dict[bytes, Method]
+    access_log: AccessLog
+    max_message_bytes: int
+    limits: Limits
+
+
+class Call(Stream):
+    """One RPC. Services use the methods down to `send`; `model`, `version` and `rows` are for the access log."""
+
+    __slots__ = (
+        "_have", "_inbox", "_message", "_need", "_parts", "_prefix", "_room", "_streaming", "_task", "_timer", "_wake",
+        "arrived", "calls", "cancel", "done", "head", "head_sent", "loop", "model", "quiet", "request_id", "rows", "trace", "version",
+    )  # fmt: skip
+
+    def __init__(self, calls: Calls, connection: Connection, number: int, head: Head, loop: asyncio.AbstractEventLoop) -> None:
+        # Stream's fields, set here because this runs on every request
+        self.connection = connection
+        self.number = number
+        self.ended = False
+        self.receive_left = calls.limits.stream_window_bytes
+        self.send_left = connection.peer_window
+        self.queue = None
+        self.queued_bytes = 0
+        self.trailers = None
+        self.stalled = False
+
+        self.calls = calls
+        self.loop = loop
+        self.head = head
+        self.arrived = time.perf_counter()
+        self.request_id = head.request_id or new_request_id()
+        self.trace = head.trace
+        self.model = ""
+        self.version = ""
+        self.rows = 0
+        self.quiet = False
+        """The method writes the access log itself, unless the call fails."""
+        self.done = False
+        """The answer is complete, or nobody waits for it."""
+        self.cancel: Callable[[], object] | None = None
+        """Stops the work when the client leaves or its deadline passes."""
+        self.head_sent = False
+        self._streaming = False
+        self._need = -1
+        self._parts: list[bytes | bytearray | memoryview] | None = None
+        self._message: tuple[int, Buffer] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """The stream is open."""
+        head = self.head
+        if head.refusal:
+            self.done = True
+            self.connection.send_headers(self, head.refusal, ended=True)
+            return
+        if head.fault is not None:
+            self.fail(*head.fault)
+            return
+        if head.timeout:
+            self._timer = self.loop.call_later(head.timeout, self._deadline)
+        if type(head.method) is Streaming:
+            self._streaming = True
+            self._inbox: deque[tuple[int, Buffer]] = deque()
+            self._wake: asyncio.Future[None] | None = None
+            self._room: asyncio.Future[None] | None = None
+            self._start(self._run_stream(head.method.run(self)))
+
+    # What services use
+
+    @property
+    def metadata(self) -> dict[bytes, bytes]:
+        return self.head.metadata
+
+    def finish(self, parts: list[Buffer]) -> None:
+        """Answer a unary call with one message. Nothing happens if the call is over."""
+        if self.done:
+            return
+        self._over()
+        size = sum([len(part) for part in parts])
+        self.connection.send_whole(self, self._head_block(), [PREFIX.pack(0, size), *parts], size + 5, OK_TRAILERS)
+        self._log(GrpcStatus.OK, "")
+
+    def fail(self, status: GrpcStatus, message: str) -> None:
+        """End the call with an error. Nothing happens if the call is over."""
+        if self.done:
+            return
+        self._over()
+        self._stop()
+        text = quote(message[:MAX_STATUS_MESSAGE], safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")[: 3 * MAX_STATUS_MESSAGE]
+        trailers = literal(b"grpc-status", b"%d" % status) + literal(b"grpc-message", text.encode())
+        if status == GrpcStatus.UNIMPLEMENTED:
+            trailers += ACCEPT_ENCODING
+        if self.head_sent:
+            self.connection.send_end(self, trailers)
+        else:
+            self.connection.send_headers(self, self._head_block() + trailers, ended=True)
+        self._log(status, message)
+
+    def refuse(self, error: FairleadError) -> None:
+        self.fail(grpc_status(error), error.message)
+
+    async def next_message(self) -> Buffer | None:
+        """The next message of a streaming call; None at the client's end. Raises what is wrong with it."""
+        while not self._inbox:
+            if self.ended:
+                if self._need >= 0 or self._prefix:
+                    raise Broken(GrpcStatus.INTERNAL, "the stream ended inside a message")
+                return None
+            self._wake = self.loop.create_future()
+            await self._wake
+        flag, message = self._inbox.popleft()
+        self.connection.buffered_bytes -= len(message)
+        if len(self._inbox) < MAX_INBOX and not self.done:
+            self.connection.replenish(self)
+        if flag:
+            return await self.loop.run_in_executor(None, inflate, message, self.head.window_bits, self.calls.max_message_bytes)
+        return message
+
+    def write(self, parts: list[Buffer]) -> None:
+        """Send one message of a streaming call; with `room`, for those who bound what they write otherwise."""
+        if self.done:
+            return
+        if not self.head_sent:
+            self.head_sent = True
+            self.connection.send_headers(self, self._head_block())
+        size = sum([len(part) for part in parts])
+        self.connection.send_data(self, [PREFIX.pack(0, size), *parts], size + 5)
+
+    async def room(self) -> None:
+        """Wait until the client's windows have let all messages pass."""
+        while self.queued_bytes and not self.done:
+            if self._room is None:
+                self._room = self.loop.create_future()
+            await asyncio.shield(self._room)
+
+    async def send(self, parts: list[Buffer]) -> None:
+        """Send one message of a streaming call, at the pace of the client's reading."""
+        self.write(parts)
+        await self.room()
+
+    # What the connection calls
+
+    def received(self, data: bytes, start: int, stop: int, ended: bool) -> None:
+        if self.done:
+            return
+        if ended and self._parts is None and not self._streaming and stop - start >= 5:
+            flag, size = PREFIX.unpack_from(data, start)
+            if not flag and size == stop - start - 5 and size <= self.calls.max_message_bytes:
+                self._begin_unary(data[start + 5 : stop] if size <= SMALL_BYTES else memoryview(data)[start + 5 : stop])
+                return
+        self.stalled = False
+        try:
+            self._assemble(data, start, stop)
+        except Broken as error:
+            self.fail(error.status, error.message)
+            return
+        if self._streaming:
+            if len(self._inbox) < MAX_INBOX:
+                self.connection.replenish(self)
+            if self._inbox or ended:
+                self._wake_up()
+            return
+        if not ended:
+            self.connection.replenish(self)
+        elif self._message is None or self._need >= 0 or self._prefix:
+            self.fail(GrpcStatus.INTERNAL, "the request ended before its message was complete")
+        else:
+            flag, message = self._message
+            self._message = None
+            self.connection.buffered_bytes -= len(message)
+            if not flag:
+                self._begin_unary(message)
+            else:
+                self._start(self._inflate_unary(message))
+
+    def waits(self) -> bool:
+        return not self.ended and (not self._streaming or self._need >= 0)
+
+    def expired(self) -> None:
+        if self.queued_bytes:
+            self.connection.reset(self, http2.ErrorCode.CANCEL)
+        else:
+            self.fail(GrpcStatus.DEADLINE_EXCEEDED, "the rest of the request did not come in time")
+
+    def drained(self) -> None:
+        if self._room is not None:
+            self._room.set_result(None)
+            self._room = None
+
+    def lost(self) -> None:
+        if self.done:
+            self._drop()
+            return
+        self._over()
+        self._stop()
+        self._log(GrpcStatus.CANCELLED, "the client cancelled the call, or is gone")
+
+    # Messages
+
+    def _assemble(self, data: bytes, start: int, stop: int) -> None:
+        """Cut what comes into messages. Raises Broken."""
+        connection = self.connection
+        if self._parts is None:
+            self._parts, self._prefix, self._have = [], b"", 0
+        while start < stop:
+            if self._need < 0:
+                take = min(5 - len(self._prefix), stop - start)
+                self._prefix += data[start : start + take]
+                start += take
+                if len(self._prefix) < 5:
+                    return
+                flag, self._need = PREFIX.unpack(self._prefix)
+                if flag > 1:
+                    raise Broken(GrpcStatus.INTERNAL, f"a message has the flag {flag}, which gRPC does not know")
+                if flag and not self.head.window_bits:
+                    raise Broken(GrpcStatus.INTERNAL, "a message is compressed, and grpc-encoding does not say how")
+                if self._need > self.calls.max_message_bytes:
+                    raise Broken(GrpcStatus.RESOURCE_EXHAUSTED, f"Received message larger than max ({self._need} vs. {self.calls.max_message_bytes})")
+            take = min(self._need - self._have, stop - start)
+            if take:
+                self._keep(data, start, start + take)
+                start += take
+                self._have += take
+                connection.buffered_bytes += take
+                if connection.buffered_bytes > connection.limits.max_buffered_bytes:
+                    raise Broken(GrpcStatus.RESOURCE_EXHAUSTED, "too many bytes of incomplete requests on one connection")
+            if self._have == self._need:
+                self._whole()
+
+    def _keep(self, data: bytes, start: int, stop: int) -> None:
+        parts = self._parts
+        assert parts is not None
+        if stop - start >= PIECE_BYTES:
+            parts.append(memoryview(data)[start:stop])
+        elif parts and type(parts[-1]) is bytearray:
+            # A small view would hold on to all that came with it.
+            parts[-1] += data[start:stop]
+        else:
+            parts.append(bytearray(data[start:stop]))
+
+    def _whole(self) -> None:
+        parts, size, flag = self._parts, self._need, self._prefix[0]
+        assert parts is not None
+        if size <= SMALL_BYTES:
+            message: Buffer = b"".join(parts)
+        else:
+            # The last tensor of the message ends where the message ends; most are multiples of 16 bytes, and this puts them at one.
+            padding = -size % 16
+            message = memoryview(b"".join((bytes(padding), *parts)))[padding:]
+        self._parts, self._prefix, self._need, self._have = [], b"", -1, 0
+        if self._streaming:
+            self._inbox.append((flag, message))
+        elif self._message is None:
+            self._message = flag, message
+        else:
+            raise Broken(GrpcStatus.INTERNAL, "a unary call has one message")
+
+    def _drop(self) -> None:
+        """Give back what the connection counts of messages that nobody will take."""
+        held = 0
+        if self._parts is not None:
+            held += self._have
+            self._parts, self._have = [], 0
+        if self._message is not None:
+            held += len(self._message[1])
+            self._message = None
+        if self._streaming:
+            held += sum(len(message) for _, message in self._inbox)
+            self._inbox.clear()
+        self.connection.buffered_bytes -= held
+
+    # The work
+
+    def _begin_unary(self, message: Buffer) -> None:
+        method = self.head.method
+        if type(method) is Unary:
+            try:
+                method.start(self, message)
+            except FairleadError as error:
+                self.refuse(error)
+            except Exception as error:
+                self._bug(error)
+        else:
+            assert type(method) is Awaited
+            self._start(self._run_awaited(method.run(self, message)))
+
+    async def _inflate_unary(self, message: Buffer) -> None:
+        try:
+            if len(message) <= INLINE_INFLATE_BYTES:
+                message = inflate(message, self.head.window_bits, self.calls.max_message_bytes)
+            else:
+                message = await self.loop.run_in_executor(None, inflate, message, self.head.window_bits, self.calls.max_message_bytes)
+        except Broken as error:
+            self.fail(error.status, error.message)
+            return
+        if not self.done:
+            self.cancel = None
+            self._begin_unary(message)
+
+    async def _run_awaited(self, work: Coroutine[Any, Any, bytes]) -> None:
+        try:
+            answer = await work
+        except FairleadError as error:
+            self.refuse(error)
+        except Exception as error:
+            self._bug(error)
+        else:
+            self.finish([answer])
+
+    async def _run_stream(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Broken as error:
+            self.fail(error.status, error.message)
+        except FairleadError as error:
+            self.refuse(error)
+        except Exception as error:
+            self._bug(error)
+        else:
+            if not self.done:
+                self._over()
+                if not self.head_sent:
+                    self.connection.send_headers(self, self._head_block())
+                self.connection.send_end(self, OK_TRAILERS)
+                self._log(GrpcStatus.OK, "")
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._task = self.loop.create_task(work)
+        self.cancel = self._task.cancel
+
+    def _bug(self, error: Exception) -> None:
+        log.error("a request hit a bug", request_id=self.request_id, exc_info=error)
+        self.fail(GrpcStatus.INTERNAL, "internal error")
+
+    def _deadline(self) -> None:
+        self.fail(GrpcStatus.DEADLINE_EXCEEDED, "Deadline Exceeded")
+
+    def _over(self) -> None:
+        self.done = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._parts is not None or self._streaming:
+            self._drop()
+        if self._streaming:
+            self._wake_up()
+            self.drained()
+
+    def _stop(self) -> None:
+        """Stop the work that is under way, unless it is what stops."""
+        cancel, self.cancel = self.cancel, None
+        if cancel is not None:
+            cancel()
+
+    def _wake_up(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def _head_block(self) -> bytes:
+        id = self.request_id.encode()
+        return HEAD + bytes((len(id),)) + id
+
+    def _log(self, status: GrpcStatus, error: str) -> None:
+        if not self.quiet or error:
+            self.calls.access_log.add(
+                "grpc", self.request_id, self.trace, self.model, self.version, status, time.perf_counter() - self.arrived, self.rows, error
+            )
+
+
+class Broken(Exception):
+    """A message that gRPC itself refuses."""
+
+    def __init__(self, status: GrpcStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+def inflate(message: Buffer, window_bits: int, limit: int) -> bytes:
+    """A compressed message, which may not be longer than `limit` bytes. Raises Broken."""
+    out = b""
+    with suppress(zlib.error):
+        rest: Buffer = message
+        while rest:
+            inflater = zlib.decompressobj(window_bits)
+            out += inflater.decompress(rest, limit + 1 - len(out))
+            if len(out) > limit:
+                raise Broken(GrpcStatus.RESOURCE_EXHAUSTED, f"Received message larger than max (over {limit} bytes after decompression)")
+            if not inflater.eof:
+                break
+            # gzip allows several members in a row, and then each must take something.
+            rest = inflater.unused_data
+        else:
+            return out
+    raise Broken(GrpcStatus.INTERNAL, "a message does not decompress")
+
+
+__all__ = ["Awaited", "Broken", "Call", "Calls", "Cancelled", "Head", "Method", "Streaming", "Unary", "read_head"]

@@ -1,0 +1,157 @@
+"""Inference that answers with server-sent events, and Triton's generate."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
+
+from fairlead.api.kserve import codec
+from fairlead.api.kserve.generate import decode_flat, encode_flat
+from fairlead.api.kserve.openapi import EVENTS, HEADER_LENGTH, JSON
+from fairlead.api.status import http_status
+from fairlead.api.web import CLIENT_LEFT, EventStream, place, read_body, while_connected
+from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge
+from fairlead.core.request import Request, Response
+from fairlead.core.specs import ModelSpec
+from fairlead.observe.access import AccessLog, new_request_id
+from fairlead.runtime.repository import ModelRepository
+
+MAX_JSON_BYTES = 1 << 20
+"""Nobody else is served while JSON is parsed; larger tensors have the binary extension."""
+
+Encode = Callable[[Response], Awaitable[bytes]]
+
+
+class AccessLine:
+    """What the access log will say of one request; `end` says it."""
+
+    def __init__(self, access_log: AccessLog, http: HttpRequest) -> None:
+        self.access_log = access_log
+        self.arrived = time.perf_counter()
+        self.trace = http.headers.get("traceparent", "")
+        self.model, self.version = place(http)
+        self.request: Request | None = None
+
+    def end(self, status: int, error: str) -> None:
+        request_id, rows = (self.request.id, self.request.num_rows) if self.request else ("", 0)
+        seconds = time.perf_counter() - self.arrived
+        self.access_log.add("http", request_id or new_request_id(), self.trace, self.model, self.version, status, seconds, rows, error)
+
+
+class Streaming:
+    def __init__(self, repository: ModelRepository, access_log: AccessLog, max_body_bytes: int) -> None:
+        self.repository = repository
+        self.access_log = access_log
+        self.max_body_bytes = max_body_bytes
+
+    # Endpoints
+
+    async def infer(self, http: HttpRequest) -> Any:
+        """The body is that of any `infer`; every response is an event."""
+        if EVENTS not in http.headers.get("accept", ""):
+            raise HTTPException(406, f"this path answers with {EVENTS}")
+        line = AccessLine(self.access_log, http)
+        with self._refusals(line):
+            spec = self.repository.find(line.model, line.version).spec
+            request, form = await self._decode(http, line, spec)
+        self._complete(line, request)
+
+        async def encode(response: Response) -> bytes:
+            if codec.pace(response, form) is codec.Pace.LOOP:
+                (text, *_), _ = codec.encode(response, form, request.outputs)
+            else:
+                (text, *_), _ = await asyncio.to_thread(codec.encode, response, form, request.outputs)
+            return bytes(text)
+
+        return EventStream(self._events(request, encode), line.end)
+
+    async def generate(self, http: HttpRequest) -> Any:
+        line, request = await self._flat(http)
+        try:
+            event = await while_connected(http.receive, self._only_event(request))
+        except FairleadError as error:
+            line.end(http_status(error), error.message)
+            raise
+        if event is None:
+            line.end(CLIENT_LEFT, "the client left")
+            return HttpResponse(status_code=CLIENT_LEFT)
+        line.end(200, "")
+        return HttpResponse(event, media_type=JSON)
+
+    async def generate_stream(self, http: HttpRequest) -> Any:
+        line, request = await self._flat(http)
+        return EventStream(self._events(request, _encode_flat), line.end)
+
+    # In
+
+    async def _decode(self, http: HttpRequest, line: AccessLine, spec: ModelSpec) -> tuple[Request, codec.Form]:
+        body = await read_body(http, self.max_body_bytes)
+        header = http.headers.get(HEADER_LENGTH)
+        head_bytes = None if header is None else codec.head_size(header, len(body))
+        if head_bytes == 0:
+            request, _ = codec.decode_raw(body, line.model, line.version, spec)
+            return request, codec.JSON_FORM
+        if (head_bytes or len(body)) > MAX_JSON_BYTES:
+            raise TooLarge(f"the request's JSON exceeds {MAX_JSON_BYTES} bytes: send its tensors with the binary extension")
+        try:
+            request, form = codec.decode(body, head_bytes, line.model, line.version)
+        except codec.TooSlow:
+            request, form = await asyncio.to_thread(codec.decode, body, head_bytes, line.model, line.version, True)
+        if form.binary or any(form.binaries.values()):
+            raise InvalidRequest("events are text: ask for outputs without 'binary_data_output' and 'binary_data'")
+        return request, codec.with_labels(form, spec) if form.classes else form
+
+    async def _flat(self, http: HttpRequest) -> tuple[AccessLine, Request]:
+        line = AccessLine(self.access_log, http)
+        with self._refusals(line):
+            spec = self.repository.find(line.model, line.version).spec
+            request = decode_flat(await read_body(http, MAX_JSON_BYTES), line.model, line.version, spec)
+        self._complete(line, request)
+        return line, request
+
+    def _complete(self, line: AccessLine, request: Request) -> None:
+        request.arrived, request.trace = line.arrived, line.trace
+        line.request = request
+
+    @contextmanager
+    def _refusals(self, line: AccessLine) -> Iterator[None]:
+        """Count and log what goes wrong before a model is asked."""
+        try:
+            yield
+        except FairleadError as error:
+            status = http_status(error)
+            self.repository.metrics.refused["http", str(status)] += 1
+            line.end(status, error.message)
+            raise
+        except ClientDisconnect:
+            line.end(CLIENT_LEFT, "the client left")
+            raise
+
+    # Out
+
+    async def _events(self, request: Request, encode: Encode) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(self.repository.infer(request)) as responses:
+                async for response in responses:
+                    yield await encode(response)
+        except FairleadError as error:
+            raise type(error)(codec.message_of(error, request.id)) from None
+
+    async def _only_event(self, request: Request) -> bytes:
+        async with aclosing(self._events(request, _encode_flat)) as events:
+            event = await anext(events, None)
+            if event is None or await anext(events, None) is not None:
+                raise InvalidRequest(
+                    "generate expects model to produce exactly 1 response, use generate stream for model that generates various number of responses"
+                )
+        return event
+
+
+async def _encode_flat(response: Response) -> bytes:
+    return encode_flat(response)

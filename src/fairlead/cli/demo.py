@@ -1,0 +1,736 @@
+"""`fairlead demo`: real models trained on the data that scikit-learn brings along, served, and asked."""
+
+import hashlib
+import http.client
+import inspect
+import json
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from threading import Thread, Timer
+from typing import IO, Any
+
+import click
+import msgspec
+import numpy as np
+from msgspec import Struct
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fairlead.cli.demo_models import confidence, search
+from fairlead.core.errors import ConfigError, LoadError, ModelError
+from fairlead.core.tensors import DTYPES, Tensors, canonical, datatype_of, decode_bytes, encode_bytes, object_array
+
+MANIFEST = ".demo.json"
+LOG = ".demo.log"
+USUAL_PORTS = (8000, 8001, 8002)
+NUM_TIMED = 20
+START_SECONDS = 180.0
+STOP_SECONDS = 40.0
+HELD_OUT = 0.25
+SEED = 7
+
+Progressed = Callable[[str, int, int], None]
+"""Told what is being built, how many are done, and of how many."""
+
+
+class DemoModel(Struct, frozen=True, kw_only=True):
+    """A model that was built, with one row of data it has not seen."""
+
+    name: str
+    kind: str
+    data: str
+    score: str
+    """How good it is on data held out of its training."""
+    question: str
+    """What the request asks, in words."""
+    truth: str
+    values: Any
+    """The request's one input, nested lists."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes by index."""
+    streams: bool = False
+
+
+class Answered(Struct, frozen=True, kw_only=True):
+    """One row of the table."""
+
+    name: str
+    kind: str
+    question: str
+    answer: str
+    truth: str
+    latency: float
+    """Seconds, the median of NUM_TIMED requests."""
+    score: str
+
+
+# Build
+
+
+def _breast_cancer() -> tuple[Any, list[np.ndarray]]:
+    from sklearn.datasets import load_breast_cancer
+
+    data = load_breast_cancer()
+    return data, _split(data.data, data.target)
+
+
+def _split(x: np.ndarray, y: np.ndarray, *, classes: bool = True) -> list[np.ndarray]:
+    """Training x, held-out x, training y, held-out y."""
+    from sklearn.model_selection import train_test_split
+
+    parts: list[np.ndarray] = train_test_split(x, y, test_size=HELD_OUT, random_state=SEED, stratify=y if classes else None)
+    return parts
+
+
+def _accuracy(predicted: np.ndarray, truth: np.ndarray) -> str:
+    return f"{np.mean(predicted.reshape(-1) == truth):.1%} right"
+
+
+def _xgboost(folder: Path) -> DemoModel:
+    import xgboost
+
+    data, (x, x_out, y, y_out) = _breast_cancer()
+    features = [name.replace(" ", "_") for name in data.feature_names]
+    settings = {"objective": "binary:logistic", "max_depth": 4, "eta": 0.1, "nthread": 1, "seed": SEED}
+    model = xgboost.train(settings, xgboost.DMatrix(x, y, feature_names=features), num_boost_round=200)
+    model.save_model(folder / "model.ubj")
+    scores = model.predict(xgboost.DMatrix(x_out, feature_names=features))
+    return DemoModel(
+        name="tumour_xgboost",
+        kind="XGBoost",
+        data="breast cancer",
+        score=_accuracy(scores > 0.5, y_out),
+        question="30 measurements of a tumour",
+        truth=str(data.target_names[y_out[0]]),
+        values=x_out[:1].tolist(),
+        labels=tuple(map(str, data.target_names)),
+    )
+
+
+def _lightgbm(folder: Path) -> DemoModel:
+    import lightgbm
+
+    data, (x, x_out, y, y_out) = _breast_cancer()
+    settings = {"objective": "binary", "num_leaves": 15, "num_threads": 1, "verbose": -1, "seed": SEED}
+    model = lightgbm.train(settings, lightgbm.Dataset(x, y), num_boost_round=100)
+    model.save_model(folder / "model.txt")
+    return DemoModel(
+        name="tumour_lightgbm",
+        kind="LightGBM",
+        data="breast cancer",
+        score=_accuracy(model.predict(x_out) > 0.5, y_out),
+        question="the same of another tumour",
+        truth=str(data.target_names[y_out[1]]),
+        values=x_out[1:2].tolist(),
+        labels=tuple(map(str, data.target_names)),
+    )
+
+
+def _catboost(folder: Path) -> DemoModel:
+    import catboost
+    from sklearn.datasets import load_wine
+
+    data = load_wine()
+    x, x_out, y, y_out = _split(data.data, data.target)
+    model = catboost.CatBoostClassifier(iterations=200, depth=4, thread_count=1, random_seed=SEED, verbose=False, allow_writing_files=False)
+    model.fit(x, y)
+    model.save_model(str(folder / "model.cbm"))
+    return DemoModel(
+        name="wine_catboost",
+        kind="CatBoost",
+        data="wine",
+        score=_accuracy(model.predict(x_out), y_out),
+        question="13 measurements of a wine",
+        truth=f"cultivar {y_out[0]}",
+        values=x_out[:1].tolist(),
+        labels=tuple(f"cultivar {i}" for i in range(3)),
+    )
+
+
+def _sklearn(folder: Path) -> DemoModel:
+    import skops.io
+    from sklearn.datasets import load_diabetes
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+
+    data = load_diabetes(scaled=False)
+    x, x_out, y, y_out = _split(data.data, data.target, classes=False)
+    model = make_pipeline(StandardScaler(), PolynomialFeatures(2), StandardScaler(), RidgeCV(np.logspace(0, 4, 9))).fit(x, y)
+    skops.io.dump(model, folder / "model.skops")
+    error, guess = (np.mean(np.abs(a - y_out)) for a in (model.predict(x_out), y.mean()))
+    return DemoModel(
+        name="diabetes_sklearn",
+        kind="scikit-learn",
+        data="diabetes",
+        score=f"off by {error:.0f} (guessing: {guess:.0f})",
+        question="10 findings of a patient",
+        truth=f"{y_out[0]:.0f}",
+        values=x_out[:1].tolist(),
+    )
+
+
+def _onnx(folder: Path) -> DemoModel:
+    import torch
+    from sklearn.datasets import load_digits
+    from torch import nn
+
+    data = load_digits()
+    x, x_out, y, y_out = _split(data.images[:, None].astype(np.float32), data.target)
+    network = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(12, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24 * 4 * 4, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+    classes = torch.from_numpy(y)
+    _train(network, torch.from_numpy(x) / 16, lambda out, _, rows: nn.functional.cross_entropy(out, classes[rows]), epochs=14, rate=6e-3)
+
+    with torch.no_grad():
+        network[0].weight /= 16  # pixels may come as they are, 0 to 16
+    model = nn.Sequential(*network, nn.Softmax(1)).eval()
+    with torch.no_grad():
+        score = _accuracy(model(torch.from_numpy(x_out)).argmax(1).numpy(), y_out)
+    torch.onnx.export(
+        model,
+        (torch.from_numpy(x_out[:2]),),
+        folder / "model.onnx",
+        input_names=["image"],
+        output_names=["digit"],
+        dynamic_axes={"image": {0: "batch"}, "digit": {0: "batch"}},
+        dynamo=False,
+    )
+    labels = ", ".join(f'"{i}"' for i in range(10))
+    _declare(folder, f"outputs:\n  - {{name: digit, datatype: FP32, shape: [-1, 10], labels: [{labels}]}}\n")
+    return DemoModel(
+        name="digits_onnx",
+        kind="ONNX, a CNN",
+        data="digits",
+        score=score,
+        question="a handwritten digit, 8x8 pixels",
+        truth=str(y_out[0]),
+        values=x_out[:1].tolist(),
+        labels=tuple(str(i) for i in range(10)),
+    )
+
+
+def _torchscript(folder: Path) -> DemoModel:
+    import torch
+    from sklearn.datasets import load_digits
+    from torch import nn
+
+    data = load_digits()
+    x, x_out, _, _ = _split(data.data.astype(np.float32) / 16, data.target)
+    sizes = (64, 128, 32, 128, 64)
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+    network = nn.Sequential(*layers[:-1], nn.Sigmoid())
+    clean = torch.from_numpy(x)
+
+    def noisy(image: Any) -> Any:
+        return image + 0.25 * torch.randn(image.shape)
+
+    _train(network, clean, lambda out, image, _: nn.functional.mse_loss(out, image), epochs=40, rate=2e-3, spoil=noisy)
+    spoilt = noisy(torch.from_numpy(x_out))
+    with torch.no_grad():
+        before, after = (float(((image - torch.from_numpy(x_out)) ** 2).mean()) for image in (spoilt, network(spoilt)))
+    torch.jit.save(torch.jit.trace(network.eval(), spoilt[:1]), folder / "model.pt")
+    return DemoModel(
+        name="denoise_torchscript",
+        kind="TorchScript, an MLP",
+        data="digits",
+        score=f"{1 - after / before:.0%} of the noise gone",
+        question="a digit under noise",
+        truth="",
+        values=[[round(pixel, 3) for pixel in spoilt[0].tolist()]],
+    )
+
+
+def _search(folder: Path) -> DemoModel:
+    from sklearn.utils import all_estimators
+
+    names, summaries, bodies = [], [], []
+    for name, estimator in all_estimators():
+        summary, _, body = (inspect.getdoc(estimator) or name).partition("\n\n")
+        names.append(name)
+        summaries.append(" ".join(summary.split()))
+        bodies.append(body.partition("\nExamples\n")[0] or name)
+    words, weights, vectors = search.vectors_of(bodies)
+    hits = [position in _best(summary, words, weights, vectors) for position, summary in enumerate(summaries)]
+    texts = [f"{name} {summary} {summary} {body}" for name, summary, body in zip(names, summaries, bodies, strict=True)]
+    words, weights, vectors = search.vectors_of(texts)
+    (folder / "index.json").write_text(json.dumps({"words": words, "names": names, "summaries": summaries}))
+    np.savez(folder / "index.npz", weights=weights, vectors=vectors.astype(np.float16))
+    shutil.copy(inspect.getfile(search), folder / "model.py")
+    return DemoModel(
+        name="search_python",
+        kind="Python, text in and out",
+        data="scikit-learn's manual",
+        score=f"{np.mean(hits):.0%} found by their summary",
+        question="fill in missing values",
+        truth="",
+        values=["fill in missing values"],
+    )
+
+
+def _best(text: str, words: list[str], weights: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    places = {word: i for i, word in enumerate(words)}
+    found = [places[word] for word in search.words_of(text) if word in places]
+    return np.argsort(-(vectors @ (np.bincount(found, minlength=len(words)) * weights)))[: search.NUM_ANSWERS]
+
+
+def _confidence(folder: Path) -> DemoModel:
+    data, (x, x_out, _, _) = _breast_cancer()
+    shutil.copy(inspect.getfile(confidence), folder / "model.py")
+    _declare(folder, "inputs:\n  - {name: values, datatype: FP64, shape: [-1]}    # the example shows one length, any will do\n")
+    random, model, radius = np.random.default_rng(SEED), confidence.Model(), x[:, 0]
+    covered = 0
+    for _ in range(100):
+        *_, last = model.infer({"values": random.choice(radius, 40)})
+        covered += bool(last["low"][0] <= radius.mean() <= last["high"][0])
+    return DemoModel(
+        name="confidence_python",
+        kind="Python, streaming",
+        data="breast cancer",
+        score=f"interval holds {covered}% of the time",
+        question=f"the mean radius of {len(x_out[:40])} tumours",
+        truth=f"{data.data[:, 0].mean():.2f}",
+        values=x_out[:40, 0].tolist(),
+        streams=True,
+    )
+
+
+def _train(
+    network: Any, x: Any, loss: Callable[[Any, Any, Any], Any], *, epochs: int, rate: float, spoil: Callable[[Any], Any] | None = None
+) -> None:
+    """Adam on shuffled batches; `loss` of (the network's output, the rows, their numbers)."""
+    import torch
+
+    torch.manual_seed(SEED)
+    for layer in network:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    optimizer = torch.optim.Adam(network.parameters(), rate)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(128):
+            batch = x[rows]
+            optimizer.zero_grad()
+            loss(network(spoil(batch) if spoil else batch), batch, rows).backward()
+            optimizer.step()
+
+
+def _declare(version_folder: Path, lines: str) -> None:
+    (version_folder.parent / "model.yaml").write_text(lines)
+
+
+RECIPES: dict[str, Callable[[Path], DemoModel]] = {
+    "tumour_xgboost": _xgboost,
+    "tumour_lightgbm": _lightgbm,
+    "wine_catboost": _catboost,
+    "diabetes_sklearn": _sklearn,
+    "digits_onnx": _onnx,
+    "denoise_torchscript": _torchscript,
+    "search_python": _search,
+    "confidence_python": _confidence,
+}
+
+
+class Manifest(Struct, frozen=True):
+    """What lies in a folder that `build` made; `recipe` is "" until it is complete."""
+
+    recipe: str
+    models: list[DemoModel]
+
+
+def build(folder: Path, progress: Progressed) -> list[DemoModel]:
+    """Train the models and write them as a model repository; what an earlier call finished is used again.
+
+    Raises ConfigError where the folder holds something else, or a library is missing.
+    """
+    manifest, recipe = folder / MANIFEST, _recipe()
+    if manifest.is_file():
+        with suppress(msgspec.DecodeError):
+            found = msgspec.json.decode(manifest.read_bytes(), type=Manifest)
+            if found.recipe == recipe and all((folder / name).is_dir() for name in RECIPES):
+                return found.models
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} holds something that is not a demo's; name a folder that is empty or not there yet")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.write_bytes(msgspec.json.encode(Manifest("", [])))
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from None
+    models = []
+    with _one_thread():
+        for done, (name, recipe_of) in enumerate(RECIPES.items()):
+            progress(name, done, len(RECIPES))
+            shutil.rmtree(folder / name, ignore_errors=True)
+            version = folder / name / "1"
+            version.mkdir(parents=True)
+            try:
+                models.append(recipe_of(version))
+            except ImportError as error:
+                raise ConfigError(f"the demo needs {error.name}: pip install 'fairlead[demo]'") from None
+    progress("done", len(RECIPES), len(RECIPES))
+    manifest.write_bytes(msgspec.json.encode(Manifest(recipe, models)))
+    return models
+
+
+def _recipe() -> str:
+    """Changes when what would be built does."""
+    digest = hashlib.sha256()
+    for file in (__file__, search.__file__, confidence.__file__):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models this small train fastest on one thread; and their exporters' deprecations are no news to a user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import torch
+        except ImportError:
+            yield
+            return
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+# Serve
+
+
+class ServerProcess:
+    """`fairlead serve` as a process of its own, its log in the folder that it serves."""
+
+    def __init__(self, folder: Path, ports: Sequence[int]) -> None:
+        self.log = folder / LOG
+        flags = [f"{flag}={port}" for flag, port in zip(("--port", "--grpc-port", "--ops-port"), ports, strict=True)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "fairlead", "serve", str(folder), *flags, "--log-format=json"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C is ours to pass on
+        )
+        self.http = self.grpc = ""
+        """Addresses, HOST:PORT."""
+
+    def wait(self) -> None:
+        """Until it says that it serves. Raises LoadError with what it said instead."""
+        watchdog = Timer(START_SECONDS, self.process.kill)
+        watchdog.start()
+        lines: deque[str] = deque(maxlen=12)
+        output = self.process.stdout
+        assert output is not None
+        with self.log.open("w") as log:
+            for line in output:
+                log.write(line)
+                lines.append(line)
+                told = _told(line)
+                if told.get("event") == "serving":
+                    self.http, self.grpc = told["http"].removeprefix("http://"), told["grpc"]
+                    break
+        watchdog.cancel()
+        if not self.http:
+            self.stop()
+            raise LoadError("the server did not start:\n" + "".join(lines))
+        Thread(target=self._keep_log, args=(output,), daemon=True).start()
+
+    def _keep_log(self, output: IO[str]) -> None:
+        with self.log.open("a") as log:
+            for line in output:
+                log.write(line)
+
+    def stop(self) -> None:
+        """As an operator would: SIGTERM, and it drains."""
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _told(line: str) -> dict[str, Any]:
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def free_ports() -> tuple[int, int, int]:
+    """The usual three where they are free, else any (0)."""
+    for port in USUAL_PORTS:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                return 0, 0, 0
+    return USUAL_PORTS
+
+
+# Ask
+
+
+class Client:
+    """KServe v2 over one connection, with the binary tensor extension."""
+
+    def __init__(self, address: str) -> None:
+        self.connection = http.client.HTTPConnection(address, timeout=60)
+
+    def metadata(self, model: str) -> dict[str, Any]:
+        self.connection.request("GET", f"/v2/models/{model}")
+        return dict(json.loads(self._read()[1]))
+
+    def infer(self, model: str, inputs: Tensors) -> Tensors:
+        head: dict[str, Any] = {"inputs": [], "parameters": {"binary_data_output": True}}
+        parts = []
+        for name, array in inputs.items():
+            datatype = datatype_of(array)
+            parts.append(encode_bytes(array) if datatype == "BYTES" else array.tobytes())
+            tensor = {"name": name, "shape": array.shape, "datatype": datatype, "parameters": {"binary_data_size": len(parts[-1])}}
+            head["inputs"].append(tensor)
+        start = json.dumps(head).encode()
+        headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(start))}
+        self.connection.request("POST", f"/v2/models/{model}/infer", b"".join([start, *parts]), headers)
+        length, body = self._read()
+        return _tensors(json.loads(body[:length]), memoryview(body)[length:])
+
+    def stream(self, model: str, inputs: Tensors) -> Iterator[dict[str, Any]]:
+        """Server-sent events, as they come."""
+        body = json.dumps({name: array.tolist() for name, array in inputs.items()})
+        self.connection.request("POST", f"/v2/models/{model}/generate_stream", body, {"Content-Type": "application/json"})
+        response = self.connection.getresponse()
+        if response.status != 200:
+            raise ModelError(response.read().decode())
+        for line in response:
+            if line.startswith(b"data: "):
+                yield json.loads(line[6:])
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def _read(self) -> tuple[int, bytes]:
+        """Length of the JSON part, and the body."""
+        response = self.connection.getresponse()
+        body = response.read()
+        if response.status != 200:
+            raise ModelError(json.loads(body)["error"])
+        return int(response.headers.get("Inference-Header-Content-Length", len(body))), body
+
+
+def _tensors(head: dict[str, Any], rest: memoryview) -> Tensors:
+    tensors: Tensors = {}
+    at = 0
+    for output in head["outputs"]:
+        size, shape = output["parameters"]["binary_data_size"], tuple(output["shape"])
+        part = rest[at : at + size]
+        at += size
+        if output["datatype"] == "BYTES":
+            tensors[output["name"]] = object_array(list(decode_bytes(part)), shape)
+        else:
+            tensors[output["name"]] = np.frombuffer(part, DTYPES[output["datatype"]]).reshape(shape)
+    return tensors
+
+
+def _request_of(model: DemoModel, metadata: dict[str, Any]) -> Tensors:
+    """The held-out row, as the model's one input."""
+    (tensor,) = metadata["inputs"]
+    if tensor["datatype"] == "BYTES":
+        return {tensor["name"]: canonical(model.values)}
+    return {tensor["name"]: np.array(model.values, DTYPES[tensor["datatype"]])}
+
+
+def ask(client: Client, model: DemoModel) -> Answered:
+    """One question, then more of the same for the time it takes."""
+    request = _request_of(model, client.metadata(model.name))
+
+    def once() -> list[Tensors]:
+        return list(client.stream(model.name, request)) if model.streams else [client.infer(model.name, request)]
+
+    answer = in_words(model, once())
+    seconds = []
+    for _ in range(NUM_TIMED):
+        start = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - start)
+    return Answered(
+        name=model.name,
+        kind=model.kind,
+        question=model.question,
+        answer=answer,
+        truth=model.truth,
+        latency=statistics.median(seconds),
+        score=model.score,
+    )
+
+
+def in_words(model: DemoModel, responses: list[Tensors]) -> str:
+    outputs = responses[-1]
+    match model.name:
+        case "diabetes_sklearn":
+            return f"progression {_first(outputs):.0f}"
+        case "denoise_torchscript":
+            (image,) = outputs.values()
+            return f"{image.size} clean pixels, {np.mean(np.abs(image - np.array(model.values))):.2f} away on average"
+        case "search_python":
+            return ", ".join(name.decode() for name in outputs["name"][0])
+        case "confidence_python":
+            mean, low, high = (_first({name: outputs[name]}) for name in ("mean", "low", "high"))
+            return f"{mean:.2f}, {low:.2f} to {high:.2f}, in {len(responses)} responses"
+    for array in outputs.values():
+        if array.dtype.kind == "f" and array.size in (1, len(model.labels)):
+            scores = array.reshape(-1) if array.size > 1 else np.array([1 - _first(outputs), _first(outputs)])
+            return f"{model.labels[scores.argmax()]} ({scores.max():.0%} sure)"
+    raise AssertionError(f"{model.name} gave no probabilities: {list(outputs)}")
+
+
+def _first(outputs: Tensors) -> float:
+    return float(np.asarray(next(iter(outputs.values()))).reshape(-1)[0])
+
+
+# Tell
+
+
+def things_to_try(client: Client, server: ServerProcess, models: dict[str, DemoModel]) -> dict[str, str]:
+    """Lines for a terminal that work as they stand, by what they use."""
+    url = f"http://{server.http}"
+    patient = models["diabetes_sklearn"]
+    (tensor,) = client.metadata(patient.name)["inputs"]
+    row = json.dumps(
+        {
+            "inputs": [
+                {"name": tensor["name"], "shape": [1, len(patient.values[0])], "datatype": tensor["datatype"], "data": patient.values[0]}
+            ]
+        }
+    )
+    stream = json.dumps({"values": models["confidence_python"].values[:12]})
+    job = json.dumps({"inputs": [{"name": "job", "shape": [1], "datatype": "BYTES", "data": ["group similar rows"]}]})
+    triton = """python - <<'END'
+import numpy as np
+import tritonclient.{protocol} as triton
+client = triton.InferenceServerClient("{address}")
+image = np.random.default_rng().integers(0, 17, (1, 1, 8, 8)).astype(np.float32)
+tensor = triton.InferInput("image", list(image.shape), "FP32")
+tensor.set_data_from_numpy(image)
+print(client.infer("digits_onnx", [tensor]).as_numpy("digit").round(3))
+END"""
+    plain = f"""python - <<'END'
+import json, urllib.request
+body = {job!r}
+with urllib.request.urlopen("{url}/v2/models/search_python/infer", body.encode()) as response:
+    print(json.load(response)["outputs"][0]["data"])
+END"""
+    return {
+        "curl": f"curl -s {url}/v2/models/{patient.name}/infer -d {shlex.quote(row)}",
+        "curl, a stream": f"curl -sN {url}/v2/models/confidence_python/generate_stream -d {shlex.quote(stream)}",
+        "tritonclient, HTTP": triton.format(protocol="http", address=server.http),
+        "tritonclient, gRPC": triton.format(protocol="grpc", address=server.grpc),
+        "Python": plain,
+    }
+
+
+def show(console: Console, answers: list[Answered]) -> None:
+    table = Table(title="One request to each model", title_justify="left", header_style="bold")
+    for column in ("model", "kind", "request", "answer", "truth"):
+        table.add_column(column, overflow="fold")
+    table.add_column("latency", justify="right", no_wrap=True)
+    table.add_column("on data it has not seen")
+    for row in answers:
+        cells = (row.name, row.kind, row.question, row.answer, row.truth, f"{row.latency * 1e3:.2f} ms", row.score)
+        table.add_row(*map(escape, cells))
+    console.print(table)
+
+
+def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, console: Console) -> None:
+    """Serve, ask each model, tell what to try; then keep serving until Ctrl-C unless `once`."""
+    if not as_json:
+        console.print(f"Starting [bold]fairlead serve {escape(str(folder))}[/] ...")
+    server = ServerProcess(folder, free_ports())
+    try:
+        server.wait()
+        with closing(Client(server.http)) as client:
+            answers = [ask(client, model) for model in models]
+            lines = things_to_try(client, server, {model.name: model for model in models})
+        if as_json:
+            click.echo(msgspec.json.encode({"http": server.http, "grpc": server.grpc, "models": answers, "try": lines}).decode())
+        else:
+            show(console, answers)
+            for tool, text in lines.items():
+                console.print(f"\n[bold]{tool}[/]")
+                click.echo(text)
+        if not once:
+            console.print(
+                f"\nServing at http://{server.http} and gRPC {server.grpc}; its log is {escape(str(server.log))}. Ctrl-C ends it."
+            )
+            server.process.wait()
+            raise LoadError(f"the server ended by itself; see {server.log}")
+    except KeyboardInterrupt:
+        console.print("Draining ...")
+    finally:
+        server.stop()
+
+
+@click.command()
+@click.option("--build", "build_in", type=click.Path(path_type=Path), help="Only train the models and write the repository here.")
+@click.option(
+    "--models",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path("demo-models"),
+    show_default=True,
+    help="Where the repository lies, or will.",
+)
+@click.option("--once", is_flag=True, help="End after the table, as without a terminal.")
+@click.option("--json", "as_json", is_flag=True, help="JSON, for scripts.")
+def demo(build_in: Path | None, folder: Path, once: bool, as_json: bool) -> None:
+    """Train small real models, serve them, ask each one, and show what to try next."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # progress goes to stderr, so that what is asked for can be piped
+    progress_console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=progress_console, transient=True) as bar:
+        task = bar.add_task("training", total=len(RECIPES))
+        models = build(
+            build_in or folder, lambda name, done, total: bar.update(task, description=f"training {name}", completed=done, total=total)
+        )
+    if build_in is None:
+        run(folder, models, once=once or as_json or not sys.stdout.isatty(), as_json=as_json, console=Console())
+    elif as_json:
+        click.echo(msgspec.json.encode({"folder": str(build_in), "models": models}).decode())
+    else:
+        console = Console()
+        table = Table(title=f"Built in {build_in}", title_justify="left", header_style="bold")
+        for column in ("model", "kind", "data", "on data it has not seen"):
+            table.add_column(column)
+        for model in models:
+            table.add_row(*map(escape, (model.name, model.kind, model.data, model.score)))
+        console.print(table)
+        console.print(f"Serve it with: fairlead serve {shlex.quote(str(build_in))}", markup=False)

@@ -1,0 +1,1 @@
+"""Python models of `fairlead demo`, copied into its repository as `model.py`."""

@@ -1,0 +1,62 @@
+"""What an operator writes is typed; what is wrong with it is said with file and line."""
+
+from pathlib import Path
+
+import pytest
+
+from fairlead.core.config import read_yaml
+from fairlead.core.errors import ConfigError
+from fairlead.core.settings import Listen, Settings, check_exposure, read_settings
+from fairlead.core.specs import ModelSpec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour: red", "m.yaml:1: unknown key `colour`"),
+        ("inputs:\n- name: x\n  datatype: FP31\n  shape: [1]", "m.yaml:3: Invalid enum value 'FP31' (at inputs[0].datatype)"),
+        ("inputs:\n- name: x\n  datatype: FP32\n", "m.yaml:2: Object missing required field `shape` (at inputs[0])"),
+        ("batching:\n\n  max_batch_size: no\n", "m.yaml:3: Expected `int`, got `bool` (at batching.max_batch_size)"),
+        ("batching: {queue_policy: {timeout_action: WAIT}}", "m.yaml:1: Invalid enum value 'WAIT' (at batching.queue_policy.timeout_action)"),
+        ("inputs: [", "m.yaml:1: not YAML: did not find expected node content"),
+        ("- a list", "m.yaml:1: Expected `object`, got `array`"),
+        ("instances: {count: 0}", "m.yaml:1: Expected `int` >= 1 (at instances.count)"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(text, message):
+    with pytest.raises(ConfigError) as error:
+        read_yaml(text, ModelSpec, "m.yaml")
+    assert error.value.message == message
+
+
+def test_an_empty_file_is_all_defaults():
+    assert read_yaml("", ModelSpec, "m.yaml") == ModelSpec()
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "fairlead.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_environment_variables_fill_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELS", "/srv/models")
+    assert read_settings(write(tmp_path, "models: {repositories: ['${MODELS}']}")).models.repositories == ("/srv/models",)
+
+
+def test_an_environment_variable_that_is_not_set_is_an_error_with_its_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"fairlead\.yaml:2: environment variable NOT_THERE is not set"):
+        read_settings(write(tmp_path, "models:\n  repositories: ['${NOT_THERE}']\n"))
+
+
+def test_an_absent_settings_file_is_one_readable_line(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read .*: No such file"):
+        read_settings(tmp_path / "fairlead.yaml")
+
+
+def test_nobody_listens_beyond_loopback_by_accident():
+    check_exposure(Settings().listen)
+    check_exposure(Listen(host="0.0.0.0", open=True))
+    for listen in (Listen(host="0.0.0.0"), Listen(ops_host="::")):
+        with pytest.raises(ConfigError, match="nothing asks callers for a key"):
+            check_exposure(listen)
