@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -47,20 +48,20 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(peer: Peer, workload: str) -> Iterator[Server]:
-    """One thread for the model everywhere; the log is kept where the run fails."""
+    """One thread for the model everywhere. What the server leaves behind, its log too, is kept where the run fails."""
     fill = {"w": workload, "http": free_port(), "grpc": free_port(), "metrics": free_port()}
-    tree = Tree()
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "W": workload}
+    tree, folder = Tree(), Path(tempfile.mkdtemp(prefix="bench-"))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "W": workload, "TMPDIR": str(folder)}
     env |= {"PATH": f"{peer.folder}:{os.environ['PATH']}"} | peer.environ | tree.env
-    with tempfile.NamedTemporaryFile("w", prefix="bench-", suffix=".log", delete=False) as log:
-        command = [part.format(**fill) for part in peer.command.split()]
-        program = peer.folder / command.pop(0)
-        process = subprocess.Popen([program, *command], env=env, stdout=log, stderr=log, cwd=HERE, start_new_session=True)
+    program, *arguments = (part.format(**fill) for part in peer.command.split())
+    with (folder / "server.log").open("w") as log:
+        command = [peer.folder / program, *arguments]
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=HERE, start_new_session=True)
     try:
-        yield Server(process, tree, fill, Path(log.name), time.perf_counter())
+        yield Server(process, tree, fill, folder / "server.log", time.perf_counter())
     finally:
         tree.stop()
-    Path(log.name).unlink()
+    shutil.rmtree(folder)
 
 
 def prepare(peer: str, server: Server, encoding: str) -> Call:

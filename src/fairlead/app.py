@@ -28,7 +28,7 @@ class Server:
         check_exposure(settings.listen)
         self.settings = settings
         self.metrics = Metrics(triton_names=settings.metrics.triton_names)
-        self.access_log = AccessLog(sys.stderr if settings.logs.requests else None)
+        self.access_log = AccessLog(sys.stderr if settings.logs.requests else None, self.metrics.responses)
         models = settings.models
         self.repository = ModelRepository(
             RepositorySettings(

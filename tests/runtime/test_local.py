@@ -58,18 +58,6 @@ def test_a_fast_model_moves_inline_and_a_slow_one_away_but_neither_flutters():
     assert not choose_inline(True, THREAD_ABOVE * 2)
 
 
-async def test_a_model_measured_to_be_fast_ends_up_inline():
-    executable = Doubling()
-    instance = LocalInstance(executable, "m", Execution.AUTO)
-    for _ in range(3):
-        await run(instance, 1)
-    instance.smoothed_seconds = THREAD_ABOVE * 5
-    instance.compute_seconds = THREAD_ABOVE * 5
-    instance._measured()
-    assert not instance.inline
-    await instance.close()
-
-
 async def test_an_asynchronous_model_is_told_that_it_needs_a_process():
     class Asynchronous(Executable):
         async def infer(self, inputs, outputs):

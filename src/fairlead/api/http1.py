@@ -11,7 +11,6 @@ import re
 import ssl as tls
 from collections import deque
 from email.utils import formatdate
-from enum import IntEnum
 from http import HTTPStatus
 from socket import socket
 from time import perf_counter, time
@@ -68,6 +67,9 @@ COMPRESS_INLINE_BELOW = 32 << 10
 JOIN_BELOW = 64 << 10
 """Responses beyond this are written from their parts, without a copy."""
 CLIENT_LEFT = 499
+
+# which part of a message comes next on a connection
+IDLE, HEAD, BODY = 0, 1, 2
 INTERNAL = ModelError("internal error")
 
 _json = msgspec.json.Encoder()
@@ -89,14 +91,6 @@ class Repository(Protocol):
     def submit(self, request: Request, sink: Sink) -> _Ticket: ...
 
     def find(self, name: str, version: str = "") -> _Version: ...
-
-
-class Stage(IntEnum):
-    """Which part of a message comes next on a connection."""
-
-    IDLE = 0
-    HEAD = 1
-    BODY = 2
 
 
 class Exchange:
@@ -449,18 +443,23 @@ class Flow(FlowControl):
         if not self.pipeline and not self.write_paused and not self._transport.is_closing():
             super().resume_reading()
 
+    def discard(self) -> None:
+        """Read whatever waits: nobody wants what comes."""
+        super().resume_reading()
+
 
 class DataProtocol(HttpToolsProtocol):
     """One connection. `cycle` is the message that comes in, `running` the one being answered."""
 
     cycle: Any
+    flow: Flow
     pipeline: deque[tuple[Any, Any]]
 
     def __init__(self, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, Any], http: "HttpServer") -> None:
         super().__init__(config, server_state, app_state)
         self.http = http
         self.running: Any = None
-        self.stage = Stage.IDLE
+        self.stage = IDLE
         self.deaf = False
         """Nothing more is wanted from this client."""
         self.stalled = False
@@ -468,6 +467,7 @@ class DataProtocol(HttpToolsProtocol):
         self.upgrading = False
         self.heard = self.began = self.idle_since = perf_counter()
         self.linger_until = 0.0
+        self.num_cycle_bytes = 0
         self.num_bytes = 0
         """Of the message that comes in, beyond its first read."""
         self.unsent_bytes = 0
@@ -487,13 +487,19 @@ class DataProtocol(HttpToolsProtocol):
             return
         if self.stage:
             self.num_bytes += len(data)
-            if self.num_bytes > (MAX_HEAD_BYTES if self.stage is Stage.HEAD else self.http.max_wire_bytes):
+            if self.num_bytes > (MAX_HEAD_BYTES if self.stage == HEAD else self.http.max_wire_bytes):
                 self._too_long()
                 return
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._feed_without_upgrade(data[upgrade.args[0] :])
+            while True:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    if not self.upgrading:  # CONNECT, which is answered by now
+                        self.deaf = True
+                        return
+                    data = self._without_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError:
             if not self.deaf:
                 log.exception("connection_failed")
@@ -513,6 +519,7 @@ class DataProtocol(HttpToolsProtocol):
                 cycle.disconnected = True
                 cycle.message_event.set()
         self.deaf = True
+        self.cycle = None
         super().connection_lost(exc)
         self.http.disconnected()
 
@@ -534,18 +541,18 @@ class DataProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self.url = b""
         self.headers = []
-        self.stage = Stage.HEAD
+        self.stage = HEAD
         self.began = self.heard
         self.num_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.stage is Stage.HEAD:  # else it trails a chunked body
+        if self.stage == HEAD:  # else it trails a chunked body
             self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         if self.deaf:
             return
-        self.stage = Stage.BODY
+        self.stage = BODY
         headers = dict(self.headers)
         parser = self.parser
         if b"upgrade" in headers and parser.should_upgrade():
@@ -583,7 +590,7 @@ class DataProtocol(HttpToolsProtocol):
         if self.deaf or self.upgrading:
             return
         if type(cycle) is not Exchange:
-            self.http_body(body)
+            self._cycle_body(body)
         elif cycle.body is None:
             cycle.body = body
         else:
@@ -592,7 +599,7 @@ class DataProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self.deaf or self.upgrading:
             return
-        self.stage = Stage.IDLE
+        self.stage = IDLE
         cycle = self.cycle
         if not cycle.keep_alive:
             self.deaf = True
@@ -643,7 +650,7 @@ class DataProtocol(HttpToolsProtocol):
     # The ASGI path
 
     def _begin_cycle(self, headers: dict[bytes, bytes]) -> None:
-        url, listed, last = self.url, self.headers, self.cycle
+        url, listed = self.url, self.headers
         super().on_message_begin()
         self.url = url
         self.headers = listed
@@ -653,9 +660,8 @@ class DataProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.http.draining:
             self.cycle.keep_alive = False
-        assert self.cycle is not last
 
-    def http_body(self, body: bytes) -> None:
+    def _cycle_body(self, body: bytes) -> None:
         self.num_cycle_bytes += len(body)
         if self.num_cycle_bytes > self.http.max_body_bytes:
             self.reject(self.http.too_large())
@@ -675,25 +681,22 @@ class DataProtocol(HttpToolsProtocol):
         if self.deaf:
             return
         cycle = self.cycle
-        if self.stage is not Stage.BODY or cycle is None or cycle.response_complete:
+        if self.stage != BODY:
             self._exchange_error(error, status)
         elif type(cycle) is Exchange:
             cycle.refuse(error, status)
         elif cycle.response_started:
+            # its answer is on the way or gone: there is no place for another
             self.deaf = True
             self.transport.close()
         else:
             self.deaf = True
-            waiting = bool(self.pipeline)
-            if waiting:
-                self.pipeline.popleft()
             cycle.disconnected = True
             cycle.message_event.set()
-            exchange = Exchange(self, "", "", keep_alive=False)
-            self.cycle = exchange
-            if waiting:
+            self.cycle = exchange = Exchange(self, "", "", keep_alive=False)
+            if self.pipeline:
                 exchange.waiting = True
-                self.pipeline.appendleft((exchange, None))
+                self.pipeline[0] = exchange, None
             else:
                 self.running = exchange
             exchange.refuse(error, status)
@@ -702,24 +705,24 @@ class DataProtocol(HttpToolsProtocol):
         self.reject(InvalidRequest(msg))
 
     def _too_long(self) -> None:
-        if self.stage is Stage.HEAD:
+        if self.stage == HEAD:
             self.reject(InvalidRequest(f"request line and headers are longer than {MAX_HEAD_BYTES} bytes"), 431)
         else:
             self.reject(self.http.too_large())
 
-    def _feed_without_upgrade(self, rest: bytes) -> None:
-        """We upgrade to nothing. The parser skipped the body for that: start over as if nobody had asked."""
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """What to parse in place of a request that would upgrade to another protocol, for which the parser skipped the body."""
         self.upgrading = False
-        self.stage = Stage.IDLE
+        self.stage = IDLE
         head = [self.parser.get_method(), b" ", self.url, b" HTTP/1.1\r\n"]
         for name, value in self.headers:
+            kept = value
             if name == b"connection":
-                value = b", ".join(token for token in value.split(b",") if token.strip().lower() != b"upgrade")  # noqa: PLW2901
-            if name != b"upgrade" and value:
-                head += [name, b": ", value, b"\r\n"]
-        head += [b"\r\n", rest]
+                kept = b", ".join(token for token in value.split(b",") if token.strip().lower() != b"upgrade")
+            if name != b"upgrade" and kept:
+                head += [name, b": ", kept, b"\r\n"]
         self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"".join(head))
+        return b"".join([*head, b"\r\n", rest])
 
     # The end
 
@@ -727,8 +730,7 @@ class DataProtocol(HttpToolsProtocol):
         """Close once what was written is sent."""
         self.deaf = True
         if linger and self.transport.can_write_eof() and not self.transport.is_closing():
-            self.flow.pipeline.clear()
-            self.flow.resume_reading()
+            self.flow.discard()
             self.linger_until = perf_counter() + LINGER_SECONDS
             self.transport.write_eof()
         else:
@@ -760,10 +762,10 @@ class DataProtocol(HttpToolsProtocol):
                 self.transport.abort()
         elif self.flow.read_paused:
             self.began = self.heard = now  # it is we who do not read
-        elif self.stage is Stage.HEAD:
+        elif self.stage == HEAD:
             if now - self.began > http.head_timeout:
                 self.reject(InvalidRequest(f"the request's head did not come within {http.head_timeout:g} s"), 408)
-        elif self.stage is Stage.BODY:
+        elif self.stage == BODY:
             if now - self.heard > http.body_timeout or now - self.began > http.body_timeout + self.num_bytes / MIN_RATE:
                 self.reject(InvalidRequest("the request's body came too slowly"), 408)
         elif now - self.idle_since > http.keep_alive and self.idle:
@@ -803,6 +805,7 @@ class HttpServer:
         self.offload = offload or Offload()
         self.receiving_bytes = 0
         self.draining = False
+        self.port = 0
         self.ok_line = self.date = ""
         self._config = uvicorn.Config(
             _answers_in_json(app),
@@ -829,12 +832,8 @@ class HttpServer:
         self._config.load()
         address: dict[str, Any] = {"sock": sock} if sock is not None else {"host": host, "port": port}
         self._server = await loop.create_server(lambda: DataProtocol(self._config, self._state, {}, self), **address, ssl=ssl, backlog=2048)
+        self.port = int(self._server.sockets[0].getsockname()[1])
         self._sweep()
-
-    @property
-    def port(self) -> int:
-        assert self._server is not None
-        return int(self._server.sockets[0].getsockname()[1])
 
     @property
     def num_connections(self) -> int:
@@ -881,10 +880,10 @@ class HttpServer:
             path = httptools.parse_url(url).path
         except httptools.HttpParserInvalidURLError:
             raise InvalidRequest("the request line has no valid URL") from None
-        if path is None:
-            raise InvalidRequest("the request line has no path")
+        if path is None or not path.isascii():
+            raise InvalidRequest("the request line has no path of ASCII characters")
         match = INFER.fullmatch(path)
-        route = None if match is None else (unquote(match[1].decode("latin-1")), (match[2] or b"").decode("ascii"))
+        route = None if match is None else (unquote(match[1].decode("ascii")), (match[2] or b"").decode("ascii"))
         if len(url) <= 512:
             if len(self._routes) >= MAX_ROUTES:
                 self._routes.clear()

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from fairlead.api.compression import content_encoding, decompress
+from fairlead.api.http1 import CLIENT_LEFT
 from fairlead.api.status import http_status
 from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge, Unavailable, Unsupported
 
@@ -31,8 +32,8 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
     return Response(msgspec.json.encode(value), status, headers, "application/json")
 
 
-def error_response(error: FairleadError) -> Response:
-    headers = {}
+def error_response(error: FairleadError, headers: Mapping[str, str] | None = None) -> Response:
+    headers = dict(headers or {})
     if isinstance(error, Unavailable):
         headers["Retry-After"] = str(math.ceil(error.retry_after))
     if isinstance(error, TooLarge):
@@ -137,7 +138,6 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T |
 
 Ended = Callable[[int, str], None]
 """Told once how an answer ended: its status (CLIENT_LEFT where nobody waited for it) and what went wrong, "" if nothing."""
-CLIENT_LEFT = 499
 
 
 class EventStream:
@@ -147,9 +147,10 @@ class EventStream:
     The events' generator is closed at the end, and when the client leaves.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], ended: Ended) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], ended: Ended, headers: Mapping[str, str]) -> None:
         self.events = events
         self.ended = ended
+        self.headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, message = CLIENT_LEFT, "the client left"
@@ -169,7 +170,7 @@ class EventStream:
             async with aclosing(self.events) as events:
                 async for event in events:
                     if not started:
-                        await send(EVENT_STREAM_START)
+                        await self._start(send)
                         started = True
                     await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
         except FairleadError as error:
@@ -181,25 +182,25 @@ class EventStream:
             failure = INTERNAL
         else:
             if not started:
-                await send(EVENT_STREAM_START)
+                await self._start(send)
             await send({"type": "http.response.body", "body": b""})
             return 200, "", None
         if not started:
-            return http_status(failure), failure.message, error_response(failure)
+            return http_status(failure), failure.message, error_response(failure, self.headers)
         await send({"type": "http.response.body", "body": b"data: " + msgspec.json.encode({"error": failure.message}) + b"\n\n"})
         return http_status(failure), failure.message, None
 
+    async def _start(self, send: Send) -> None:
+        named = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM_HEADERS, *named]})
 
-EVENT_STREAM_START = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [
-        (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"cache-control", b"no-cache"),
-        # Proxies of the nginx family buffer without it.
-        (b"x-accel-buffering", b"no"),
-    ],
-}
+
+EVENT_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # Proxies of the nginx family buffer without it.
+    (b"x-accel-buffering", b"no"),
+]
 
 
 class Readiness(Protocol):

@@ -302,15 +302,15 @@ def _confidence(folder: Path) -> DemoModel:
     shutil.copy(inspect.getfile(confidence), folder / "model.py")
     _declare(folder, "inputs:\n  - {name: values, datatype: FP64, shape: [-1]}    # the example shows one length, any will do\n")
     random, model, radius = np.random.default_rng(SEED), confidence.Model(), x[:, 0]
-    covered = 0
-    for _ in range(100):
+    covered, trials = 0, 300
+    for _ in range(trials):
         *_, last = model.infer({"values": random.choice(radius, 40)})
         covered += bool(last["low"][0] <= radius.mean() <= last["high"][0])
     return DemoModel(
         name="confidence_python",
         kind="Python, streaming",
         data="breast cancer",
-        score=f"interval holds {covered}% of the time",
+        score=f"interval holds {covered / trials:.0%} of the time",
         question=f"the mean radius of {len(x_out[:40])} tumours",
         truth=f"{data.data[:, 0].mean():.2f}",
         values=x_out[:40, 0].tolist(),

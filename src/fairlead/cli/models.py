@@ -33,7 +33,12 @@ def list_(url: str, as_json: bool) -> None:
     table = Table("model", "version", "state", "reason")
     for entry in index:
         state = entry.get("state", "")
-        table.add_row(entry["name"], entry.get("version", ""), f"[{STYLES[state]}]{state}[/]" if state in STYLES else "not loaded", entry.get("reason", ""))
+        table.add_row(
+            entry["name"],
+            entry.get("version", ""),
+            f"[{STYLES[state]}]{state}[/]" if state in STYLES else "not loaded",
+            entry.get("reason", ""),
+        )
     Console().print(table)
 
 

@@ -60,7 +60,9 @@ FLAGS = {
 def serve(paths: tuple[str, ...], config: Path | None, **flags: Any) -> None:
     settings = with_flags(read_settings(config) if config else Settings(), paths, flags)
     if not settings.models.repositories:
-        raise ConfigError("nothing to serve: name a model repository or a model, e.g. `fairlead serve ./models` (`fairlead demo` builds one)")
+        raise ConfigError(
+            "nothing to serve: name a model repository or a model, e.g. `fairlead serve ./models` (`fairlead demo` builds one)"
+        )
     from fairlead.observe.logs import configure_logs
 
     configure_logs(settings.logs.level, settings.logs.format)

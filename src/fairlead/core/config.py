@@ -19,7 +19,7 @@ def read_yaml(text: str, type_: type[T], source: str) -> T:
         node = yaml.compose(text, Loader=_Loader)
         value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        line = min(error.problem_mark.line, text.count("\n")) + 1 if error.problem_mark else 1
         raise ConfigError(f"{source}:{line}: not YAML: {error.problem or error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}:1: not YAML: {error}") from None

@@ -1,4 +1,4 @@
-"""One JSON line per finished request, whatever its end.
+"""One JSON line per finished request, whatever its end, and their count.
 
 A line is kept as a tuple and encoded with its neighbours a moment later: formatting each at once
 would cost more than parsing the request.
@@ -6,6 +6,7 @@ would cost more than parsing the request.
 
 import os
 import time
+from collections import Counter
 from itertools import count
 from typing import IO
 
@@ -27,12 +28,15 @@ def new_request_id() -> str:
 class AccessLog:
     """Collects finished requests; the owner calls `flush` every FLUSH_SECONDS and at the end."""
 
-    def __init__(self, stream: IO[str] | None) -> None:
+    def __init__(self, stream: IO[str] | None, responses: Counter[tuple[str, int]] | None = None) -> None:
+        """`stream`: None for no lines; `responses`: counts (protocol, status)."""
         self._stream = stream
+        self._responses: Counter[tuple[str, int]] = Counter() if responses is None else responses
         self._lines: list[tuple[float, str, str, str, str, str, int, float, int, str]] = []
 
     def add(self, protocol: str, request_id: str, trace: str, model: str, version: str, status: int, seconds: float, rows: int, error: str) -> None:
         """`protocol`: http or grpc; `status`: that protocol's number; `error`: "" if all went well."""
+        self._responses[protocol, status] += 1
         if self._stream is None:
             return
         self._lines.append((time.time(), protocol, request_id, trace, model, version, status, seconds, rows, error))

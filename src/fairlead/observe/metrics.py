@@ -16,7 +16,7 @@ renders at scrape time.
 | fairlead_queue_requests | requests waiting now | model, version |
 | fairlead_queue_rows | rows waiting now | model, version |
 | fairlead_instance_restarts_total | restarts | model, version |
-| fairlead_refused_requests_total | requests that reached no model | protocol, status |
+| fairlead_responses_total | infer requests, as the protocol's status tells their end | protocol, status |
 | fairlead_model_loads_total | loads | model, outcome (success, failure) |
 | fairlead_process_* , python_* | the client library's own |
 
@@ -152,8 +152,8 @@ class Metrics:
 
     def __init__(self, *, triton_names: bool = False) -> None:
         self.models: dict[tuple[str, str], ModelMetrics] = {}
-        self.refused: Counter[tuple[str, str]] = Counter()
-        """(protocol, status) of requests that never reached a model."""
+        self.responses: Counter[tuple[str, int]] = Counter()
+        """Finished infer requests by (protocol, status)."""
         self.loads: Counter[tuple[str, str]] = Counter()
         self.triton_names = triton_names
         self._registry = CollectorRegistry()
@@ -169,10 +169,10 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         models = list(self.models.values())
         yield from _families(models)
-        refused = CounterMetricFamily("fairlead_refused_requests", "Requests that reached no model", labels=["protocol", "status"])
-        for key, number in self.refused.items():
-            refused.add_metric(key, number)
-        yield refused
+        responses = CounterMetricFamily("fairlead_responses", "Infer requests by how they ended", labels=["protocol", "status"])
+        for (protocol, status), number in self.responses.items():
+            responses.add_metric([protocol, str(status)], number)
+        yield responses
         loads = CounterMetricFamily("fairlead_model_loads", "Versions loaded, or not", labels=["model", "outcome"])
         for key, number in self.loads.items():
             loads.add_metric(key, number)

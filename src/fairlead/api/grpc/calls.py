@@ -9,7 +9,6 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from struct import Struct as Layout
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +19,7 @@ from msgspec import Struct
 from fairlead.api.grpc import http2
 from fairlead.api.grpc.http2 import Buffer, Connection, Headers, Limits, Stream, literal
 from fairlead.api.status import GrpcStatus, grpc_status
-from fairlead.core.errors import Cancelled, FairleadError
+from fairlead.core.errors import FairleadError
 from fairlead.observe.access import AccessLog, new_request_id
 
 log = structlog.get_logger("fairlead.grpc")
@@ -33,6 +32,8 @@ INLINE_INFLATE_BYTES = 4_096
 """Compressed messages above this are inflated in a thread: deflate makes at most a thousand bytes of one."""
 MAX_INBOX = 16
 """Messages of a streaming call that wait to be taken, before its window closes."""
+INBOX_ENTRY_BYTES = 128
+"""What an empty message costs while it waits."""
 MAX_STATUS_MESSAGE = 2_048
 """Characters; clients refuse header lists above 8 KiB."""
 MAX_REQUEST_ID = 126
@@ -183,7 +184,8 @@ class Call(Stream):
             self._inbox: deque[tuple[int, Buffer]] = deque()
             self._wake: asyncio.Future[None] | None = None
             self._room: asyncio.Future[None] | None = None
-            self._start(self._run_stream(head.method.run(self)))
+            self._prefix = b""
+            self._start(head.method.run(self), self._end_stream)
 
     # What services use
 
@@ -229,12 +231,10 @@ class Call(Stream):
             self._wake = self.loop.create_future()
             await self._wake
         flag, message = self._inbox.popleft()
-        self.connection.buffered_bytes -= len(message)
+        self.connection.buffered_bytes -= len(message) + INBOX_ENTRY_BYTES
         if len(self._inbox) < MAX_INBOX and not self.done:
             self.connection.replenish(self)
-        if flag:
-            return await self.loop.run_in_executor(None, inflate, message, self.head.window_bits, self.calls.max_message_bytes)
-        return message
+        return await self._inflate(message) if flag else message
 
     def write(self, parts: list[Buffer]) -> None:
         """Send one message of a streaming call; with `room`, for those who bound what they write otherwise."""
@@ -291,10 +291,12 @@ class Call(Stream):
             if not flag:
                 self._begin_unary(message)
             else:
-                self._start(self._inflate_unary(message))
+                self._start(self._inflate(message), self._begin_unary)
 
     def waits(self) -> bool:
-        return not self.ended and (not self._streaming or self._need >= 0)
+        if self.ended:
+            return False
+        return not self._streaming or (len(self._inbox) < MAX_INBOX and (self._need >= 0 or self._prefix != b""))
 
     def expired(self) -> None:
         if self.queued_bytes:
@@ -309,7 +311,6 @@ class Call(Stream):
 
     def lost(self) -> None:
         if self.done:
-            self._drop()
             return
         self._over()
         self._stop()
@@ -370,6 +371,7 @@ class Call(Stream):
         self._parts, self._prefix, self._need, self._have = [], b"", -1, 0
         if self._streaming:
             self._inbox.append((flag, message))
+            self.connection.buffered_bytes += INBOX_ENTRY_BYTES
         elif self._message is None:
             self._message = flag, message
         else:
@@ -385,7 +387,7 @@ class Call(Stream):
             held += len(self._message[1])
             self._message = None
         if self._streaming:
-            held += sum(len(message) for _, message in self._inbox)
+            held += sum(len(message) + INBOX_ENTRY_BYTES for _, message in self._inbox)
             self._inbox.clear()
         self.connection.buffered_bytes -= held
 
@@ -396,61 +398,51 @@ class Call(Stream):
         if type(method) is Unary:
             try:
                 method.start(self, message)
-            except FairleadError as error:
-                self.refuse(error)
             except Exception as error:
-                self._bug(error)
+                self._failed(error)
         else:
             assert type(method) is Awaited
-            self._start(self._run_awaited(method.run(self, message)))
+            self._start(method.run(self, message), self._end_awaited)
 
-    async def _inflate_unary(self, message: Buffer) -> None:
-        try:
-            if len(message) <= INLINE_INFLATE_BYTES:
-                message = inflate(message, self.head.window_bits, self.calls.max_message_bytes)
-            else:
-                message = await self.loop.run_in_executor(None, inflate, message, self.head.window_bits, self.calls.max_message_bytes)
-        except Broken as error:
-            self.fail(error.status, error.message)
-            return
-        if not self.done:
-            self.cancel = None
-            self._begin_unary(message)
+    def _end_awaited(self, answer: bytes) -> None:
+        self.finish([answer])
 
-    async def _run_awaited(self, work: Coroutine[Any, Any, bytes]) -> None:
-        try:
-            answer = await work
-        except FairleadError as error:
-            self.refuse(error)
-        except Exception as error:
-            self._bug(error)
-        else:
-            self.finish([answer])
-
-    async def _run_stream(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except Broken as error:
-            self.fail(error.status, error.message)
-        except FairleadError as error:
-            self.refuse(error)
-        except Exception as error:
-            self._bug(error)
-        else:
-            if not self.done:
-                self._over()
-                if not self.head_sent:
-                    self.connection.send_headers(self, self._head_block())
-                self.connection.send_end(self, OK_TRAILERS)
-                self._log(GrpcStatus.OK, "")
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        self._task = self.loop.create_task(work)
+    def _start(self, work: Coroutine[Any, Any, Any], end: Callable[[Any], None]) -> None:
+        self._task = self.loop.create_task(self._run(work, end))
         self.cancel = self._task.cancel
 
-    def _bug(self, error: Exception) -> None:
-        log.error("a request hit a bug", request_id=self.request_id, exc_info=error)
-        self.fail(GrpcStatus.INTERNAL, "internal error")
+    async def _run(self, work: Coroutine[Any, Any, Any], end: Callable[[Any], None]) -> None:
+        try:
+            result = await work
+        except Exception as error:
+            self.cancel = None  # There is nothing left to stop.
+            self._failed(error)
+        else:
+            self.cancel = None
+            end(result)
+
+    async def _inflate(self, message: Buffer) -> bytes:
+        arguments = message, self.head.window_bits, self.calls.max_message_bytes
+        if len(message) <= INLINE_INFLATE_BYTES:
+            return inflate(*arguments)
+        return await self.loop.run_in_executor(None, inflate, *arguments)
+
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, Broken):
+            self.fail(error.status, error.message)
+        elif isinstance(error, FairleadError):
+            self.refuse(error)
+        else:
+            log.error("a request hit a bug", request_id=self.request_id, exc_info=error)
+            self.fail(GrpcStatus.INTERNAL, "internal error")
+
+    def _end_stream(self, _: None) -> None:
+        if not self.done:
+            self._over()
+            if not self.head_sent:
+                self.connection.send_headers(self, self._head_block())
+            self.connection.send_end(self, OK_TRAILERS)
+            self._log(GrpcStatus.OK, "")
 
     def _deadline(self) -> None:
         self.fail(GrpcStatus.DEADLINE_EXCEEDED, "Deadline Exceeded")
@@ -497,21 +489,13 @@ class Broken(Exception):
 
 def inflate(message: Buffer, window_bits: int, limit: int) -> bytes:
     """A compressed message, which may not be longer than `limit` bytes. Raises Broken."""
-    out = b""
-    with suppress(zlib.error):
-        rest: Buffer = message
-        while rest:
-            inflater = zlib.decompressobj(window_bits)
-            out += inflater.decompress(rest, limit + 1 - len(out))
-            if len(out) > limit:
-                raise Broken(GrpcStatus.RESOURCE_EXHAUSTED, f"Received message larger than max (over {limit} bytes after decompression)")
-            if not inflater.eof:
-                break
-            # gzip allows several members in a row, and then each must take something.
-            rest = inflater.unused_data
-        else:
-            return out
-    raise Broken(GrpcStatus.INTERNAL, "a message does not decompress")
-
-
-__all__ = ["Awaited", "Broken", "Call", "Calls", "Cancelled", "Head", "Method", "Streaming", "Unary", "read_head"]
+    inflater = zlib.decompressobj(window_bits)
+    try:
+        plain = inflater.decompress(message, limit + 1)
+    except zlib.error as error:
+        raise Broken(GrpcStatus.INTERNAL, f"a message does not decompress: {error}") from None
+    if len(plain) > limit:
+        raise Broken(GrpcStatus.RESOURCE_EXHAUSTED, f"Received message larger than max (over {limit} bytes after decompression)")
+    if not inflater.eof or inflater.unused_data:
+        raise Broken(GrpcStatus.INTERNAL, "a message does not decompress: it is truncated, or more follows")
+    return plain

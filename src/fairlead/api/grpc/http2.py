@@ -112,7 +112,7 @@ class Door(Protocol):
 
 
 class Stream:
-    """One request and its answer. The connection owns these fields and calls the three methods."""
+    """One request and its answer. The connection owns these fields and calls these methods."""
 
     __slots__ = ("connection", "ended", "number", "queue", "queued_bytes", "receive_left", "send_left", "stalled", "trailers")
 
@@ -129,6 +129,10 @@ class Stream:
         self.trailers: bytes | None = None
         """What ends the answer once the queue is empty."""
         self.stalled = False
+
+    def begin(self) -> None:
+        """The stream is open; from here on it may be answered."""
+        raise NotImplementedError
 
     def received(self, data: bytes, start: int, stop: int, ended: bool) -> None:
         """`data[start:stop]` of the request's body came; it was the last of it if `ended`."""
@@ -456,7 +460,8 @@ class Connection(asyncio.Protocol):
             self._nuisance(10)
             self._reset(number, ErrorCode.REFUSED_STREAM)
         else:
-            stream = self.door.open(self, number, head)
+            stream = self.streams[number] = self.door.open(self, number, head)
+            stream.begin()
             if ended and not stream.ended:
                 stream.ended = True
                 stream.received(b"", 0, 0, True)

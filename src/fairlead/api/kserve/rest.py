@@ -195,8 +195,8 @@ class Rest:
     # The document
 
     async def openapi(self, _: Request) -> Response:
-        ready = sorted({entry.name for entry in self.repository.index(ready=True)})[:MAX_EXAMPLES]
-        return json_response(document(self.operations, examples_of(self.repository.find(name).spec for name in ready)))
+        ready = sorted({entry.name for entry in self.repository.index(ready=True) if self.repository.versions(entry.name)})
+        return json_response(document(self.operations, examples_of(self.repository.find(name).spec for name in ready[:MAX_EXAMPLES])))
 
 
 def _get(path: str, name: str, tag: str, summary: str, serve: Serve, answer: Any, *errors: int) -> Operation:

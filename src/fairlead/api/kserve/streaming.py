@@ -1,9 +1,10 @@
 """Inference that answers with server-sent events, and Triton's generate."""
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -11,11 +12,12 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
+from fairlead.api.http1 import CLIENT_LEFT, SANE_ID, SANE_TRACE
 from fairlead.api.kserve import codec
 from fairlead.api.kserve.generate import decode_flat, encode_flat
 from fairlead.api.kserve.openapi import EVENTS, HEADER_LENGTH, JSON
 from fairlead.api.status import http_status
-from fairlead.api.web import CLIENT_LEFT, EventStream, place, read_body, while_connected
+from fairlead.api.web import EventStream, error_response, place, read_body, while_connected
 from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import ModelSpec
@@ -34,32 +36,59 @@ class AccessLine:
     def __init__(self, access_log: AccessLog, http: HttpRequest) -> None:
         self.access_log = access_log
         self.arrived = time.perf_counter()
-        self.trace = http.headers.get("traceparent", "")
         self.model, self.version = place(http)
+        self.id = _sane(SANE_ID, http.headers.get("x-request-id", "")) or new_request_id()
+        self.trace = _sane(SANE_TRACE, http.headers.get("traceparent", ""))
         self.request: Request | None = None
+        """Once it is decoded."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the answer says of it."""
+        return {"x-request-id": self.id} | ({"traceparent": self.trace} if self.trace else {})
 
     def end(self, status: int, error: str) -> None:
-        request_id, rows = (self.request.id, self.request.num_rows) if self.request else ("", 0)
-        seconds = time.perf_counter() - self.arrived
-        self.access_log.add("http", request_id or new_request_id(), self.trace, self.model, self.version, status, seconds, rows, error)
+        rows = self.request.num_rows if self.request else 0
+        self.access_log.add("http", self.id, self.trace, self.model, self.version, status, time.perf_counter() - self.arrived, rows, error)
 
 
 class Streaming:
+    """Endpoints whose answers come in several parts, or could."""
+
     def __init__(self, repository: ModelRepository, access_log: AccessLog, max_body_bytes: int) -> None:
         self.repository = repository
         self.access_log = access_log
         self.max_body_bytes = max_body_bytes
 
-    # Endpoints
-
     async def infer(self, http: HttpRequest) -> Any:
         """The body is that of any `infer`; every response is an event."""
         if EVENTS not in http.headers.get("accept", ""):
             raise HTTPException(406, f"this path answers with {EVENTS}")
+        return await self._logged(http, self._infer)
+
+    async def generate(self, http: HttpRequest) -> Any:
+        return await self._logged(http, self._generate)
+
+    async def generate_stream(self, http: HttpRequest) -> Any:
+        return await self._logged(http, self._generate_stream)
+
+    async def _logged(self, http: HttpRequest, serve: Callable[[HttpRequest, AccessLine], Awaitable[Any]]) -> Any:
+        """Every end that comes before the answer has begun is logged here."""
         line = AccessLine(self.access_log, http)
-        with self._refusals(line):
-            spec = self.repository.find(line.model, line.version).spec
-            request, form = await self._decode(http, line, spec)
+        try:
+            return await serve(http, line)
+        except FairleadError as error:
+            status = http_status(error)
+            if line.request is None:
+                self.repository.metrics.refused["http", str(status)] += 1
+            line.end(status, error.message)
+            return error_response(error, line.headers)
+        except ClientDisconnect:
+            return _left(line)
+
+    async def _infer(self, http: HttpRequest, line: AccessLine) -> EventStream:
+        spec = self.repository.find(line.model, line.version).spec
+        request, form = await self._decode(http, line, spec)
         self._complete(line, request)
 
         async def encode(response: Response) -> bytes:
@@ -69,24 +98,18 @@ class Streaming:
                 (text, *_), _ = await asyncio.to_thread(codec.encode, response, form, request.outputs)
             return bytes(text)
 
-        return EventStream(self._events(request, encode), line.end)
+        return EventStream(self._events(request, line, encode), line.end, line.headers)
 
-    async def generate(self, http: HttpRequest) -> Any:
-        line, request = await self._flat(http)
-        try:
-            event = await while_connected(http.receive, self._only_event(request))
-        except FairleadError as error:
-            line.end(http_status(error), error.message)
-            raise
+    async def _generate(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
+        request = await self._flat(http, line)
+        event = await while_connected(http.receive, self._only_event(request, line))
         if event is None:
-            line.end(CLIENT_LEFT, "the client left")
-            return HttpResponse(status_code=CLIENT_LEFT)
+            return _left(line)
         line.end(200, "")
-        return HttpResponse(event, media_type=JSON)
+        return HttpResponse(event, headers=line.headers, media_type=JSON)
 
-    async def generate_stream(self, http: HttpRequest) -> Any:
-        line, request = await self._flat(http)
-        return EventStream(self._events(request, _encode_flat), line.end)
+    async def _generate_stream(self, http: HttpRequest, line: AccessLine) -> EventStream:
+        return EventStream(self._events(await self._flat(http, line), line, _encode_flat), line.end, line.headers)
 
     # In
 
@@ -107,44 +130,29 @@ class Streaming:
             raise InvalidRequest("events are text: ask for outputs without 'binary_data_output' and 'binary_data'")
         return request, codec.with_labels(form, spec) if form.classes else form
 
-    async def _flat(self, http: HttpRequest) -> tuple[AccessLine, Request]:
-        line = AccessLine(self.access_log, http)
-        with self._refusals(line):
-            spec = self.repository.find(line.model, line.version).spec
-            request = decode_flat(await read_body(http, MAX_JSON_BYTES), line.model, line.version, spec)
+    async def _flat(self, http: HttpRequest, line: AccessLine) -> Request:
+        spec = self.repository.find(line.model, line.version).spec
+        request = decode_flat(await read_body(http, MAX_JSON_BYTES), line.model, line.version, spec)
         self._complete(line, request)
-        return line, request
+        return request
 
     def _complete(self, line: AccessLine, request: Request) -> None:
         request.arrived, request.trace = line.arrived, line.trace
         line.request = request
 
-    @contextmanager
-    def _refusals(self, line: AccessLine) -> Iterator[None]:
-        """Count and log what goes wrong before a model is asked."""
-        try:
-            yield
-        except FairleadError as error:
-            status = http_status(error)
-            self.repository.metrics.refused["http", str(status)] += 1
-            line.end(status, error.message)
-            raise
-        except ClientDisconnect:
-            line.end(CLIENT_LEFT, "the client left")
-            raise
-
     # Out
 
-    async def _events(self, request: Request, encode: Encode) -> AsyncGenerator[bytes, None]:
+    async def _events(self, request: Request, line: AccessLine, encode: Encode) -> AsyncGenerator[bytes, None]:
         try:
             async with aclosing(self.repository.infer(request)) as responses:
                 async for response in responses:
+                    line.version = response.version
                     yield await encode(response)
         except FairleadError as error:
             raise type(error)(codec.message_of(error, request.id)) from None
 
-    async def _only_event(self, request: Request) -> bytes:
-        async with aclosing(self._events(request, _encode_flat)) as events:
+    async def _only_event(self, request: Request, line: AccessLine) -> bytes:
+        async with aclosing(self._events(request, line, _encode_flat)) as events:
             event = await anext(events, None)
             if event is None or await anext(events, None) is not None:
                 raise InvalidRequest(
@@ -155,3 +163,13 @@ class Streaming:
 
 async def _encode_flat(response: Response) -> bytes:
     return encode_flat(response)
+
+
+def _sane(pattern: re.Pattern[bytes], value: str) -> str:
+    return value if pattern.fullmatch(value.encode("latin-1")) else ""
+
+
+def _left(line: AccessLine) -> HttpResponse:
+    """Goes nowhere."""
+    line.end(CLIENT_LEFT, "the client left")
+    return HttpResponse(status_code=CLIENT_LEFT)

@@ -1,0 +1,199 @@
+"""`fairlead doctor` on real folders, real ports and the libraries that are installed."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightgbm
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from fairlead.backends import BACKENDS
+from fairlead.cli import cli
+from fairlead.cli.doctor import cgroup_cpus, cgroup_memory_bytes
+
+ECHO = """
+class Echo:
+    example = {"x": [[1.0]]}
+
+    def infer(self, inputs):
+        return {"y": inputs["x"]}
+"""
+
+
+def doctor(*arguments: object) -> tuple[int, list[dict[str, Any]]]:
+    result = CliRunner().invoke(cli, ["doctor", "--json", *map(str, arguments)])
+    return result.exit_code, json.loads(result.stdout)
+
+
+def in_words(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["doctor", *map(str, arguments)])
+
+
+def finding(findings: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    (found,) = (each for each in findings if each["name"] == name)
+    return found
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A repository with two good models."""
+    (tmp_path / "models/echo/1").mkdir(parents=True)
+    (tmp_path / "models/echo/1/model.py").write_text(ECHO)
+    (tmp_path / "models/trees/3").mkdir(parents=True)
+    rows = np.random.default_rng(0).random((100, 2))
+    booster = lightgbm.train({"verbose": -1, "num_threads": 1}, lightgbm.Dataset(rows, rows[:, 0]), num_boost_round=2)
+    booster.save_model(tmp_path / "models/trees/3/model.txt")
+    return tmp_path / "models"
+
+
+def test_it_tells_the_kinds_of_model_that_can_be_served() -> None:
+    code, findings = doctor()
+    assert code == 0
+    assert {each["name"] for each in findings if each["area"] == "kinds of model"} == set(BACKENDS)
+    assert finding(findings, "lightgbm")["detail"] == f"lightgbm {lightgbm.__version__}"
+
+
+def test_a_library_that_is_not_installed_comes_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lightgbm", None)  # Python's own way to make a module absent
+    code, findings = doctor()
+    assert code == 0
+    assert finding(findings, "lightgbm") | {"area": ""} == {
+        "area": "",
+        "name": "lightgbm",
+        "state": "note",
+        "detail": "needs lightgbm",
+        "advice": "pip install 'fairlead[trees]'",
+    }
+    code, findings = doctor(models)
+    assert code == 1
+    assert finding(findings, "trees@3")["state"] == "problem"
+    assert finding(findings, "trees@3")["advice"] == "pip install 'fairlead[trees]'"
+
+
+def test_good_models_are_named_with_their_kinds_and_nothing_is_wrong(models: Path) -> None:
+    result = in_words(models)
+    assert result.exit_code == 0, result.output
+    assert "python: model.py" in result.output
+    assert "lightgbm: model.txt" in result.output
+    assert "Nothing is wrong." in result.output
+
+
+def test_one_bare_artefact_is_a_model_too(models: Path) -> None:
+    code, findings = doctor(models / "trees/3/model.txt")
+    assert code == 0
+    assert finding(findings, "model@1")["detail"].startswith("lightgbm: model.txt")
+
+
+def test_every_broken_model_is_told_with_its_reason_and_the_good_ones_stay_good(models: Path) -> None:
+    def version_of(name: str) -> Path:
+        folder = models / name / "1"
+        folder.mkdir(parents=True)
+        return folder
+
+    (version_of("typo").parent / "model.yaml").write_text("batching:\n  max_batch_sise: 8\n")
+    (version_of("syntax") / "model.py").write_text("class Echo:\n    def infer(self inputs): ...\n")
+    (version_of("empty") / "model.onnx").touch()
+    torch.save({"weight": torch.zeros(2)}, version_of("weights") / "model.pt")
+    two = version_of("two")
+    (two / "a.onnx").write_bytes(b"\x08")
+    (two / "b.onnx").write_bytes(b"\x08")
+    version_of("nothing")
+    (version_of("old").parent / "model.yaml").write_text("version_policy: {specific: [7]}\n")
+    (models / "old/1/model.py").write_text(ECHO)
+
+    code, findings = doctor(models)
+    assert code == 1
+    told = {each["name"].partition("@")[0]: each for each in findings if each["area"].startswith("models in ")}
+    assert {name for name, each in told.items() if each["state"] == "ok"} == {"echo", "trees"}
+    assert "model.yaml:2: unknown key `max_batch_sise`" in told["typo"]["detail"]
+    assert "syntax/1/model.py:2: " in told["syntax"]["detail"]
+    assert told["empty"]["detail"] == "cannot be read: model.onnx is empty"
+    assert "weights, not a program" in told["weights"]["detail"]
+    assert "holds 2 artefacts" in told["two"]["detail"]
+    assert told["nothing"]["detail"] == "no version and no artefact is there"
+    assert told["old"]["detail"] == "no version that its version_policy wants is there"
+
+    result = in_words(models)
+    assert result.exit_code == 1
+    assert "7 problems" in result.output
+
+
+def test_a_repository_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
+    code, findings = doctor(tmp_path / "nowhere")
+    assert code == 1
+    assert findings[-1]["detail"] == f"there is no model repository at {tmp_path / 'nowhere'}"
+    (tmp_path / "bare").mkdir()
+    code, findings = doctor(tmp_path / "bare")
+    assert code == 1
+    assert findings[-1]["detail"] == "there is no model"
+
+
+def test_a_port_that_the_configuration_names_and_someone_holds_is_a_problem(tmp_path: Path) -> None:
+    config = tmp_path / "fairlead.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        config.write_text(f"listen: {{port: {port}, grpc_port: 0, ops_port: 0}}\n")
+        code, findings = doctor("--config", config)
+        assert code == 1
+        assert finding(findings, "http")["detail"] == f"127.0.0.1:{port}: address already in use"
+    code, findings = doctor("--config", config)
+    assert code == 0
+    assert finding(findings, "http")["detail"] == f"127.0.0.1:{port} is free"
+
+
+def test_the_configurations_own_repositories_are_looked_at(tmp_path: Path, models: Path) -> None:
+    config = tmp_path / "fairlead.yaml"
+    config.write_text(f"listen: {{port: 0, grpc_port: 0, ops_port: 0}}\nmodels: {{repositories: ['{models}']}}\n")
+    code, findings = doctor("--config", config)
+    assert code == 0
+    assert finding(findings, "echo@1")["state"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("listen: {prot: 8000}\n", "fairlead.yaml:1: unknown key `prot`"),
+        ("listen: {host: 0.0.0.0}\n", "reachable from other machines"),
+        ("listen: {host: '${FAIRLEAD_NOWHERE_SET}'}\n", "environment variable FAIRLEAD_NOWHERE_SET is not set"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_wrong_configuration_is_told_where(tmp_path: Path, text: str | None, told: str) -> None:
+    config = tmp_path / "fairlead.yaml"
+    if text is not None:
+        config.write_text(text)
+    code, findings = doctor("--config", config)
+    assert code == 1
+    assert told in finding(findings, "fairlead.yaml")["detail"]
+
+
+def test_limits_of_containers_are_read_from_both_versions_of_control_groups(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    assert cgroup_cpus(tmp_path, own) is None  # no control groups at all
+
+    own.write_text("0::/system.slice/server\n")
+    inner = tmp_path / "v2/system.slice/server"
+    inner.mkdir(parents=True)
+    (inner / "cpu.max").write_text("max 100000\n")
+    (inner.parent / "cpu.max").write_text("150000 100000\n")
+    (inner / "memory.max").write_text("2147483648\n")
+    (inner.parent / "memory.max").write_text("max\n")
+    assert cgroup_cpus(tmp_path / "v2", own) == 1.5
+    assert cgroup_memory_bytes(tmp_path / "v2", own) == 2 << 30
+
+    own.write_text("5:cpu,cpuacct:/\n4:memory:/box\n0::/\n")
+    for folder, name, value in (
+        ("cpu", "cpu.cfs_quota_us", "50000"),
+        ("cpu", "cpu.cfs_period_us", "100000"),
+        ("memory", "memory.limit_in_bytes", "9223372036854771712"),
+        ("memory/box", "memory.limit_in_bytes", "1073741824"),
+    ):
+        (tmp_path / "v1" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "v1" / folder / name).write_text(value)
+    assert cgroup_cpus(tmp_path / "v1", own) == 0.5
+    assert cgroup_memory_bytes(tmp_path / "v1", own) == 1 << 30
