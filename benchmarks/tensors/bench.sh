@@ -12,7 +12,7 @@ case $mode in
   *) echo "usage: bench.sh [quick|full]" >&2; exit 2 ;;
 esac
 bash setup.sh
-export UV=${UV:-$(command -v uv || ls ../../.venv/bin/uv 2>/dev/null || true)}
+export UV=${UV-$(command -v uv || ls ../../.venv/bin/uv 2>/dev/null || true)}
 python=$PWD/envs/base/bin/python
 out=results/$mode.jsonl
 mkdir -p results

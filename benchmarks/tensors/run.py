@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -29,6 +30,7 @@ from payloads import PAYLOADS
 from registry import HERE, NAMES_PROBABILITIES, PEERS, Peer
 
 START_SECONDS = 90
+LARGE_TEXT_BYTES = 1 << 20
 
 
 class Server(NamedTuple):
@@ -119,18 +121,20 @@ def numbers(value: object) -> Iterator[float]:
             yield from numbers(item)
 
 
-def measured(generate: Callable[[], dict], tree: Tree) -> dict:
-    """The load's own numbers and what the server's process tree spent on it."""
+def measured(generate: Callable[[], dict], tree: Tree) -> dict | None:
+    """The load's own numbers and what the server's process tree spent on it; None where no answer came in time."""
     before, machine, client = tree.cpu_seconds(), machine_seconds(), client_seconds()
     result = generate()
     machine, cpu, client = machine_seconds() - machine, tree.cpu_seconds() - before, client_seconds() - client
     peak, proportional = tree.memory_mib()
+    if not (answers := result["requests"] - result["errors"]):
+        return None
     return {
         "rps": round(result["rps"], 1),
         "p50_ms": round(result["p50_ms"], 4),
         "p99_ms": round(result["p99_ms"], 4),
         "errors": result["errors"],
-        "cpu_s_per_1k": round(cpu / max(result["requests"] - result["errors"], 1) * 1000, 5),
+        "cpu_s_per_1k": round(cpu / answers * 1000, 5),
         "server_cores": round(cpu / result["seconds"], 3),
         "client_cores": round(client / result["seconds"], 3),
         "other_cores": round((machine - cpu - client) / result["seconds"], 3),
@@ -148,20 +152,27 @@ def measurements(name: str, encodings: Iterable[str], args: argparse.Namespace) 
             call = prepare(name, server, encoding)
             ready = ready or round(time.perf_counter() - server.started, 1)
             closed = load.grpc if encoding == "grpc" else load.http
-            closed(call, max(args.connections), args.warmup)
-            for kind, connections, generate in loads(call, closed, args):
+            # Tens of megabytes of JSON in flight would be seconds for each answer.
+            widths = sorted({min(n, 8) for n in args.connections}) if large_text(call) else args.connections
+            closed(call, max(widths), args.warmup)
+            for kind, connections, generate in loads(call, closed, widths, args.rate):
                 generate(seconds=1)
                 about = {"kind": kind, "peer": name, "workload": args.workload, "encoding": encoding, "connections": connections}
-                row = measured(partial(generate, seconds=args.seconds), server.tree)
-                yield about | row | {"rate": args.rate, "ready_s": ready, "label": args.label}
+                if row := measured(partial(generate, seconds=args.seconds), server.tree):
+                    yield about | row | {"rate": args.rate, "ready_s": ready, "label": args.label}
+                else:
+                    print("no answer in time:", *about.values(), file=sys.stderr)
 
 
-def loads(call: Call, closed: Callable[..., dict], args: argparse.Namespace) -> Iterator[tuple[str, int, Callable[..., dict]]]:
-    if args.rate:
-        most = max(args.connections)
-        yield "paced", most, partial(load.paced, call, args.rate, most)
+def large_text(call: Call) -> bool:
+    return call.headers.get("Content-Type") == "application/json" and call.body.stat().st_size > LARGE_TEXT_BYTES
+
+
+def loads(call: Call, closed: Callable[..., dict], widths: list[int], rate: float) -> Iterator[tuple[str, int, Callable[..., dict]]]:
+    if rate:
+        yield "paced", max(widths), partial(load.paced, call, rate, max(widths))
         return
-    for connections in args.connections:
+    for connections in widths:
         yield "closed", connections, partial(closed, call, connections)
 
 

@@ -2,11 +2,11 @@
 # Build one virtual environment per peer, then the models and request bodies they share.
 #   bash setup.sh            everything
 #   bash setup.sh mlserver   only the named environments
-# Needs Python 3.11 with venv (PYTHON=...), wrk and h2load (Debian: wrk, nghttp2-client) and a C compiler. Uses uv where there is one (UV=...).
+# Needs Python 3.11 with venv (PYTHON=...), wrk and h2load (Debian: wrk, nghttp2-client) and a C compiler. Uses uv where there is one (UV= for plain pip).
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3.11}
-UV=${UV:-$(command -v uv || ls ../../.venv/bin/uv 2>/dev/null || true)}
+UV=${UV-$(command -v uv || ls ../../.venv/bin/uv 2>/dev/null || true)}
 
 declare -A WANT=(
   [base]="numpy scikit-learn xgboost-cpu onnx onnxruntime onnxmltools skl2onnx psutil grpcio tritonclient[grpc]"

@@ -92,11 +92,12 @@ class Spare:
 class Lines(AccessLog):
     """An access log that can be waited for."""
 
-    def __init__(self) -> None:
-        super().__init__(None)
+    def __init__(self, metrics: Metrics) -> None:
+        super().__init__(None, metrics.responses)
         self.queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
     def add(self, protocol, request_id, trace, model, version, status, seconds, rows, error):
+        super().add(protocol, request_id, trace, model, version, status, seconds, rows, error)
         line = {"protocol": protocol, "request_id": request_id, "trace": trace, "model": model, "version": version}
         self.queue.put_nowait({**line, "status": status, "seconds": seconds, "rows": rows, "error": error})
 
@@ -126,7 +127,8 @@ async def served(folder: Path, *names: str, control: Control = Control.EXPLICIT,
         (folder / name / "1" / "model.py").write_text(code)
         (folder / name / "model.yaml").write_text(spec)
     settings = RepositorySettings(sources=(str(folder),), control=control, load=("*",), cache_folder=folder / ".cache", drain_timeout=5.0)
-    repository, lines = ModelRepository(settings, Metrics()), Lines()
+    metrics = Metrics()
+    repository, lines = ModelRepository(settings, metrics), Lines(metrics)
     server = HttpServer(repository, data_app(repository, access_log=lines, max_body_bytes=max_body_bytes), lines)
     await server.listen(port=0)
     try:

@@ -29,7 +29,7 @@ class Doubling(Executable):
 async def run(instance: LocalInstance, *values: float) -> object:
     ended: asyncio.Future[object] = asyncio.get_running_loop().create_future()
     inputs = [{"x": np.array([[value]], np.float32)} for value in values]
-    instance.run(inputs, None, lambda outputs, error: ended.set_result(error or outputs["y"].ravel().tolist()))
+    instance.run(inputs, None, lambda outputs, error: ended.set_result(error or outputs["y"].ravel().tolist()), ())
     async with asyncio.timeout(5):
         return await ended
 

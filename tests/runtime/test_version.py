@@ -25,7 +25,7 @@ class SteppedInstance:
         self.done = None
         self.closed = False
 
-    def run(self, inputs, outputs, done) -> None:
+    def run(self, inputs, outputs, done, requests) -> None:
         assert self.done is None, "one batch at a time"
         self.batches.append(inputs)
         self.done = done

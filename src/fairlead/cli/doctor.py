@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -194,7 +195,7 @@ def accelerators() -> Findings:
     if _installed("torch") and _torch_cuda() is None:
         advice = "install a CUDA build of torch to use `device: cuda`"
         yield Finding("accelerators", "torch", State.NOTE, f"torch {_version('torch')} was built without CUDA", advice)
-    if _installed("onnxruntime") and "onnxruntime-gpu" not in metadata.packages_distributions().get("onnxruntime", []):
+    if _installed("onnxruntime") and "onnxruntime-gpu" not in _distributions().get("onnxruntime", []):
         yield Finding("accelerators", "onnxruntime", State.NOTE, "is the processor's build", "pip install onnxruntime-gpu in its place")
 
 
@@ -321,7 +322,13 @@ def _install(kind: Kind) -> str:
 
 def _distribution(module: str) -> str:
     """The package that a module came with: xgboost may be xgboost-cpu."""
-    return metadata.packages_distributions().get(module, [module])[0]
+    return _distributions().get(module, [module])[0]
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Read from every installed package, which takes a second."""
+    return metadata.packages_distributions()
 
 
 def _version(module: str) -> str:

@@ -1,6 +1,6 @@
 """Execution slots: where a batch computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from fairlead.core.errors import FairleadError
@@ -34,8 +34,11 @@ class Instance(Protocol):
     compute_seconds: float
     """... and to be computed by the model."""
 
-    def run(self, inputs: list[Tensors], outputs: frozenset[str] | None, done: Done) -> None:
-        """Compute one batch: the rows of all `inputs` together, in order (one element: as it is)."""
+    def run(self, inputs: list[Tensors], outputs: frozenset[str] | None, done: Done, requests: Sequence[Request]) -> None:
+        """Compute one batch: the rows of all `inputs` together, in order (one element: as it is).
+
+        `requests`: those that they belong to, for models that look at more than inputs.
+        """
 
     def stream(self, request: Request, stream: Stream, credit: int) -> None:
         """Compute one request that may have many responses."""

@@ -11,21 +11,16 @@ from fairlead.core.errors import FairleadError, LoadError
 from fairlead.core.specs import Isolation, ModelSpec, TensorSpec
 from fairlead.core.tensors import Tensors
 from fairlead.observe.metrics import Metrics
+from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.instances import Instance
 from fairlead.runtime.local import LocalInstance
+from fairlead.runtime.process import ProcessInstance
 from fairlead.runtime.version import ModelVersion, samples_of
 
 log = structlog.get_logger("fairlead.runtime")
 
 
-class Launcher:
-    """Placeholder until process.py lands."""
-
-    async def close(self) -> None:
-        pass
-
-
-async def load_version(spec: ModelSpec, version: str, folder: Path, launcher: Launcher, metrics: Metrics) -> ModelVersion:
+async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: ForkServer, metrics: Metrics) -> ModelVersion:
     """Load every instance and warm it up. Raises LoadError (or ConfigError) with one readable sentence."""
     kind, artefact = await asyncio.to_thread(detect, folder, spec)
     isolation = kind.isolation if spec.instances.isolation is Isolation.AUTO else spec.instances.isolation
@@ -38,9 +33,7 @@ async def load_version(spec: ModelSpec, version: str, folder: Path, launcher: La
 
     instances: list[Instance]
     if isolation is Isolation.PROCESS:
-        from fairlead.runtime.process import ProcessInstance
-
-        processes = [ProcessInstance(spec, artefact, kind, threads, launcher, changed) for _ in range(spec.instances.count)]
+        processes = [ProcessInstance(spec, artefact, kind, threads, forkserver, changed) for _ in range(spec.instances.count)]
         try:
             await asyncio.gather(*(process.start() for process in processes))
         except BaseException:

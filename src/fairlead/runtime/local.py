@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import threading
 import time
+from collections.abc import Sequence
 from queue import SimpleQueue
 
 import numpy as np
@@ -65,7 +66,7 @@ class LocalInstance:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # holds one job at most: an instance runs one batch at a time
         self._thread: threading.Thread | None = None
 
-    def run(self, inputs: list[Tensors], outputs: frozenset[str] | None, done: Done) -> None:
+    def run(self, inputs: list[Tensors], outputs: frozenset[str] | None, done: Done, requests: Sequence[Request]) -> None:
         if self.inline:
             result, error = self._compute(inputs, outputs)
             self._measured()

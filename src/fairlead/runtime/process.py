@@ -118,10 +118,12 @@ class _Life:
 
     def _exited(self, exited: "asyncio.Future[int | None]") -> None:
         # Its last words may still be in the socket. And a grandchild that keeps the socket open must not hide the death
-        if exited.result() is not None:
-            asyncio.get_running_loop().call_later(EXIT_SECONDS, self.connection.abort)
+        if exited.result() is not None and not self.lost.done():
+            timer = asyncio.get_running_loop().call_later(EXIT_SECONDS, self.connection.abort)
+            self.lost.add_done_callback(lambda _: timer.cancel())
 
     def _end(self) -> None:
+        self.requests = self.responses = self.connection.slab = None  # unmapped now, not when the garbage collector comes
         self.lost.set_result(None)
         self._on_lost(self)
 

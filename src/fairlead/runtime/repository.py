@@ -21,7 +21,8 @@ from fairlead.core.errors import ConfigError, FairleadError, InvalidRequest, Loa
 from fairlead.core.request import Request, Response, Sink
 from fairlead.core.specs import ModelSpec
 from fairlead.observe.metrics import Metrics
-from fairlead.runtime.loading import Launcher, load_version
+from fairlead.runtime.forkserver import ForkServer
+from fairlead.runtime.loading import load_version
 from fairlead.runtime.source import Listing, Source, choose_versions
 from fairlead.runtime.version import ModelVersion, Ticket
 
@@ -103,7 +104,7 @@ class ModelRepository:
         self._models: dict[str, _Model] = {}
         self._listings: dict[str, tuple[Source, Listing]] = {}
         self._served: dict[str, _Served] = {}
-        self._launcher = Launcher()
+        self._forkserver = ForkServer()
         self._loading = asyncio.Semaphore(settings.load_concurrency)
         self._draining: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
@@ -220,7 +221,7 @@ class ModelRepository:
                 await self._poller
         versions = [version for model in self._models.values() for version in model.versions.values()]
         await asyncio.gather(*(version.drain(self.settings.drain_timeout) for version in versions), *self._draining)
-        await self._launcher.close()
+        await self._forkserver.close()
         for model in self._models.values():
             if model.overridden is not None:
                 shutil.rmtree(model.overridden, ignore_errors=True)
@@ -371,7 +372,7 @@ class ModelRepository:
         try:
             async with self._loading:
                 folder = await asyncio.to_thread(source.fetch, listing, number)
-                version = await load_version(spec, str(number), folder, self._launcher, self.metrics)
+                version = await load_version(spec, str(number), folder, self._forkserver, self.metrics)
         except FairleadError as error:
             reason = error.message
         except Exception as error:

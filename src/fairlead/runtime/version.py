@@ -222,15 +222,17 @@ class ModelVersion:
             return
         outputs: set[str] | None = set()
         inputs = []
+        requests = []
         for ticket in tickets:
             request = ticket.request
+            requests.append(request)
             inputs.append(request.inputs)
             if request.outputs is None:
                 outputs = None
             elif outputs is not None:
                 outputs.update(request.outputs)
         batch.wanted = None if outputs is None else frozenset(outputs)
-        slot.instance.run(inputs, batch.wanted, lambda result, error: self._done(slot, result, error))
+        slot.instance.run(inputs, batch.wanted, lambda result, error: self._done(slot, result, error), requests)
 
     def _done(self, slot: _Slot, outputs: Tensors | None, error: FairleadError | None) -> None:
         batch = slot.batch
@@ -349,7 +351,7 @@ class ModelVersion:
                     request = Request(model=self.name, inputs=sample, arrived=time.perf_counter())
                     slot.instance.stream(request, _WarmupStream(slot.instance, ended), CREDIT)
                 else:
-                    slot.instance.run([sample], None, lambda _, error, ended=ended: ended.set_result(error))  # type: ignore[misc]
+                    slot.instance.run([sample], None, lambda _, error, ended=ended: ended.set_result(error), ())  # type: ignore[misc]
                 error = await asyncio.wait_for(ended, WARMUP_SECONDS)
                 if error is not None:
                     raise error

@@ -182,7 +182,7 @@ def pack(batch: Sequence[Tensors], slab: Slab | None) -> tuple[list[TensorPlace]
             body.append(data)
         elif nbytes > INLINE_BYTES:
             whole = first if single else np.concatenate(arrays)
-            body.append(whole.reshape(-1).view(np.uint8).data)
+            body.append(np.ascontiguousarray(whole).reshape(-1).view(np.uint8).data)
         else:
             body += [array.tobytes() for array in arrays]
         if padding := -nbytes % ALIGNMENT:

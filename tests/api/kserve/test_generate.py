@@ -92,7 +92,7 @@ def test_values_that_do_not_fill_the_shape_are_refused(shape, count):
         (b'{"text": "hi", "triton_x": 1}', "parameter 'triton_x' is reserved"),
         (b'{"text": "hi", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nesting"),
         (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nesting"),
-        (b'{"text": "\xff"}', "not JSON"),
+        (b'{"text": "\xff"}', "input 'text' as BYTES"),
     ],
 )
 def test_a_wrong_body_is_refused_by_name(body, why):

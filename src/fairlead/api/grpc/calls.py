@@ -6,22 +6,25 @@ A service is a table of methods; a method sees a Call and whole messages, and no
 import asyncio
 import re
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Coroutine
+from functools import partial
 from struct import Struct as Layout
-from typing import Any
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 import structlog
 from msgspec import Struct
 
+from fairlead.api.compression import decompress
 from fairlead.api.grpc import http2
 from fairlead.api.grpc.http2 import Buffer, Connection, Headers, Limits, Stream, literal
+from fairlead.api.offload import Offload
 from fairlead.api.status import GrpcStatus, grpc_status
-from fairlead.core.errors import FairleadError
+from fairlead.core.errors import FairleadError, ShuttingDown
 from fairlead.observe.access import AccessLog, new_request_id
 
+T = TypeVar("T")
 log = structlog.get_logger("fairlead.grpc")
 
 PREFIX = Layout(">BI")
@@ -40,7 +43,7 @@ MAX_REQUEST_ID = 126
 MAX_TIMEOUT = 10 * 365 * 86_400.0
 TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 SECONDS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
-WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
+ENCODINGS = frozenset({b"gzip", b"deflate"})
 REQUEST_ID = re.compile(rb"[!-~]{1,%d}" % MAX_REQUEST_ID)
 
 _CONTENT_TYPE = b"\x0f\x10\x10application/grpc"
@@ -79,8 +82,8 @@ class Head(Struct):
     request_id: str = ""
     trace: str = ""
     timeout: float = 0.0
-    window_bits: int = 0
-    """How messages that say they are compressed are: zlib's `wbits`; 0: they are not."""
+    encoding: str = ""
+    """How messages are compressed that say they are."""
     fault: tuple[GrpcStatus, str] | None = None
     refusal: bytes = b""
     """The header block that answers what is no gRPC at all."""
@@ -101,7 +104,6 @@ def read_head(methods: dict[bytes, Method], headers: Headers) -> Head:
         head.request_id = request_id.decode()
     head.trace = fields.get(b"traceparent", b"").decode("ascii", "replace")
     encoding = fields.get(b"grpc-encoding", b"identity")
-    head.window_bits = WINDOW_BITS.get(encoding, 0)
     timeout = fields.get(b"grpc-timeout")
     if timeout is not None:
         match = TIMEOUT.fullmatch(timeout)
@@ -109,7 +111,9 @@ def read_head(methods: dict[bytes, Method], headers: Headers) -> Head:
             head.fault = GrpcStatus.INTERNAL, f"malformed grpc-timeout: {timeout.decode('ascii', 'replace')!r}"
         else:
             head.timeout = max(min(int(match[1]) * SECONDS[match[2]], MAX_TIMEOUT), 1e-9)
-    if not head.window_bits and encoding != b"identity":
+    if encoding in ENCODINGS:
+        head.encoding = encoding.decode()
+    elif encoding != b"identity":
         head.fault = GrpcStatus.UNIMPLEMENTED, f"grpc-encoding {encoding.decode('ascii', 'replace')!r} is not supported"
     if head.method is None:
         head.fault = GrpcStatus.UNIMPLEMENTED, f"unknown method {path.decode('utf-8', 'replace')}"
@@ -121,6 +125,7 @@ class Calls(Struct, kw_only=True):
 
     methods: dict[bytes, Method]
     access_log: AccessLog
+    offload: Offload
     max_message_bytes: int
     limits: Limits
 
@@ -130,7 +135,7 @@ class Call(Stream):
 
     __slots__ = (
         "_have", "_inbox", "_message", "_need", "_parts", "_prefix", "_room", "_streaming", "_task", "_timer", "_wake",
-        "arrived", "calls", "cancel", "done", "head", "head_sent", "loop", "model", "quiet", "request_id", "rows", "trace", "version",
+        "arrived", "calls", "cancel", "done", "head", "head_sent", "leaving", "loop", "model", "quiet", "request_id", "rows", "trace", "version",
     )  # fmt: skip
 
     def __init__(self, calls: Calls, connection: Connection, number: int, head: Head, loop: asyncio.AbstractEventLoop) -> None:
@@ -161,6 +166,8 @@ class Call(Stream):
         self.cancel: Callable[[], object] | None = None
         """Stops the work when the client leaves or its deadline passes."""
         self.head_sent = False
+        self.leaving = False
+        """The server stops: a stream is not to wait for more."""
         self._streaming = False
         self._need = -1
         self._parts: list[bytes | bytearray | memoryview] | None = None
@@ -218,8 +225,30 @@ class Call(Stream):
             self.connection.send_headers(self, self._head_block() + trailers, ended=True)
         self._log(status, message)
 
-    def refuse(self, error: FairleadError) -> None:
-        self.fail(grpc_status(error), error.message)
+    def fail_with(self, error: Exception) -> None:
+        """End the call with what was raised; what is no error of ours is a bug, and told to the log only."""
+        if isinstance(error, Broken):
+            self.fail(error.status, error.message)
+        elif isinstance(error, FairleadError):
+            self.fail(grpc_status(error), error.message)
+        else:
+            log.error("request_failed", request_id=self.request_id, model=self.model, exc_info=error)
+            self.fail(GrpcStatus.INTERNAL, "internal error")
+
+    def in_thread(self, function: Callable[..., T], *arguments: Any, **named: Any) -> "asyncio.Future[T]":
+        """Work that would hold up the event loop. Raises Unavailable if there is too much of it."""
+        future: asyncio.Future[T] = self.loop.create_future()
+
+        def done(result: T | None, error: FairleadError | None) -> None:
+            if future.cancelled():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(cast(T, result))
+
+        self.calls.offload.in_thread(done, partial(function, *arguments, **named))
+        return future
 
     async def next_message(self) -> Buffer | None:
         """The next message of a streaming call; None at the client's end. Raises what is wrong with it."""
@@ -228,6 +257,8 @@ class Call(Stream):
                 if self._need >= 0 or self._prefix:
                     raise Broken(GrpcStatus.INTERNAL, "the stream ended inside a message")
                 return None
+            if self.leaving:
+                raise ShuttingDown("Server is stopping, the stream has ended")
             self._wake = self.loop.create_future()
             await self._wake
         flag, message = self._inbox.popleft()
@@ -236,8 +267,13 @@ class Call(Stream):
             self.connection.replenish(self)
         return await self._inflate(message) if flag else message
 
+    async def pause(self, seconds: float) -> None:
+        """Sleep in a streaming call that takes no further message, not longer than the server runs."""
+        self._wake = self.loop.create_future()
+        await asyncio.wait((self._wake,), timeout=seconds)
+
     def write(self, parts: list[Buffer]) -> None:
-        """Send one message of a streaming call; with `room`, for those who bound what they write otherwise."""
+        """Send one message of a streaming call without waiting; for those who await `room` before they take on more."""
         if self.done:
             return
         if not self.head_sent:
@@ -309,6 +345,11 @@ class Call(Stream):
             self._room.set_result(None)
             self._room = None
 
+    def leave(self) -> None:
+        self.leaving = True
+        if self._streaming:
+            self._wake_up()
+
     def lost(self) -> None:
         if self.done:
             return
@@ -333,10 +374,12 @@ class Call(Stream):
                 flag, self._need = PREFIX.unpack(self._prefix)
                 if flag > 1:
                     raise Broken(GrpcStatus.INTERNAL, f"a message has the flag {flag}, which gRPC does not know")
-                if flag and not self.head.window_bits:
+                if flag and not self.head.encoding:
                     raise Broken(GrpcStatus.INTERNAL, "a message is compressed, and grpc-encoding does not say how")
                 if self._need > self.calls.max_message_bytes:
-                    raise Broken(GrpcStatus.RESOURCE_EXHAUSTED, f"Received message larger than max ({self._need} vs. {self.calls.max_message_bytes})")
+                    raise Broken(
+                        GrpcStatus.RESOURCE_EXHAUSTED, f"Received message larger than max ({self._need} vs. {self.calls.max_message_bytes})"
+                    )
             take = min(self._need - self._have, stop - start)
             if take:
                 self._keep(data, start, start + take)
@@ -399,7 +442,7 @@ class Call(Stream):
             try:
                 method.start(self, message)
             except Exception as error:
-                self._failed(error)
+                self.fail_with(error)
         else:
             assert type(method) is Awaited
             self._start(method.run(self, message), self._end_awaited)
@@ -416,25 +459,16 @@ class Call(Stream):
             result = await work
         except Exception as error:
             self.cancel = None  # There is nothing left to stop.
-            self._failed(error)
+            self.fail_with(error)
         else:
             self.cancel = None
             end(result)
 
     async def _inflate(self, message: Buffer) -> bytes:
-        arguments = message, self.head.window_bits, self.calls.max_message_bytes
+        arguments = message, self.head.encoding, self.calls.max_message_bytes
         if len(message) <= INLINE_INFLATE_BYTES:
-            return inflate(*arguments)
-        return await self.loop.run_in_executor(None, inflate, *arguments)
-
-    def _failed(self, error: Exception) -> None:
-        if isinstance(error, Broken):
-            self.fail(error.status, error.message)
-        elif isinstance(error, FairleadError):
-            self.refuse(error)
-        else:
-            log.error("a request hit a bug", request_id=self.request_id, exc_info=error)
-            self.fail(GrpcStatus.INTERNAL, "internal error")
+            return decompress(*arguments)
+        return await self.in_thread(decompress, *arguments)
 
     def _end_stream(self, _: None) -> None:
         if not self.done:
@@ -485,17 +519,3 @@ class Broken(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
-
-
-def inflate(message: Buffer, window_bits: int, limit: int) -> bytes:
-    """A compressed message, which may not be longer than `limit` bytes. Raises Broken."""
-    inflater = zlib.decompressobj(window_bits)
-    try:
-        plain = inflater.decompress(message, limit + 1)
-    except zlib.error as error:
-        raise Broken(GrpcStatus.INTERNAL, f"a message does not decompress: {error}") from None
-    if len(plain) > limit:
-        raise Broken(GrpcStatus.RESOURCE_EXHAUSTED, f"Received message larger than max (over {limit} bytes after decompression)")
-    if not inflater.eof or inflater.unused_data:
-        raise Broken(GrpcStatus.INTERNAL, "a message does not decompress: it is truncated, or more follows")
-    return plain

@@ -150,6 +150,10 @@ class Stream:
         """All that was queued has been written."""
         raise NotImplementedError
 
+    def leave(self) -> None:
+        """The connection takes nothing new."""
+        raise NotImplementedError
+
     def lost(self) -> None:
         """The peer reset the stream, or is gone. Nothing can be sent any more."""
         raise NotImplementedError
@@ -784,6 +788,8 @@ class Connection(asyncio.Protocol):
             return
         # Requests that crossed this message on the way are still served: the peer's answer to the PING came after them.
         self.write(frame(GOAWAY, 0, 0, _goaway(MAX_STREAM_ID, ErrorCode.NO_ERROR)) + frame(PING, 0, 0, DRAIN_PING))
+        for stream in list(self.streams.values()):
+            stream.leave()
 
     def _leave_for_good(self) -> None:
         if not self.left:

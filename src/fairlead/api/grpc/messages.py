@@ -17,7 +17,7 @@ from fairlead.core.errors import InvalidRequest
 _descriptors = descriptor_pb2.FileDescriptorSet.FromString(files(__package__).joinpath("protos/descriptors.binpb").read_bytes())
 POOL = descriptor_pool.DescriptorPool()
 for _file in _descriptors.file:
-    POOL.Add(_file)  # type: ignore[no-untyped-call]
+    POOL.Add(_file)
 
 
 def message_class(name: str) -> Any:

@@ -7,6 +7,7 @@ import ssl as tls
 from fairlead.api.grpc.calls import Call, Calls, Head, read_head
 from fairlead.api.grpc.http2 import Connection, Headers, Limits
 from fairlead.api.grpc.service import methods_of
+from fairlead.api.offload import Offload
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
 
@@ -29,15 +30,20 @@ class GrpcServer:
         self.limits = limits or Limits(max_buffered_bytes=max(256 << 20, 2 * max_message_bytes))
         self.max_connections = max_connections
         self.port = 0
-        methods = methods_of(repository)
-        self._calls = Calls(methods=methods, access_log=access_log, max_message_bytes=max_message_bytes, limits=self.limits)
+        methods = methods_of(repository, access_log)
+        self._offload = Offload()
+        self._calls = Calls(
+            methods=methods, access_log=access_log, offload=self._offload, max_message_bytes=max_message_bytes, limits=self.limits
+        )
         self._connections: set[Connection] = set()
         self._unwritten: list[Connection] = []
         self._gone = asyncio.Event()
         self._servers: list[asyncio.Server] = []
         self._loop: asyncio.AbstractEventLoop
 
-    async def listen(self, host: str = "127.0.0.1", port: int = 0, *, sock: socket.socket | None = None, ssl: tls.SSLContext | None = None) -> None:
+    async def listen(
+        self, host: str = "127.0.0.1", port: int = 0, *, sock: socket.socket | None = None, ssl: tls.SSLContext | None = None
+    ) -> None:
         """Accept on an address (`port` 0 takes a free one, see the attribute) or on a bound socket. Raises OSError."""
         self._loop = asyncio.get_running_loop()
         if ssl is not None:
@@ -64,6 +70,7 @@ class GrpcServer:
                 break
         for connection in list(self._connections):
             connection.abort()
+        self._offload.close()
 
     # For the connections
 

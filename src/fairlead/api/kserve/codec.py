@@ -7,7 +7,7 @@ import json
 import math
 import re
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ MANY_STRINGS = 1 << 13
 """BYTES elements are taken apart one by one; beyond this do it in a thread."""
 COPY_BYTES = 1 << 14
 """Smaller tensors are cheaper copied into one buffer with their head than written beside it."""
+KNOWN_HEAD_BYTES = 1 << 12
 MAX_DEPTH = 100
 MAX_DIMENSIONS = 64
 MAX_ELEMENTS = 2**63 - 1
@@ -137,11 +138,22 @@ def decode(body: Data, head_bytes: int | None, model: str, version: str, patient
     request, and TooSlow unless `patient`. A form that asks for classes still needs `with_labels`.
     """
     view = memoryview(body)
-    message = _parse(view if head_bytes is None else view[:head_bytes])
+    if head_bytes is None:
+        plan = _plan(view)
+    elif head_bytes <= KNOWN_HEAD_BYTES:
+        plan = _known_plan(bytes(view[:head_bytes]))
+    else:
+        plan = _plan(view[:head_bytes])
     try:
-        return _decode(message, view, head_bytes, model, version, patient)
+        inputs = _tensors(plan, view, head_bytes, model, patient)
     except InvalidRequest as error:
-        raise type(error)(message_of(error, message.id or "")) from None
+        raise _about(error, plan.id) from None
+    request = Request(
+        model=model, version=version, inputs=inputs, id=plan.id, outputs=plan.outputs, priority=plan.priority, timeout=plan.timeout
+    )
+    if plan.parameters:
+        request.parameters = dict(plan.parameters)
+    return request, plan.form
 
 
 def decode_raw(body: Data, model: str, version: str, spec: ModelSpec) -> tuple[Request, Form]:
@@ -149,13 +161,61 @@ def decode_raw(body: Data, model: str, version: str, spec: ModelSpec) -> tuple[R
     try:
         return Request(model=model, version=version, inputs=_raw_input(memoryview(body), model, spec)), BINARY_FORM
     except InvalidRequest as error:
-        raise InvalidRequest(message_of(error, "")) from None
+        raise _about(error, "") from None
 
 
 def with_labels(form: Form, spec: ModelSpec) -> Form:
     """The form, knowing how the model's outputs are to be classified."""
     labels = {output.name: output.labels for output in spec.outputs if output.name in form.classes}
     return structs.replace(form, labels=labels, batches=spec.batches)
+
+
+class _Plan(Struct, frozen=True):
+    """All that a request's JSON says, checked, but for the tensors' data."""
+
+    id: str
+    inputs: list[tuple[InputJson, np.dtype, int, int | None]]
+    """(input, dtype, number of elements, size in the binary part or None)"""
+    outputs: tuple[str, ...] | None
+    form: Form
+    priority: int
+    timeout: float
+    parameters: dict[str, Any]
+
+
+def _plan(head: Data) -> _Plan:
+    message = _parse(head)
+    request_id = message.id or ""
+    try:
+        inputs: dict[str, tuple[InputJson, np.dtype, int, int | None]] = {}
+        for tensor in message.inputs:
+            name, datatype = tensor.name, tensor.datatype
+            if name in inputs:
+                raise InvalidRequest(f"input '{name}' already exists in request")
+            try:
+                dtype = DTYPES[datatype]
+            except KeyError:
+                raise InvalidRequest(f"invalid datatype '{datatype}' for input '{name}', expecting one of {', '.join(DTYPES)}") from None
+            count = math.prod(tensor.shape)
+            if count > MAX_ELEMENTS:
+                raise InvalidRequest(f"shape for input '{name}' causes total element count to exceed maximum size of {MAX_ELEMENTS}")
+            size = _binary_size(tensor) if tensor.parameters else None
+            if size is None:
+                if tensor.data is UNSET:
+                    raise InvalidRequest(f"{_ONE_SOURCE} But no field is set for input '{name}'")
+            elif tensor.data is not UNSET:
+                raise InvalidRequest(f"{_ONE_SOURCE} But both 'data' and 'binary_data_size' are set for input '{name}'")
+            inputs[name] = tensor, dtype, count, size
+        wanted = Request(model="", inputs={})
+        binary = bool(message.parameters) and take_parameters(wanted, message.parameters or {}).binary_data_output
+        form = _form(wanted, message.outputs, binary) if message.outputs else BINARY_FORM if binary else JSON_FORM
+    except InvalidRequest as error:
+        raise _about(error, request_id) from None
+    return _Plan(request_id, list(inputs.values()), wanted.outputs, form, wanted.priority, wanted.timeout, wanted.parameters)
+
+
+# Clients of the binary extension send the same JSON again and again.
+_known_plan = lru_cache(maxsize=256)(_plan)
 
 
 def _parse(head: Data) -> RequestJson:
@@ -170,55 +230,38 @@ def _parse(head: Data) -> RequestJson:
             why = f"failed to parse the request JSON buffer: {error}"
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         why = f"failed to parse the request JSON buffer: {error}"
-    raise InvalidRequest(message_of(InvalidRequest(why), ""))
+    raise _about(InvalidRequest(why), "")
 
 
-def _decode(
-    message: RequestJson, body: memoryview, head_bytes: int | None, model: str, version: str, patient: bool
-) -> tuple[Request, Form]:
+def _about(error: InvalidRequest, request_id: str) -> InvalidRequest:
+    return type(error)(message_of(error, request_id))
+
+
+def _tensors(plan: _Plan, body: memoryview, head_bytes: int | None, model: str, patient: bool) -> Tensors:
     end = len(body)
     at = end if head_bytes is None else head_bytes
     inputs = {}
-    for tensor in message.inputs:
+    for tensor, dtype, count, size in plan.inputs:
         name = tensor.name
-        if name in inputs:
-            raise InvalidRequest(f"input '{name}' already exists in request")
-        data, size = tensor.data, None
-        if tensor.parameters:
-            size = _binary_size(tensor)
         if size is None:
-            if data is UNSET:
-                raise _no_data(name)
-            inputs[name] = _from_json(tensor)
+            inputs[name] = _from_json(tensor, dtype, count)
             continue
-        if data is not UNSET:
-            raise InvalidRequest(f"{_ONE_SOURCE} But both 'data' and 'binary_data_size' are set for input '{name}'")
         if head_bytes is None:
             raise InvalidRequest(f"input '{name}' has 'binary_data_size' but the request has no Inference-Header-Content-Length header")
         if size > end - at:
             raise InvalidRequest(f"unexpected size for input '{name}', expecting {size - (end - at)} additional bytes for model '{model}'")
-        inputs[name] = _from_binary(body[at : at + size], name, tensor.datatype, tensor.shape, patient)
+        inputs[name] = _from_binary(body[at : at + size], name, dtype, tensor.shape, count, patient)
         at += size
     if at != end:
         raise InvalidRequest(
             f"unexpected additional input data for model '{model}': {end - at} bytes more than the inputs' binary_data_size"
         )
-    request = Request(model=model, version=version, inputs=inputs, id=message.id or "")
-    binary = False
-    if message.parameters:
-        binary = take_parameters(request, message.parameters).binary_data_output
-    if not message.outputs:
-        return request, BINARY_FORM if binary else JSON_FORM
-    return request, _form(request, message.outputs, binary)
+    return inputs
 
 
 _ONE_SOURCE = (
     "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', 'shared_memory_region' in 'parameters'."
 )
-
-
-def _no_data(name: str) -> InvalidRequest:
-    return InvalidRequest(f"{_ONE_SOURCE} But no field is set for input '{name}'")
 
 
 def _no_shared_memory(kind: str, name: str, parameters: dict[str, Any]) -> None:
@@ -283,7 +326,7 @@ def _raw_input(body: memoryview, model: str, spec: ModelSpec) -> Tensors:
         # the body is the one element, with no length before it
         return {name: object_array([bytes(body)], (1, 1) if spec.batches and len(tensor.shape) > 1 else (1,))}
     shape = _raw_shape(tensor.shape, tensor.datatype, len(body), name, batches=spec.batches)
-    return {name: _from_binary(body, name, tensor.datatype, shape, patient=True)}
+    return {name: _from_binary(body, name, DTYPES[tensor.datatype], shape, math.prod(shape), patient=True)}
 
 
 def _raw_shape(shape: tuple[int, ...], datatype: str, size: int, name: str, *, batches: bool) -> tuple[int, ...]:
@@ -300,24 +343,9 @@ def _raw_shape(shape: tuple[int, ...], datatype: str, size: int, name: str, *, b
     return tuple(size // known if dim == -1 else dim for dim in dims)
 
 
-def _num_elements(name: str, shape: tuple[int, ...]) -> int:
-    count = math.prod(shape)
-    if count > MAX_ELEMENTS:
-        raise InvalidRequest(f"shape for input '{name}' causes total element count to exceed maximum size of {MAX_ELEMENTS}")
-    return count
-
-
-def _dtype(name: str, datatype: str) -> np.dtype:
-    try:
-        return DTYPES[datatype]
-    except KeyError:
-        raise InvalidRequest(f"invalid datatype '{datatype}' for input '{name}', expecting one of {', '.join(DTYPES)}") from None
-
-
-def _from_binary(data: memoryview, name: str, datatype: str, shape: tuple[int, ...], patient: bool) -> np.ndarray:
-    dtype = _dtype(name, datatype)
-    count = _num_elements(name, shape)
-    if datatype == "BYTES":
+def _from_binary(data: memoryview, name: str, dtype: np.dtype, shape: tuple[int, ...], count: int, patient: bool) -> np.ndarray:
+    kind = dtype.kind
+    if kind == "O":
         if count > MANY_STRINGS and not patient:
             raise TooSlow
         elements = decode_bytes(data, name, limit=count)
@@ -325,16 +353,14 @@ def _from_binary(data: memoryview, name: str, datatype: str, shape: tuple[int, .
             raise InvalidRequest(f"unexpected number of string elements {len(elements)} for inference input '{name}', expecting {count}")
         return object_array(elements, shape)
     size = count * dtype.itemsize
-    if size > MAX_ELEMENTS:
-        raise InvalidRequest(f"byte size overflow for input '{name}'")
     if size != len(data):
+        if size > MAX_ELEMENTS:
+            raise InvalidRequest(f"byte size overflow for input '{name}'")
         raise InvalidRequest(f"input byte size mismatch for input '{name}'. Expected {size}, got {len(data)}")
-    if datatype == "BOOL":
-        flags = np.frombuffer(data, np.uint8)
-        if size and flags.max() > 1:
-            raise InvalidRequest(f"BOOL input '{name}' holds a byte that is neither 0 nor 1")
-        return flags.view(np.bool_).reshape(shape)
-    array = np.frombuffer(data, dtype).reshape(shape)
+    if kind == "b" and size and np.frombuffer(data, np.uint8).max() > 1:
+        raise InvalidRequest(f"BOOL input '{name}' holds a byte that is neither 0 nor 1")
+    # not frombuffer, which refuses empty buffers
+    array: np.ndarray = np.ndarray(shape, dtype, data)
     if not array.flags.aligned:
         # native libraries may assume it
         array = array.copy()
@@ -372,27 +398,24 @@ def _nested_decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(type_)
 
 
-def _from_json(tensor: InputJson) -> np.ndarray:
+def _from_json(tensor: InputJson, dtype: np.dtype, count: int) -> np.ndarray:
     name, datatype, shape, data = tensor.name, tensor.datatype, tensor.shape, tensor.data
     decoder = _flat_decoders.get(datatype)
     if decoder is None:
-        _dtype(name, datatype)
         raise InvalidRequest(f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input '{name}'")
     assert isinstance(data, Raw)
     try:
         values: list[Any] = decoder.decode(data)
     except msgspec.DecodeError as error:
         values = _nested(data, name, datatype, error)
-    count = math.prod(shape)
     if len(values) != count:
-        _num_elements(name, shape)
         raise InvalidRequest(
             f"Unable to parse 'data': Shape does not match true shape of 'data' field: input '{name}' has shape {list(shape)} and {len(values)} elements"
         )
     if datatype == "BYTES":
         return object_array([value.encode() for value in values], shape)
     try:
-        return np.array(values, DTYPES[datatype]).reshape(shape)
+        return np.array(values, dtype).reshape(shape)
     except OverflowError:
         raise InvalidRequest(f"Unable to parse 'data' of input '{name}': a number is out of range for {datatype}") from None
 
@@ -406,7 +429,7 @@ def _nested(data: Raw, name: str, datatype: str, error: Exception) -> list[Any]:
     if depth > 1:
         try:
             values = _nested_decoder(datatype, depth).decode(data)
-        except msgspec.DecodeError as nested_error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as nested_error:
             error = nested_error
         else:
             for _ in range(depth - 1):

@@ -78,10 +78,7 @@ class Streaming:
         try:
             return await serve(http, line)
         except FairleadError as error:
-            status = http_status(error)
-            if line.request is None:
-                self.repository.metrics.refused["http", str(status)] += 1
-            line.end(status, error.message)
+            line.end(http_status(error), error.message)
             return error_response(error, line.headers)
         except ClientDisconnect:
             return _left(line)
