@@ -1,8 +1,10 @@
 """The composition root: the only place that knows every room."""
 
 import asyncio
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -46,14 +48,23 @@ class Server:
         self.http = HttpServer(self.repository, data_app(self.repository, access_log=self.access_log, max_body_bytes=limit), self.access_log, max_body_bytes=limit)
         self.grpc = GrpcServer(self.repository, self.access_log, max_message_bytes=limit)
         self.ops = HttpServer(self.repository, ops_app(self.repository, self.metrics.text), AccessLog(None), max_body_bytes=1 << 20)
+        self._open: list[HttpServer | GrpcServer] = []
         self._flusher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Listen, then load: health answers from the first moment. Raises ConfigError for a port that is taken."""
         listen = self.settings.listen
-        await _listen("HTTP", "--port", listen.host, listen.port, self.http.listen)
-        await _listen("gRPC", "--grpc-port", listen.host, listen.grpc_port, self.grpc.listen)
-        await _listen("operations", "--ops-port", listen.ops_host, listen.ops_port, self.ops.listen)
+        for door, flag, host, port in (
+            (self.http, "--port", listen.host, listen.port),
+            (self.grpc, "--grpc-port", listen.host, listen.grpc_port),
+            (self.ops, "--ops-port", listen.ops_host, listen.ops_port),
+        ):
+            try:
+                await door.listen(host, port)
+            except OSError as error:
+                why = os.strerror(error.errno) if error.errno else str(error)
+                raise ConfigError(f"cannot listen on {host}:{port}: {why}. Choose another port with {flag}") from None
+            self._open.append(door)
         self._flusher = asyncio.create_task(self._flush_access_log(), name="access-log")
         await self.repository.start()
         log.info(
@@ -69,11 +80,13 @@ class Server:
     async def stop(self) -> None:
         """Ready goes false at once; requests in flight finish within the drain timeout; then everything closes."""
         timeout = self.settings.limits.drain_timeout
+        deadline = time.monotonic() + timeout
         log.info("draining", timeout=timeout)
         self.repository.stopping = True
-        await asyncio.gather(self.http.drain(timeout), self.grpc.drain(timeout))
-        await self.repository.stop()
-        await self.ops.drain(1.0)
+        await asyncio.gather(*(door.drain(timeout) for door in self._open if door is not self.ops))
+        await self.repository.stop(max(deadline - time.monotonic(), 0.0))
+        if self.ops in self._open:
+            await self.ops.drain(1.0)
         if self._flusher is not None:
             self._flusher.cancel()
             with suppress(asyncio.CancelledError):
@@ -85,13 +98,6 @@ class Server:
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             self.access_log.flush()
-
-
-async def _listen(what: str, flag: str, host: str, port: int, listen: Callable[..., object]) -> None:
-    try:
-        await listen(host, port)  # type: ignore[misc]
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port} for {what}: {error.strerror or error}. Choose another with {flag}") from None
 
 
 async def serve(settings: Settings, started: Callable[[Server], None] | None = None) -> None:

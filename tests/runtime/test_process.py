@@ -81,6 +81,11 @@ def do(what):
     return {"do": object_array([what], (1,))}
 
 
+async def heard(fifo):
+    """Something was written there."""
+    await asyncio.wait_for(asyncio.to_thread(fifo.read_text), SECONDS)
+
+
 class Answers:
     """A stream's consumer."""
 
@@ -199,10 +204,16 @@ async def test_a_model_sees_who_asks_and_the_threads_it_may_use(start):
         "traces": [b"00-1-2-01", b""],
         "tones": [b"kind", b""],
     }
-    assert outputs["preloaded"].tolist() == [b"True"] or outputs["preloaded"].tolist() == [True]
+    assert outputs["preloaded"].tolist() == [True]
     assert outputs["omp"].tolist() == [b"2"] and set(outputs["blas"].tolist()) <= {2}
     assert outputs["comm"].tolist() == [b"fl surroundings"]
     assert (await ask(instance, {"x": np.array([1])}))["ids"].size == 0
+
+
+async def test_siblings_of_one_fork_server_draw_different_random_numbers(start):
+    instances = [await start("surroundings") for _ in range(2)]
+    draws = [(await ask(instance, {"x": np.array([1])}))["random"].tolist() for instance in instances]
+    assert draws[0] != draws[1]
 
 
 async def test_parameters_that_cannot_travel_are_the_callers_fault(start):
@@ -243,7 +254,7 @@ async def test_a_killed_process_fails_only_its_own_batch_and_is_started_again(st
     os.mkfifo(began)
     instance, neighbour = await asyncio.gather(start("trouble", began=began), start("doubler"))
     doomed = begin(instance, do(b"hang"))
-    await asyncio.wait_for(asyncio.to_thread(began.read_text), SECONDS)  # it computes
+    await heard(began)  # it computes
     pid = instance.pid
     os.kill(pid, signal.SIGKILL)
     assert not await instance.changed()
@@ -272,16 +283,16 @@ async def test_a_process_that_babbles_is_hung_up_on_and_replaced(start):
 
 
 async def test_it_is_tried_again_until_it_loads_again(start, tmp_path):
-    marker = tmp_path / "broken"
-    instance = await start("trouble", break_when=marker)
-    marker.touch()
+    broken = tmp_path / "broken"
+    instance = await start("trouble", broken=broken)
+    os.mkfifo(broken)
     with pytest.raises(ReplicaDied):
         await ask(instance, do(b"die"))
     assert not await instance.changed()
-    while instance.restarts < 2:
-        await asyncio.sleep(0.01)  # the first attempts fail
-    marker.unlink()
-    assert await instance.changed()
+    for _ in range(2):  # the first attempts fail
+        await heard(broken)
+    broken.unlink()
+    assert await instance.changed() and instance.restarts == 3
     assert await ask(instance, do(b"nothing"))
 
 
@@ -326,11 +337,12 @@ async def test_a_load_that_hangs_ends_at_its_deadline(forkserver):
         await instance.start(0.3)
 
 
-async def test_closing_while_it_loads_ends_the_load(forkserver):
-    instance = Watched(forkserver, "hangs_on_load")
+async def test_closing_while_it_loads_ends_the_load(forkserver, tmp_path):
+    began = tmp_path / "began"
+    os.mkfifo(began)
+    instance = Watched(forkserver, "hangs_on_load", began=began)
     starting = asyncio.ensure_future(instance.start(SECONDS))
-    while instance.pid is None:
-        await asyncio.sleep(0.001)
+    await heard(began)
     ended = await exit_of(instance.pid)
     await instance.close()
     with pytest.raises(LoadError):
@@ -455,7 +467,7 @@ async def test_closing_kills_what_does_not_end(start, tmp_path, monkeypatch):
     os.mkfifo(began)
     instance = await start("trouble", began=began)
     doomed = begin(instance, do(b"hang"))
-    await asyncio.wait_for(asyncio.to_thread(began.read_text), SECONDS)
+    await heard(began)
     ended = await exit_of(instance.pid)
     await instance.close()
     with pytest.raises(ShuttingDown):
@@ -469,4 +481,3 @@ async def test_nothing_is_left_open(start):
     await asyncio.gather(*(instance.close() for instance in instances))
     await asyncio.sleep(0)
     assert set(os.listdir("/proc/self/fd")) <= descriptors
-

@@ -27,7 +27,7 @@ class RangesInUse(RuleBasedStateMachine):
             return 0
         offset, generation = found
         assert generation > max(self.held, default=0)
-        assert offset % ALIGNMENT == 0 and 0 <= offset and offset + nbytes <= SIZE
+        assert offset % ALIGNMENT == 0 and offset >= 0 and offset + nbytes <= SIZE
         assert all(offset + nbytes <= other or other + size <= offset for other, size in self.held.values())
         self.held[generation] = (offset, nbytes)
         return generation

@@ -96,35 +96,30 @@ class Repository(Protocol):
 class Exchange:
     """One infer request and its answer; the sink of the former is the latter."""
 
-    __slots__ = (
-        "accept_encoding",
-        "answered",
-        "arrived",
-        "body",
-        "complete",
-        "continue_expected",
-        "disconnected",
-        "encoding",
-        "error",
-        "extra",
-        "form",
-        "head",
-        "held_bytes",
-        "id",
-        "keep_alive",
-        "model",
-        "pad",
-        "protocol",
-        "request",
-        "request_id",
-        "response_complete",
-        "server",
-        "status",
-        "ticket",
-        "trace",
-        "version",
-        "waiting",
-    )
+    # Defaults stand on the class: setting two dozen attributes per request would cost more than reading its headers.
+    request_id = ""
+    trace = ""
+    id = ""
+    head = ""
+    encoding = ""
+    accept_encoding = ""
+    extra = ""
+    body: bytes | bytearray | None = None
+    pad = 0
+    held_bytes = 0
+    request: Request | None = None
+    form = JSON_FORM
+    ticket: _Ticket | None = None
+    error: FairleadError | None = None
+    status = 0
+    continue_expected = False
+    waiting = False
+    """Others on this connection are answered first."""
+    complete = False
+    """The whole body is here."""
+    answered = False
+    response_complete = False
+    disconnected = False
 
     def __init__(self, protocol: "DataProtocol", model: str, version: str, *, keep_alive: bool) -> None:
         self.protocol = protocol
@@ -133,27 +128,6 @@ class Exchange:
         self.version = version
         self.keep_alive = keep_alive
         self.arrived = protocol.heard
-        self.request_id = ""
-        self.trace = ""
-        self.id = ""
-        self.head = self.encoding = self.accept_encoding = ""
-        self.extra = ""
-        self.body: bytes | bytearray | None = None
-        self.pad = 0
-        self.held_bytes = 0
-        self.request: Request | None = None
-        self.form = JSON_FORM
-        self.ticket: _Ticket | None = None
-        self.error: FairleadError | None = None
-        self.status = 0
-        self.continue_expected = False
-        self.waiting = False
-        """Others on this connection are answered first."""
-        self.complete = False
-        """The whole body is here."""
-        self.answered = False
-        self.response_complete = False
-        self.disconnected = False
 
     # Coming in
 
@@ -289,7 +263,9 @@ class Exchange:
         request.trace = self.trace
         request.arrived = self.arrived
         self._release()
-        self.ticket = self.server.repository.submit(request, self)
+        ticket = self.server.repository.submit(request, self)
+        if not self.response_complete:
+            self.ticket = ticket
 
     # Going out: the sink
 
@@ -413,6 +389,7 @@ class Exchange:
         self.response_complete = True
         self.ticket = None
         rows = self.request.num_rows if self.request is not None else 0
+        self.request = None  # an idle connection keeps no tensors
         protocol = self.protocol
         protocol.idle_since = now = perf_counter()
         self.server.access_log.add("http", self.request_id, self.trace, self.model, self.version, status, now - self.arrived, rows, error)

@@ -1,18 +1,17 @@
 """ONNX, by ONNX Runtime."""
 
-import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from fairlead.backends.base import Backend, Executable
 from fairlead.backends.overlay import overlay
-from fairlead.backends.tabular import label, reason, zeros
+from fairlead.backends.tabular import label
 from fairlead.core.errors import LoadError
 from fairlead.core.specs import Datatype, ModelSpec, TensorSpec
-from fairlead.core.tensors import Tensors, to_bytes_array
+from fairlead.core.tensors import DTYPES, Tensors, object_array, to_bytes_array
 
 DATATYPES: dict[str, Datatype] = {
     "bool": "BOOL",
@@ -64,18 +63,17 @@ class OnnxExecutable(Executable):
     def __init__(self, session: Any, spec: ModelSpec) -> None:
         self._run = session.run
         arguments, results = session.get_inputs(), session.get_outputs()
-        inputs = tuple(_spec(argument, "input") for argument in arguments)
-        self._maps = {result.name for result in results if result.type.startswith("seq(map(")}
-        self._words = {spec.name for spec in inputs if spec.datatype == "BYTES"}
-        self.inputs = overlay(inputs, spec.inputs, "inputs")
+        self.inputs = overlay([_spec(argument, "input", argument.shape) for argument in arguments], spec.inputs, "inputs")
         self._names = [result.name for result in results]
+        self._words = {tensor.name for tensor in self.inputs if tensor.datatype == "BYTES"}
         self._decoded = {result.name for result in results if result.type == "tensor(string)"}
+        self._maps = {result.name for result in results if result.type.startswith("seq(map(")}
+        # a shape without dimensions is a number's, or one that the graph leaves open
         seen = self._dry_run() if any(not result.shape for result in results) else {}
-        outputs = tuple(_of_map(result.name, seen) if result.name in self._maps else _spec(result, "output", seen) for result in results)
-        self.outputs = overlay(outputs, spec.outputs, "outputs")
-        leading = {argument.shape[0] if argument.shape else 0 for argument in arguments} - {None}
-        one_symbol = len(leading) <= 1 and not any(isinstance(dim, int) for dim in leading)
-        self.batches = one_symbol and all(tensor.shape[:1] == (-1,) for tensor in (*self.inputs, *self.outputs))
+        self.outputs = overlay([_output(result, seen, spec.output(result.name)) for result in results], spec.outputs, "outputs")
+        symbols = {argument.shape[0] if argument.shape else 0 for argument in arguments} - {None}
+        one_batch = len(symbols) <= 1 and all(isinstance(symbol, str) for symbol in symbols)
+        self.batches = one_batch and all(tensor.shape[:1] == (-1,) for tensor in (*self.inputs, *self.outputs))
 
     def infer(self, inputs: Tensors, outputs: frozenset[str] | None) -> Tensors:
         names = self._names if outputs is None else [name for name in self._names if name in outputs]
@@ -91,17 +89,42 @@ class OnnxExecutable(Executable):
         return result
 
     def _dry_run(self) -> dict[str, Any]:
-        """What one row gives; nothing where the model takes no row of zeros."""
-        row = zeros([spec for spec in self.inputs if spec.datatype != "BYTES"])
-        row = {name: np.zeros([max(1, dim) for dim in self._shape(name)], array.dtype) for name, array in row.items()}
-        words = {name: np.full([max(1, dim) for dim in self._shape(name)], "", object) for name in self._words}
+        """What the model makes of zeros with every open dimension 1; nothing where it takes no zeros."""
+        row = {tensor.name: np.zeros([abs(dim) for dim in tensor.shape], DTYPES[tensor.datatype]) for tensor in self.inputs}
+        row |= {name: np.full(row[name].shape, "", object) for name in self._words}
         try:
-            return dict(zip(self._names, self._run(self._names, {**row, **words}), strict=True))
+            return dict(zip(self._names, self._run(self._names, row), strict=True))
         except Exception:
             return {}
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return next(spec.shape for spec in self.inputs if spec.name == name)
+
+def _spec(value: Any, side: str, shape: Any) -> TensorSpec:
+    """Of an input or output as ONNX Runtime describes it: `tensor(float)`, ["batch", 4]."""
+    element = value.type.removeprefix("tensor(").removesuffix(")")
+    if element not in DATATYPES:
+        raise LoadError(f"{side} {value.name!r} is a {value.type}, which cannot be served; convert the model so that it is a tensor of another type")
+    return TensorSpec(name=value.name, datatype=DATATYPES[element], shape=tuple(dim if isinstance(dim, int) else -1 for dim in shape))
+
+
+def _output(result: Any, seen: dict[str, Any], declared: TensorSpec | None) -> TensorSpec:
+    value = seen.get(result.name)
+    if result.type.startswith("seq(map("):  # scikit-learn's ZipMap: for each row a dict of probabilities by class
+        if not value or not isinstance(value[0], dict) or not all(isinstance(score, float) for score in value[0].values()):
+            raise LoadError(f"output {result.name!r} is a {result.type}, not a tensor; convert the model with `options={{'zipmap': False}}`")
+        classes = tuple(map(label, value[0]))
+        return TensorSpec(name=result.name, datatype="FP32", shape=(-1, len(classes)), labels=classes)
+    if not result.shape and declared is not None and value is None:
+        return _spec(result, "output", declared.shape)
+    return _spec(result, "output", result.shape or [None] * np.ndim(value))
+
+
+def _decode(array: np.ndarray) -> np.ndarray:
+    """ONNX Runtime takes str; given bytes it would compute on their `repr`."""
+    return object_array([word.decode(errors="replace") for word in array.reshape(-1)], array.shape)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).removeprefix("[ONNXRuntimeError] : ").strip().partition("\n")[0]
 
 
 BACKEND = OnnxBackend()

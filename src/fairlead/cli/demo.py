@@ -445,6 +445,7 @@ class ServerProcess:
         watchdog = Timer(START_SECONDS, self.process.kill)
         watchdog.start()
         lines: deque[str] = deque(maxlen=12)
+        failures: list[str] = []
         output = self.process.stdout
         assert output is not None
         with self.log.open("w") as log:
@@ -452,14 +453,15 @@ class ServerProcess:
                 log.write(line)
                 lines.append(line)
                 told = _told(line)
+                if "error" in told and "model" in told:
+                    failures.append(f"{told['model']}: {told['error']}\n")
                 if told.get("event") == "serving":
                     self.http, self.grpc = told["http"].removeprefix("http://"), told["grpc"]
                     break
         watchdog.cancel()
-        if not self.http:
-            self.stop()
-            raise LoadError("the server did not start:\n" + "".join(lines))
         Thread(target=self._keep_log, args=(output,), daemon=True).start()
+        if failures or not self.http:
+            raise LoadError("the server did not start:\n" + "".join(failures or lines).rstrip())
 
     def _keep_log(self, output: IO[str]) -> None:
         with self.log.open("a") as log:
@@ -605,11 +607,8 @@ def in_words(model: DemoModel, responses: list[Tensors]) -> str:
         case "confidence_python":
             mean, low, high = (_first({name: outputs[name]}) for name in ("mean", "low", "high"))
             return f"{mean:.2f}, {low:.2f} to {high:.2f}, in {len(responses)} responses"
-    for array in outputs.values():
-        if array.dtype.kind == "f" and array.size in (1, len(model.labels)):
-            scores = array.reshape(-1) if array.size > 1 else np.array([1 - _first(outputs), _first(outputs)])
-            return f"{model.labels[scores.argmax()]} ({scores.max():.0%} sure)"
-    raise AssertionError(f"{model.name} gave no probabilities: {list(outputs)}")
+    scores = next(array for array in outputs.values() if array.dtype.kind == "f").reshape(-1)
+    return f"{model.labels[scores.argmax()]} ({scores.max():.0%} sure)"
 
 
 def _first(outputs: Tensors) -> float:
@@ -684,7 +683,7 @@ def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, con
         else:
             show(console, answers)
             for tool, text in lines.items():
-                console.print(f"\n[bold]{tool}[/]")
+                console.print(f"\n[bold]# {tool}[/]")
                 click.echo(text)
         if not once:
             console.print(

@@ -78,9 +78,13 @@ class ForkServer:
         ours.setblocking(False)
         with theirs:
             command = [sys.executable, "-P", "-m", "fairlead.runtime", "forkserver", str(theirs.fileno()), *self._arguments]
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()], env={**os.environ, **ONE_THREAD}
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()], env={**os.environ, **ONE_THREAD}
+                )
+            except BaseException:
+                ours.close()
+                raise
         log.info("fork server started", pid=process.pid)
         return _Server(process, ours, self._died)
 

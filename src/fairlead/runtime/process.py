@@ -82,7 +82,8 @@ class _Life:
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: self.connection, sock=ours)
             if slab_bytes and hasattr(os, "memfd_create"):
-                descriptors += [create_slab(slab_bytes, "fairlead requests"), create_slab(slab_bytes, "fairlead responses")]
+                descriptors.append(create_slab(slab_bytes, "fairlead requests"))
+                descriptors.append(create_slab(slab_bytes, "fairlead responses"))
                 self.requests, self.responses = Slab(descriptors[1], writer=True), Slab(descriptors[2], writer=False)
                 self.connection.slab = self.requests
             self.process = await forkserver.spawn(descriptors, modules)

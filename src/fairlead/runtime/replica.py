@@ -10,6 +10,7 @@ from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import structlog
 import uvloop
 from threadpoolctl import threadpool_limits
@@ -76,6 +77,7 @@ def _load(load: Load, sock: socket.socket, slab: Slab | None) -> Executable | No
     for variable in THREAD_VARIABLES:
         os.environ[variable] = str(load.threads)
     threadpool_limits(load.threads)
+    np.random.seed()  # not the fork server's, which its siblings have too
     body: list[Buffer] = []
     executable: Executable | None = None
     try:

@@ -212,15 +212,16 @@ class ModelRepository:
         if settings.control is Control.POLL:
             self._poller = asyncio.create_task(self._poll(), name="repository-poll")
 
-    async def stop(self) -> None:
-        """Refuse new requests, let the others finish within the drain timeout, release everything."""
+    async def stop(self, timeout: float | None = None) -> None:
+        """Refuse new requests, let the others finish within `timeout` seconds (None: the drain timeout), release everything."""
+        timeout = self.settings.drain_timeout if timeout is None else timeout
         self.stopping = True
         if self._poller is not None:
             self._poller.cancel()
             with suppress(asyncio.CancelledError):
                 await self._poller
         versions = [version for model in self._models.values() for version in model.versions.values()]
-        await asyncio.gather(*(version.drain(self.settings.drain_timeout) for version in versions), *self._draining)
+        await asyncio.gather(*(version.drain(timeout) for version in versions), *self._draining)
         await self._forkserver.close()
         for model in self._models.values():
             if model.overridden is not None:

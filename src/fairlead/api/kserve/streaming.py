@@ -80,6 +80,9 @@ class Streaming:
         except FairleadError as error:
             line.end(http_status(error), error.message)
             return error_response(error, line.headers)
+        except HTTPException as error:
+            line.end(error.status_code, error.detail)
+            raise
         except ClientDisconnect:
             return _left(line)
 

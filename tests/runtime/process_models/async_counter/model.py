@@ -12,6 +12,10 @@ class AsyncCounter:
     def load(self, context):
         self.closed_at = context.parameters.get("closed_at")
 
+    def note(self, text):
+        if self.closed_at:
+            Path(self.closed_at).write_text(text)
+
     async def infer(self, inputs):
         upto = int(inputs["upto"][0])
         try:
@@ -21,6 +25,5 @@ class AsyncCounter:
             if upto:
                 await asyncio.Event().wait()
         finally:
-            if self.closed_at:
-                Path(self.closed_at).write_text("closed")
+            self.note("closed")
         yield {"number": np.array([-1])}

@@ -18,8 +18,9 @@ class Trouble:
 
     def load(self, context):
         self.began = context.parameters.get("began")
-        self.marker = context.parameters.get("break_when")
-        if self.marker and Path(self.marker).exists():
+        broken = context.parameters.get("broken")
+        if broken and Path(broken).exists():  # a FIFO: returns when the test has it open
+            Path(broken).write_text("broken")
             raise RuntimeError("broken meanwhile")
 
     def infer(self, inputs):
@@ -43,8 +44,7 @@ class Trouble:
             case b"die":
                 os._exit(7)
             case b"hang":
-                with open(self.began, "w") as began:  # a FIFO: returns when the test has it open
-                    began.write("hanging")
+                Path(self.began).write_text("hanging")  # a FIFO: returns when the test has it open
                 time.sleep(3600)
             case b"babble":
                 for entry in os.listdir("/proc/self/fd"):
