@@ -28,14 +28,14 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)  ## Fairlead and its peers side by side, each in its own environment
-	$(BIN)/python -m benchmarks.tensors $(ARGS)
+	bash benchmarks/tensors/bench.sh $(ARGS)
 
 venv: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -e '.[dev]' \
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode $(FIND_LINKS) -c constraints.txt -e '.[dev]' \
 		|| $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 MODELS = Path(__file__).parent / "models"
-TITLES = {"w1": "XGBoost row", "w2": "the same as ONNX", "w3": "identity 1x16", "w4": "224x224x3 image into a CNN"}
+TITLES = {"w1": "XGBoost row", "w2": "XGBoost as ONNX", "w3": "identity 1x16", "w4": "224x224x3 image into a CNN"}
 SHAPES = {"w1": (50,), "w2": (50,), "w3": (16,), "w4": (224, 224, 3)}
 COLUMNS = {"w1": 1, "w2": 2, "w3": 16, "w4": 10}
 """Of one row of the answer."""

@@ -2,21 +2,23 @@
 # Build one virtual environment per peer, then the models and request bodies they share.
 #   bash setup.sh            everything
 #   bash setup.sh mlserver   only the named environments
-# Needs Python 3.11 with venv (PYTHON=...), wrk and h2load (Debian: wrk, nghttp2-client) and a C compiler. Uses uv where there is one (UV= for plain pip).
+# Needs a Python of 3.11 or 3.12 with venv (PYTHON=...), wrk and h2load (Debian: wrk, nghttp2-client) and a C compiler. Uses uv where there is one (UV= for plain pip).
 set -euo pipefail
 cd "$(dirname "$0")"
-PYTHON=${PYTHON:-python3.11}
+PYTHON=${PYTHON:-$(command -v python3.11 || echo python3)}
 UV=${UV-$(command -v uv || ls ../../.venv/bin/uv 2>/dev/null || true)}
 
+# The same libraries compute the models everywhere.
+MODELS="xgboost-cpu==3.2.0 scikit-learn==1.9.1 onnxruntime==1.31.1"
 declare -A WANT=(
-  [base]="numpy scikit-learn xgboost-cpu onnx onnxruntime onnxmltools skl2onnx psutil grpcio tritonclient[grpc]"
-  [fastapi]="numpy xgboost-cpu scikit-learn onnxruntime fastapi uvicorn[standard]"
-  [mlserver]="mlserver==1.7.1 mlserver-xgboost==1.7.1 uvloop<0.22 onnxruntime"
-  [bentoml]="bentoml<1.4.40 xgboost-cpu scikit-learn onnxruntime"
-  [litserve]="litserve==0.2.19 xgboost-cpu scikit-learn onnxruntime"
-  [ray]="ray[serve]==2.60.0 xgboost-cpu scikit-learn onnxruntime"
-  [pytriton]="nvidia-pytriton==0.7.0 xgboost-cpu scikit-learn onnxruntime"
-  [kserve]="kserve==0.21.0 xgboost-cpu scikit-learn onnxruntime"
+  [base]="$MODELS onnx onnxmltools skl2onnx psutil grpcio tritonclient[grpc]"
+  [fastapi]="$MODELS fastapi==0.165.0 uvicorn[standard]==0.54.0"
+  [mlserver]="${MODELS/-cpu/} mlserver==1.7.1 mlserver-xgboost==1.7.1 uvloop<0.22"
+  [bentoml]="$MODELS bentoml==1.4.39"
+  [litserve]="$MODELS litserve==0.2.19"
+  [ray]="$MODELS ray[serve]==2.60.0"
+  [pytriton]="$MODELS nvidia-pytriton==0.7.0"
+  [kserve]="$MODELS kserve==0.21.0"
 )
 for tool in wrk h2load cc; do
   command -v $tool >/dev/null || { echo "$tool is not installed (Debian: apt-get install wrk nghttp2-client gcc)" >&2; exit 1; }

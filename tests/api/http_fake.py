@@ -1,16 +1,21 @@
 """A repository of small models in memory, computed for real by the runtime, for tests of the protocols."""
 
 import asyncio
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 
+from fairlead.api.http1 import HttpServer
 from fairlead.backends import Executable
 from fairlead.core.errors import InvalidRequest, NotFound
 from fairlead.core.request import Request, Sink
 from fairlead.core.specs import BatchingSpec, Execution, ModelSpec, TensorSpec
 from fairlead.core.tensors import DTYPES, Tensors
+from fairlead.observe.access import AccessLog
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.local import LocalInstance
 from fairlead.runtime.version import ModelVersion, Ticket
@@ -64,7 +69,9 @@ class Models:
         self.versions[name] = version
         return version
 
-    def echo(self, name: str, datatype: str, item: tuple[int, ...], *, execution: Execution = Execution.INLINE, labels: tuple[str, ...] = ()) -> ModelVersion:
+    def echo(
+        self, name: str, datatype: str, item: tuple[int, ...], *, execution: Execution = Execution.INLINE, labels: tuple[str, ...] = ()
+    ) -> ModelVersion:
         """A model that answers `output` with its `input`."""
         return self.add(
             name,
@@ -140,3 +147,115 @@ def zoo() -> Models:
     )
     models.add("streaming", explode, (TensorSpec(name="input", **tensor),), (TensorSpec(name="output", **tensor),), streams=True)
     return models
+
+
+class Lines(AccessLog):
+    """The access log as a list of dicts; `wait(n)` until there are so many."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.lines: list[dict[str, Any]] = []
+        self._more = asyncio.Event()
+
+    def add(self, protocol, request_id, trace, model, version, status, seconds, rows, error) -> None:
+        self.lines.append(
+            {"request_id": request_id, "trace": trace, "model": model, "version": version, "status": status, "rows": rows, "error": error}
+        )
+        self._more.set()
+
+    async def wait(self, count: int) -> list[dict[str, Any]]:
+        async with asyncio.timeout(20):
+            while len(self.lines) < count:
+                self._more.clear()
+                await self._more.wait()
+        return self.lines
+
+
+async def echo_app(scope, receive, send) -> None:
+    """The ASGI side: answers with method, path and the body's length; `/raise` fails, `/early` does not wait for the body."""
+    if scope["path"] == "/raise":
+        raise ZeroDivisionError("division by zero")
+    size, more = 0, scope["path"] != "/early"
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    body = json.dumps({"method": scope["method"], "path": scope["path"], "size": size}).encode()
+    await send(
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))],
+        }
+    )
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+
+@asynccontextmanager
+async def serving(models: Models, app: Any = echo_app, **limits: Any) -> AsyncIterator[HttpServer]:
+    server = HttpServer(models, app, Lines(), **limits)
+    await server.listen("127.0.0.1", 0)
+    try:
+        yield server
+    finally:
+        await server.drain(5.0)
+
+
+class Wire:
+    """A raw connection: what is sent is what the test says."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def receive(self, *, head: bool = False) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers by lower-case name, body) of the next response, 100 Continue included."""
+        async with asyncio.timeout(20):
+            text = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            line, *fields = text.rstrip().split("\r\n")
+            headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
+            size = 0 if head else int(headers.get("content-length", 0))
+            return int(line.split()[1]), headers, await self.reader.readexactly(size)
+
+    async def ended(self) -> bytes:
+        """What is left until the server closes."""
+        async with asyncio.timeout(20):
+            return await self.reader.read()
+
+    async def close(self) -> None:
+        self.writer.close()
+        try:
+            await self.writer.wait_closed()
+        except OSError:
+            pass
+
+
+@asynccontextmanager
+async def wire(server: HttpServer, **options: Any) -> AsyncIterator[Wire]:
+    connection = Wire(*await asyncio.open_connection("127.0.0.1", server.port, **options))
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+def question(values: list[float] | None = None, request_id: str = "") -> bytes:
+    """A JSON body for the models of FP32 rows."""
+    values = [1.0, 2.0] if values is None else values
+    body: dict[str, Any] = {"inputs": [{"name": "input", "shape": [1, len(values)], "datatype": "FP32", "data": values}]}
+    if request_id:
+        body["id"] = request_id
+    return json.dumps(body).encode()
+
+
+def post(body: bytes, path: str = "/v2/models/fp32/infer", version: str = "1.1", **headers: str) -> bytes:
+    """A whole request; header names with _ for -."""
+    fields = {"host": "test", "content-length": str(len(body)), **{name.replace("_", "-"): value for name, value in headers.items()}}
+    head = f"POST {path} HTTP/{version}\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"{head}\r\n".encode("latin-1") + body

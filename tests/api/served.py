@@ -15,6 +15,7 @@ from fairlead.observe.access import AccessLog
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.repository import Control, ModelRepository, RepositorySettings
 
+FOREVER = 9999
 IN_A_THREAD = "instances: {isolation: thread}\n"
 MODELS = {
     "identity": (
@@ -55,7 +56,7 @@ class Failing:
 """,
         IN_A_THREAD,
     ),
-    # Counts to n, then fails where n is negative; forever where it is 0.
+    # Counts to n, then fails where n is negative; FOREVER is without end.
     "count": (
         """
 import itertools
@@ -66,7 +67,7 @@ class Count:
 
     def infer(self, inputs):
         n = int(inputs["n"][0])
-        for i in itertools.count() if n == 0 else range(abs(n)):
+        for i in itertools.count() if n == 9999 else range(abs(n)):
             yield {"i": np.array([i], np.int32)}
         if n < 0:
             raise ValueError("no further")

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from fairlead.backends import BACKENDS
+from fairlead.core.errors import ShuttingDown
 from fairlead.core.specs import ModelSpec
+from fairlead.core.tensors import object_array
+from fairlead.runtime import process
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.process import ProcessInstance
 
@@ -94,6 +97,24 @@ async def test_an_orphan_that_dies_is_replaced_from_the_next_server(forkserver):
         await asyncio.wait_for(changes.get(), SECONDS)
     assert instance.ready and await works(instance)
     await instance.close()
+
+
+async def test_an_orphan_that_does_not_end_is_killed(forkserver, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "CLOSE_SECONDS", 0.2)
+    began = tmp_path / "began"
+    os.mkfifo(began)
+    spec = ModelSpec(name="trouble", parameters={"began": str(began)})
+    instance = ProcessInstance(spec, MODELS / "trouble" / "model.py", BACKENDS["python"], 1, forkserver, lambda: None)
+    await instance.start(SECONDS)
+    failed = asyncio.get_running_loop().create_future()
+    instance.run([{"do": object_array([b"hang"], (1,))}], None, lambda outputs, error: failed.set_result(error))
+    await asyncio.wait_for(asyncio.to_thread(began.read_text), SECONDS)
+    pidfds = [os.pidfd_open(forkserver.pid), os.pidfd_open(instance.pid)]
+    os.kill(forkserver.pid, signal.SIGKILL)
+    await asyncio.wait_for(asyncio.shield(instance._life.process.exited), SECONDS)
+    await instance.close()
+    await asyncio.to_thread(ended, pidfds)
+    assert isinstance(await failed, ShuttingDown)
 
 
 GATEWAY = """

@@ -229,7 +229,7 @@ class Exchange:
         head = head_size(self.head, len(data)) if self.head else None
         model, version = self.model, self.version
         if head == 0:
-            self._submit(*decode_raw(data, model, version, self.server.repository.find(model, version).spec))
+            self._submit(*decode_raw(data, model, version, self._spec()))
         elif (len(data) if head is None else head) > LARGE_JSON_BYTES:
             self.server.offload.in_process(self._decoded, decode, bytes(data), head, model, version, True)
         else:
@@ -239,6 +239,11 @@ class Exchange:
                 self.server.offload.in_thread(self._decoded, decode, data, head, model, version, True)
             else:
                 self._submit(request, form)
+
+    def _spec(self) -> ModelSpec:
+        repository = self.server.repository
+        assert repository is not None
+        return repository.find(self.model, self.version).spec
 
     def _decoded(self, decoded: tuple[Request, Form] | None, error: FairleadError | None) -> None:
         if self.response_complete:
@@ -257,13 +262,15 @@ class Exchange:
     def _submit(self, request: Request, form: Form) -> None:
         self.id = request.id
         if form.classes:
-            form = with_labels(form, self.server.repository.find(self.model, self.version).spec)
+            form = with_labels(form, self._spec())
         self.form = form
         self.request = request
         request.trace = self.trace
         request.arrived = self.arrived
         self._release()
-        ticket = self.server.repository.submit(request, self)
+        repository = self.server.repository
+        assert repository is not None
+        ticket = repository.submit(request, self)
         if not self.response_complete:
             self.ticket = ticket
 
@@ -754,7 +761,7 @@ class HttpServer:
 
     def __init__(
         self,
-        repository: Repository,
+        repository: Repository | None,
         app: ASGI3Application,
         access_log: AccessLog,
         *,
@@ -768,6 +775,7 @@ class HttpServer:
         offload: Offload | None = None,
     ) -> None:
         self.repository = repository
+        """None for a port that offers no `infer`: then all goes through the app."""
         self.access_log = access_log
         self.max_body_bytes = max_body_bytes
         self.max_receiving_bytes = max_receiving_bytes
@@ -859,7 +867,7 @@ class HttpServer:
             raise InvalidRequest("the request line has no valid URL") from None
         if path is None or not path.isascii():
             raise InvalidRequest("the request line has no path of ASCII characters")
-        match = INFER.fullmatch(path)
+        match = None if self.repository is None else INFER.fullmatch(path)
         route = None if match is None else (unquote(match[1].decode("ascii")), (match[2] or b"").decode("ascii"))
         if len(url) <= 512:
             if len(self._routes) >= MAX_ROUTES:

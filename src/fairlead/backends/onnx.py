@@ -52,7 +52,9 @@ def _providers(device: str) -> list[Any]:
         return ["CPUExecutionProvider"]
     available = onnxruntime.get_available_providers()
     if "CUDAExecutionProvider" not in available:
-        raise LoadError(f"`device: {device}` needs ONNX Runtime with CUDA (pip install onnxruntime-gpu); this one has {', '.join(available)}")
+        raise LoadError(
+            f"`device: {device}` needs ONNX Runtime with CUDA (pip install onnxruntime-gpu); this one has {', '.join(available)}"
+        )
     return [("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)}), "CPUExecutionProvider"]
 
 
@@ -102,7 +104,9 @@ def _spec(value: Any, side: str, shape: Any) -> TensorSpec:
     """Of an input or output as ONNX Runtime describes it: `tensor(float)`, ["batch", 4]."""
     element = value.type.removeprefix("tensor(").removesuffix(")")
     if element not in DATATYPES:
-        raise LoadError(f"{side} {value.name!r} is a {value.type}, which cannot be served; convert the model so that it is a tensor of another type")
+        raise LoadError(
+            f"{side} {value.name!r} is a {value.type}, which cannot be served; convert the model so that it is a tensor of another type"
+        )
     return TensorSpec(name=value.name, datatype=DATATYPES[element], shape=tuple(dim if isinstance(dim, int) else -1 for dim in shape))
 
 
@@ -110,12 +114,14 @@ def _output(result: Any, seen: dict[str, Any], declared: TensorSpec | None) -> T
     value = seen.get(result.name)
     if result.type.startswith("seq(map("):  # scikit-learn's ZipMap: for each row a dict of probabilities by class
         if not value or not isinstance(value[0], dict) or not all(isinstance(score, float) for score in value[0].values()):
-            raise LoadError(f"output {result.name!r} is a {result.type}, not a tensor; convert the model with `options={{'zipmap': False}}`")
+            raise LoadError(
+                f"output {result.name!r} is a {result.type}, not a tensor; convert the model with `options={{'zipmap': False}}`"
+            )
         classes = tuple(map(label, value[0]))
         return TensorSpec(name=result.name, datatype="FP32", shape=(-1, len(classes)), labels=classes)
     if not result.shape and declared is not None and value is None:
         return _spec(result, "output", declared.shape)
-    return _spec(result, "output", result.shape or [None] * np.ndim(value))
+    return _spec(result, "output", result.shape or [None] * (0 if value is None else np.ndim(value)))
 
 
 def _decode(array: np.ndarray) -> np.ndarray:

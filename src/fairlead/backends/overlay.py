@@ -38,6 +38,37 @@ def overlay(
     return tuple(_merge(spec, own, side, convertible) for spec, own in zip(detected, declared, strict=True))
 
 
+def over_example(shown: Sequence[TensorSpec], declared: Sequence[TensorSpec], side: str) -> tuple[TensorSpec, ...]:
+    """As `overlay`, for specs that one example shows: a declared -1 may stand for what it shows. Undeclared ones stay as they are."""
+    if not declared:
+        return tuple(shown)
+    found = {spec.name: spec for spec in shown}
+    for spec in declared:
+        have = found.get(spec.name)
+        if have is None:
+            if spec.optional or side == "outputs":
+                continue
+            raise LoadError(f"`{side}` declares {spec.name!r}, but the example has {', '.join(map(repr, found)) or 'none'}")
+        fits = len(spec.shape) == len(have.shape) and all(
+            want == -1 or have_ in (-1, want) for want, have_ in zip(spec.shape, have.shape, strict=True)
+        )
+        if spec.datatype != have.datatype or not fits:
+            raise LoadError(
+                f"`{side}` declares {spec.name!r} as {spec.datatype} {list(spec.shape)}, but the example shows {have.datatype} {list(have.shape)}:\n{lines(side, shown)}"
+            )
+    own = {spec.name: spec for spec in declared}
+    return tuple(own.pop(spec.name, spec) for spec in shown) + tuple(own.values())
+
+
+def renamed(found: Sequence[TensorSpec], declared: Sequence[TensorSpec], side: str) -> list[TensorSpec]:
+    """Where none of the declared names is the artefact's, they are taken in order: a program's arguments are positions too."""
+    if not declared or {spec.name for spec in declared} & {spec.name for spec in found}:
+        return list(found)
+    if len(declared) != len(found):
+        raise LoadError(f"`{side}` declares {len(declared)}, but the artefact has {len(found)}:\n{lines(side, found)}")
+    return [structs.replace(spec, name=own.name) for spec, own in zip(found, declared, strict=True)]
+
+
 def _merge(detected: TensorSpec, declared: TensorSpec, side: str, convertible: bool) -> TensorSpec:
     if declared.datatype != detected.datatype and not convertible:
         raise LoadError(f"`{side}` declares {declared.name!r} as {declared.datatype}, but the artefact has {detected.datatype}")

@@ -17,9 +17,9 @@ import numpy as np
 from msgspec import Struct
 
 from fairlead.backends.base import Backend, Executable
-from fairlead.backends.overlay import lines, spec_of
+from fairlead.backends.overlay import over_example, spec_of
 from fairlead.core.errors import LoadError, ModelError
-from fairlead.core.specs import Isolation, ModelSpec, TensorSpec
+from fairlead.core.specs import Isolation, ModelSpec
 from fairlead.core.tensors import Tensors, canonical
 
 
@@ -130,8 +130,13 @@ class PythonExecutable(Executable):
                 result = self._first(example)
             except ModelError as error:
                 raise LoadError(f"{artefact}: {error.message}") from None
-        self.inputs = _declared_or_seen(spec.inputs, example, "inputs", self.batches, artefact)
-        self.outputs = _declared_or_seen(spec.outputs, result, "outputs", self.batches, artefact)
+        try:
+            self.inputs = over_example([spec_of(key, array, batches=self.batches) for key, array in example.items()], spec.inputs, "inputs")
+            self.outputs = over_example(
+                [spec_of(key, array, batches=self.batches) for key, array in result.items()], spec.outputs, "outputs"
+            )
+        except LoadError as error:
+            raise LoadError(f"{artefact}: {error.message}") from None
         self._check_declared_batch(artefact)
 
     def close(self) -> None:
@@ -232,28 +237,6 @@ def _executable(model: Any, module: types.ModuleType, name: str) -> PythonExecut
     if inspect.iscoroutinefunction(infer):
         return _Coroutine(model, module, name)
     return _Plain(model, module, name)
-
-
-def _declared_or_seen(declared: tuple[TensorSpec, ...], seen: Tensors, side: str, batches: bool, artefact: Path) -> tuple[TensorSpec, ...]:
-    """One example shows one of the shapes that fit, so a declared -1 may stand for what it shows; the rest must agree."""
-    specs = tuple(spec_of(key, array, batches=batches) for key, array in seen.items())
-    if not declared:
-        return specs
-    found = {spec.name: spec for spec in specs}
-    for spec in declared:
-        if spec.name not in found:
-            if spec.optional or side == "outputs":
-                continue
-            raise LoadError(f"{artefact}: `{side}` declares {spec.name!r}, but the example has {', '.join(found)}")
-        have = found[spec.name]
-        fits = len(spec.shape) == len(have.shape) and all(want in (-1, dim) for want, dim in zip(spec.shape, have.shape, strict=True))
-        if spec.datatype != have.datatype or not fits:
-            raise LoadError(
-                f"{artefact}: `{side}` declares {spec.name!r} as {spec.datatype} {list(spec.shape)},"
-                f" but the example gives {have.datatype} {list(have.shape)}:\n{lines(side, specs)}"
-            )
-    own = {spec.name for spec in declared}
-    return declared + tuple(spec for spec in specs if spec.name not in own)
 
 
 _numbers = itertools.count(1)

@@ -1,5 +1,6 @@
 """scikit-learn: skops; joblib and pickle only when the operator vouches for them."""
 
+import importlib
 import importlib.util
 import pickle
 import warnings
@@ -124,7 +125,9 @@ def _learn(model: Any, spec: ModelSpec) -> Learned:
         if names is None and len(spec.inputs) == 1 and len(spec.inputs[0].shape) == 1:
             return _texts(spec.inputs[0])
         if names is None:
-            raise LoadError("`inputs` declares BYTES: a scikit-learn model takes one input of texts, shape [-1], or the columns of the DataFrame that it was fitted on")
+            raise LoadError(
+                "`inputs` declares BYTES: a scikit-learn model takes one input of texts, shape [-1], or the columns of the DataFrame that it was fitted on"
+            )
     elif num_features is None:
         if not spec.inputs:
             if _reads_texts(model):
@@ -172,7 +175,7 @@ def _reads_texts(model: Any) -> bool:
 
 def _frame(columns: tuple[TensorSpec, ...], model: Any) -> Learned:
     """One column for each feature of the DataFrame that the model was fitted on."""
-    import pandas
+    pandas = importlib.import_module("pandas")
 
     def frame(inputs: Tensors) -> Any:
         return pandas.DataFrame({c.name: _words(inputs[c.name]) if c.datatype == "BYTES" else inputs[c.name].reshape(-1) for c in columns})
@@ -180,7 +183,9 @@ def _frame(columns: tuple[TensorSpec, ...], model: Any) -> Learned:
     known = {name: values[0] for name, values in _categories(model)}
     row = {c.name: known.get(c.name, "" if c.datatype == "BYTES" else 0) for c in columns}
     dtypes = {c.name: DTYPES[c.datatype] for c in columns}
-    example = {name: canonical([str(value)]) if dtypes[name].kind == "O" else np.array([value], dtypes[name]) for name, value in row.items()}
+    example = {
+        name: canonical([str(value)]) if dtypes[name].kind == "O" else np.array([value], dtypes[name]) for name, value in row.items()
+    }
     return frame, columns, {c.name: example[c.name].reshape(1, *c.shape[1:]) for c in columns}
 
 
@@ -206,7 +211,9 @@ def _categories(model: Any) -> Iterator[tuple[str, Any]]:
 
 def _canonical(array: Any) -> np.ndarray:
     array = np.asarray(array)
-    return canonical(array if array.dtype.kind != "O" else object_array([v if isinstance(v, bytes) else str(v) for v in array.reshape(-1)], array.shape))
+    return canonical(
+        array if array.dtype.kind != "O" else object_array([v if isinstance(v, bytes) else str(v) for v in array.reshape(-1)], array.shape)
+    )
 
 
 BACKEND = SklearnBackend()

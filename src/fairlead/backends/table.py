@@ -179,7 +179,7 @@ def _kind_of(file: Path) -> Kind:
                 raise LoadError(f"{file.name} is not a LightGBM model: it does not start with `tree`")
             return BACKENDS["lightgbm"]
         case ".pt" | ".pth" | ".pt2":
-            return BACKENDS[_torch_kind(file)]
+            return BACKENDS[torch_kind(file)]
         case suffix if suffix in _SUFFIXES:
             return _SUFFIXES[suffix]
     raise LoadError(
@@ -187,8 +187,8 @@ def _kind_of(file: Path) -> Kind:
     )
 
 
-def _torch_kind(file: Path) -> str:
-    """What a zip of torch's is: its members tell without importing torch."""
+def torch_kind(file: Path) -> str:
+    """`torchscript` or `torch_export`: what the archive's members tell without importing torch. Raises LoadError."""
     advice = "export the module with torch.jit.save(torch.jit.trace(module, example), ...) or torch.export.save(...)"
     try:
         with zipfile.ZipFile(file) as archive:
@@ -197,6 +197,8 @@ def _torch_kind(file: Path) -> str:
         if _head(file)[:1] == b"\x80":
             raise LoadError(f"{file.name} is a pickle of torch.save (weights, not a program); {advice}") from None
         raise LoadError(f"{file.name} is truncated or not an archive of torch's") from None
+    if any("aotinductor" in member for member in members):
+        raise LoadError(f"{file.name} is compiled by AOTInductor for one machine; save the program with torch.export.save(...) instead")
     if members & {"archive_format", "serialized_exported_program.json"}:
         return "torch_export"
     if "constants.pkl" in members:

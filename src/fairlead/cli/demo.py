@@ -238,6 +238,8 @@ def _torchscript(folder: Path) -> DemoModel:
     from sklearn.datasets import load_digits
     from torch import nn
 
+    from fairlead.backends.torch import save_torchscript
+
     data = load_digits()
     x, x_out, _, _ = _split(data.data.astype(np.float32) / 16, data.target)
     sizes = (64, 128, 32, 128, 64)
@@ -252,7 +254,7 @@ def _torchscript(folder: Path) -> DemoModel:
     spoilt = noisy(torch.from_numpy(x_out))
     with torch.no_grad():
         before, after = (float(((image - torch.from_numpy(x_out)) ** 2).mean()) for image in (spoilt, network(spoilt)))
-    torch.jit.save(torch.jit.trace(network.eval(), spoilt[:1]), folder / "model.pt")
+    save_torchscript(torch.jit.trace(network.eval(), spoilt[:1]), folder / "model.pt", {"image": spoilt[:1]})
     return DemoModel(
         name="denoise_torchscript",
         kind="TorchScript, an MLP",

@@ -106,10 +106,12 @@ class _Life:
 
     def kill(self, forkserver: ForkServer) -> None:
         """Whatever it is doing."""
-        if self.process is not None and not forkserver.kill(self.process) and not self.lost.done() and self.process.exited.done():
-            # Its fork server died before it; it has not hung up, so it is there
-            with suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGKILL)
+        process = self.process
+        if process is not None and not forkserver.kill(process):
+            orphaned = process.exited.done() and process.exited.result() is None  # its fork server died before it
+            if orphaned and not self.lost.done():  # it has not hung up, so the pid is still its own
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
         self.connection.abort()
 
     def _first_frame(self, frame: Frame, body: Buffer) -> None:

@@ -11,7 +11,9 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 from msgspec import Struct, field
@@ -24,6 +26,7 @@ from fairlead.observe.metrics import Metrics
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.loading import load_version
 from fairlead.runtime.source import Listing, Source, choose_versions
+from fairlead.runtime.triton_config import spec_from_triton, triton_config
 from fairlead.runtime.version import ModelVersion, Ticket
 
 log = structlog.get_logger("fairlead.repository")
@@ -228,7 +231,8 @@ class ModelRepository:
                 shutil.rmtree(model.overridden, ignore_errors=True)
 
     async def load(self, name: str, config: str | None = None, files: dict[str, bytes] | None = None) -> None:
-        """Load, or load again, one model (explicit mode). `config`: a model.yaml (JSON is YAML too) that replaces its own.
+        """Load, or load again, one model (explicit mode). `config`: a model.yaml (JSON is YAML too), or
+        Triton's ModelConfig as JSON, that replaces its own.
 
         `files`: `version/name` → content, replacing its own artefacts. Raises FairleadError with the reason.
         """
@@ -252,7 +256,11 @@ class ModelRepository:
         model = self._models.setdefault(name, _Model())
         spec = None
         if config is not None:
-            spec = read_yaml(config, ModelSpec, "config").replace(name=name)
+            triton = triton_config(config)
+            spec = read_yaml(config, ModelSpec, "config") if triton is None else await asyncio.to_thread(_spec_from_triton, triton, *entry)
+            if spec.name not in ("", name):
+                raise InvalidRequest(f"the config is of model '{spec.name}', but '{name}' is to be loaded; they must agree (or leave `name` out)")
+            spec = spec.replace(name=name)
         async with model.lock:
             await self._load(name, model, *entry, spec=spec, reload=config is not None)
             if overridden is not None:
@@ -342,8 +350,7 @@ class ModelRepository:
         if not wanted:
             what = f"version_policy wants {list(spec.version_policy.specific)}, there are {sorted(there)}" if there else "its folder holds no artefact"
             raise LoadError(f"model '{name}' has no version to serve: {what}")
-        spec_stamp = listing.files.get("model.yaml", "")
-        stamps = {number: _stamp({**there[number], "model.yaml": spec_stamp}) for number in wanted}
+        stamps = {number: _stamp({**there[number], "spec": repr(spec)}) for number in wanted}
         fresh = [number for number in wanted if reload or number not in model.versions or model.stamps[number] != stamps[number]]
         for number in list(model.states):
             if number not in wanted and number not in model.versions:
@@ -429,6 +436,10 @@ def _refused(request: Request, sink: Sink, error: FairleadError) -> Ticket:
     ticket.done = True
     sink.close(error)
     return ticket
+
+
+def _spec_from_triton(config: dict[str, Any], source: Source, listing: Listing) -> ModelSpec:
+    return spec_from_triton(config, "config", read=partial(source.text, listing))
 
 
 def _stamp(files: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import fsspec
@@ -15,6 +16,7 @@ from msgspec import Struct
 from fairlead.core.config import read_yaml
 from fairlead.core.errors import ConfigError, LoadError
 from fairlead.core.specs import ModelSpec, VersionPolicy
+from fairlead.runtime.triton_config import CONFIG_FILE, spec_from_pbtxt
 
 SPEC_FILE = "model.yaml"
 VERSION = re.compile(r"[1-9][0-9]*")
@@ -38,7 +40,7 @@ class Listing(Struct, frozen=True):
                 found.setdefault(int(first), {})[path] = stamp
         if found:
             return found
-        own = {path: stamp for path, stamp in self.files.items() if path != SPEC_FILE}
+        own = {path: stamp for path, stamp in self.files.items() if path not in (SPEC_FILE, CONFIG_FILE)}
         return {1: own} if own else {}
 
     def folder_of(self, number: int) -> str:
@@ -105,18 +107,28 @@ class Source:
         return {name: Listing(name=name, files=own, root=f"{self.root.rstrip('/')}/{name}") for name, own in grouped.items() if not name.startswith("_")}
 
     def spec(self, listing: Listing) -> ModelSpec:
-        """The model's own `model.yaml`, empty where it has none. Raises ConfigError, naming the line."""
-        if SPEC_FILE not in listing.files:
+        """The model's own `model.yaml` or Triton's `config.pbtxt`, empty where it has none. Raises ConfigError, naming the line."""
+        found = [name for name in (SPEC_FILE, CONFIG_FILE) if name in listing.files]
+        if not found:
             return ModelSpec(name=listing.name)
-        path = f"{listing.root}/{SPEC_FILE}"
-        try:
-            text = self.fs.cat_file(path).decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from None
-        spec = read_yaml(text, ModelSpec, path)
+        if len(found) > 1:
+            raise ConfigError(f"{listing.root} holds both {SPEC_FILE} and {CONFIG_FILE}; keep {SPEC_FILE}, or remove it to serve by Triton's configuration")
+        path = f"{listing.root}/{found[0]}"
+        text = self.text(listing, found[0])
+        spec = read_yaml(text, ModelSpec, path) if found[0] == SPEC_FILE else spec_from_pbtxt(text, path, partial(self.text, listing))
         if spec.name and spec.name != listing.name:
             raise ConfigError(f"{path}: the model is named '{spec.name}' but its folder '{listing.name}'; they must agree (or leave `name` out)")
         return spec.replace(name=listing.name)
+
+    def text(self, listing: Listing, name: str) -> str:
+        """One of the model's own files. Raises ConfigError."""
+        path = f"{listing.root}/{name}"
+        if name not in listing.files:
+            raise ConfigError(f"{path} is not there")
+        try:
+            return self.fs.cat_file(path).decode()  # type: ignore[no-any-return]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from None
 
     def fetch(self, listing: Listing, number: int) -> Path:
         """The version's folder (or bare file) on this machine. Raises LoadError."""
@@ -196,6 +208,6 @@ def _is_one_model(files: dict[str, str]) -> bool:
         if rest:
             if VERSION.fullmatch(first):
                 return True
-        elif first in (SPEC_FILE, "model.py") or PurePosixPath(first).suffix in _ARTEFACT_SUFFIXES:
+        elif first in (SPEC_FILE, CONFIG_FILE, "model.py") or PurePosixPath(first).suffix in _ARTEFACT_SUFFIXES:
             return True
     return False

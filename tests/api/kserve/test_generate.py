@@ -106,7 +106,11 @@ def test_sequences_are_not_offered():
 
 def test_one_element_is_unwrapped_and_more_are_a_flat_list():
     response = Response(
-        model="chat", version="2", id="7", parameters={"final": True}, outputs={"said": np.array([[b"oh"]], object), "odds": np.array([[1, 2], [3, 4]], np.int8)}
+        model="chat",
+        version="2",
+        id="7",
+        parameters={"final": True},
+        outputs={"said": np.array([[b"oh"]], object), "odds": np.array([[1, 2], [3, 4]], np.int8)},
     )
     assert json.loads(encode_flat(response)) == {
         "id": "7",

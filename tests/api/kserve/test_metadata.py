@@ -18,7 +18,10 @@ IRIS = {
     "name": "iris",
     "backend": "onnx",
     "file": "model.onnx",
-    "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}, {"name": "note", "datatype": "BYTES", "shape": [-1, 1], "optional": True}],
+    "inputs": [
+        {"name": "x", "datatype": "FP32", "shape": [-1, 4]},
+        {"name": "note", "datatype": "BYTES", "shape": [-1, 1], "optional": True},
+    ],
     "outputs": [{"name": "y", "datatype": "INT64", "shape": [-1]}],
 }
 
@@ -62,7 +65,12 @@ async def test_metadata_shows_whole_shapes():
 
 async def test_a_config_leaves_the_batch_dimension_out():
     config = parsed(loaded())
-    assert (config.name, config.platform, config.backend, config.default_model_filename) == ("iris", "onnxruntime_onnx", "onnx", "model.onnx")
+    assert (config.name, config.platform, config.backend, config.default_model_filename) == (
+        "iris",
+        "onnxruntime_onnx",
+        "onnx",
+        "model.onnx",
+    )
     assert config.max_batch_size == 64
     assert [(t.name, t.data_type, list(t.dims), t.optional) for t in config.input] == [
         ("x", model_config_pb2.TYPE_FP32, [4], False),
@@ -111,9 +119,7 @@ async def test_a_streaming_model_is_decoupled():
     assert not config.HasField("dynamic_batching")
 
 
-@pytest.mark.parametrize(
-    ("device", "kind", "gpus"), [("cpu", "KIND_CPU", []), ("cuda", "KIND_GPU", [0]), ("cuda:2", "KIND_GPU", [2])]
-)
+@pytest.mark.parametrize(("device", "kind", "gpus"), [("cpu", "KIND_CPU", []), ("cuda", "KIND_GPU", [0]), ("cuda:2", "KIND_GPU", [2])])
 async def test_instances_stand_on_their_device(device, kind, gpus):
     (group,) = parsed(loaded(instances={"count": 3, "device": device})).instance_group
     assert (group.name, group.count, group.Kind.Name(group.kind), list(group.gpus)) == ("iris", 3, kind, gpus)
@@ -121,7 +127,11 @@ async def test_instances_stand_on_their_device(device, kind, gpus):
 
 @pytest.mark.parametrize(
     ("policy", "told"),
-    [({"latest": 3}, {"latest": {"num_versions": 3}}), ({"all": True}, {"all": {}}), ({"specific": [1, 4]}, {"specific": {"versions": [1, 4]}})],
+    [
+        ({"latest": 3}, {"latest": {"num_versions": 3}}),
+        ({"all": True}, {"all": {}}),
+        ({"specific": [1, 4]}, {"specific": {"versions": [1, 4]}}),
+    ],
 )
 async def test_the_version_policy_is_told(policy, told):
     version = loaded(version_policy=policy)
@@ -135,7 +145,10 @@ async def test_parameters_are_strings_as_triton_has_them():
 
 
 async def test_warm_up_samples_are_told():
-    warmup = [{"inputs": {"x": {"shape": [8, 4], "fill": "random"}, "note": {"data": [["a"]], "shape": [8, 1]}}, "count": 2}, {"inputs": {"x": {}}}]
+    warmup = [
+        {"inputs": {"x": {"shape": [8, 4], "fill": "random"}, "note": {"data": [["a"]], "shape": [8, 1]}}, "count": 2},
+        {"inputs": {"x": {}}},
+    ]
     first, second = parsed(loaded(warmup=warmup)).model_warmup
     assert (first.batch_size, first.count, list(first.inputs["x"].dims), first.inputs["x"].random_data) == (8, 2, [4], True)
     assert (first.inputs["note"].data_type, first.inputs["note"].WhichOneof("input_data_type")) == (model_config_pb2.TYPE_STRING, None)

@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from fairlead.api.kserve.rest import data_app
 from fairlead.runtime.repository import Control
-from tests.api.served import Served, served
+from tests.api.served import FOREVER, Served, served
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -310,7 +310,7 @@ async def test_a_streaming_model_answers_with_an_event_for_each_response(port):
 async def test_events_come_one_by_one_and_stop_when_the_client_leaves(port):
     async with (
         httpx2.AsyncClient(base_url=f"http://{port.address}", timeout=20) as leaving,
-        leaving.stream("POST", "/v2/models/count/infer", json=numbers(0), headers=EVENTS) as answer,
+        leaving.stream("POST", "/v2/models/count/infer", json=numbers(FOREVER), headers=EVENTS) as answer,
     ):
         lines = answer.aiter_lines()
         for i in range(3):
@@ -395,7 +395,9 @@ async def test_every_answer_is_counted_by_its_status(port):
 
 async def test_generate_answers_flat_json_with_flat_json(port):
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    answer = await port.client.post("/v2/models/shout/generate", json={"text": "hi", "id": "7", "volume": 11}, headers={"traceparent": trace})
+    answer = await port.client.post(
+        "/v2/models/shout/generate", json={"text": "hi", "id": "7", "volume": 11}, headers={"traceparent": trace}
+    )
     assert answer.json() == {"id": "7", "model_name": "shout", "model_version": "1", "loud": "HI"}
     assert answer.headers["traceparent"] == trace
     line = await port.lines.next()
@@ -404,7 +406,7 @@ async def test_generate_answers_flat_json_with_flat_json(port):
 
 async def test_generate_wants_exactly_one_response(port):
     assert (await port.client.post("/v2/models/count/generate", json={"n": 1})).json()["i"] == 0
-    many = await port.client.post("/v2/models/count/versions/1/generate", json={"n": 0})
+    many = await port.client.post("/v2/models/count/versions/1/generate", json={"n": FOREVER})
     assert many.status_code == 400
     assert "generate expects model to produce exactly 1 response" in many.json()["error"]
     # ... and stopped the one that had more to say.
@@ -415,7 +417,7 @@ async def test_generate_wants_exactly_one_response(port):
 
 async def test_a_client_that_leaves_generate_leaves_the_queue(port):
     # One stream holds the only instance; another request waits behind it, and its client leaves.
-    async with port.client.stream("POST", "/v2/models/count/generate_stream", json={"n": 0}) as first:
+    async with port.client.stream("POST", "/v2/models/count/generate_stream", json={"n": FOREVER}) as first:
         lines = first.aiter_lines()
         assert json.loads((await anext(lines)).removeprefix("data: "))["i"] == 0
         _, writer = await asyncio.open_connection("127.0.0.1", port.server.port)

@@ -406,7 +406,7 @@ def _from_json(tensor: InputJson, dtype: np.dtype, count: int) -> np.ndarray:
     assert isinstance(data, Raw)
     try:
         values: list[Any] = decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         values = _nested(data, name, datatype, error)
     if len(values) != count:
         raise InvalidRequest(
