@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -116,6 +116,11 @@ def refuse(inputs: Tensors) -> Tensors:
     raise InvalidRequest("the model does not like it")
 
 
+def inverse(inputs: Tensors) -> Tensors:
+    with np.errstate(divide="ignore"):
+        return {"output": 1 / inputs["input"]}
+
+
 def zoo() -> Models:
     """One echo per datatype (named after it in lower case, any row length), and a few with a character of their own."""
     models = Models()
@@ -141,7 +146,7 @@ def zoo() -> Models:
     models.add("picky", refuse, (TensorSpec(name="input", **tensor),), (TensorSpec(name="output", **tensor),))
     models.add(
         "inverse",
-        lambda inputs: {"output": 1 / inputs["input"]} if np.geterr() else {},
+        inverse,
         (TensorSpec(name="input", **tensor),),
         (TensorSpec(name="output", **tensor),),
     )
@@ -230,10 +235,8 @@ class Wire:
 
     async def close(self) -> None:
         self.writer.close()
-        try:
+        with suppress(OSError):
             await self.writer.wait_closed()
-        except OSError:
-            pass
 
 
 @asynccontextmanager

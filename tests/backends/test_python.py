@@ -11,9 +11,9 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
+
 from fairlead.core.errors import ModelError
 from fairlead.core.specs import TensorSpec
-
 from tests.backends.conftest import Load, Why
 
 Write = Callable[[str], Path]
@@ -233,8 +233,7 @@ def test_two_versions_live_side_by_side_with_siblings_of_their_own(tmp_path: Pat
         (folder / "shared_words" / "__init__.py").write_text(f"from shared_answer import ANSWER\nWORD = 'v{version}-' + ANSWER\n")
         (folder / "shared_answer.py").write_text(f"ANSWER = 'a{version}'\n")
         (folder / "model.py").write_text(
-            "from dataclasses import dataclass\nfrom shared_words import WORD\n@dataclass\nclass Model:\n    word: str = WORD\n    example = {'x': [1]}\n"
-            "    __annotations__ = {'word': 'str'}\n    example = {'x': [1]}\n    def infer(self, inputs):\n        return {'word': [self.word] * len(inputs['x'])}\n"
+            "from dataclasses import dataclass\nfrom shared_words import WORD\n@dataclass\nclass Model:\n    word: str = WORD\n    example = {'x': [1]}\n    def infer(self, inputs):\n        return {'word': [self.word] * len(inputs['x'])}\n"
         )
         models.append(load(folder, f"instances: {{isolation: {isolation}}}"))
     assert [model.infer({"x": np.array([1])}, None)["word"].tolist() for model in models] == [[b"v1-a1"], [b"v2-a2"]]

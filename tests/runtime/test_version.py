@@ -5,7 +5,16 @@ import asyncio
 import numpy as np
 import pytest
 
-from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, ModelError, ReplicaDied, ShuttingDown, TimeoutExpired, Unavailable
+from fairlead.core.errors import (
+    Cancelled,
+    FairleadError,
+    InvalidRequest,
+    ModelError,
+    ReplicaDied,
+    ShuttingDown,
+    TimeoutExpired,
+    Unavailable,
+)
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import BatchingSpec, ModelSpec, QueuePolicy, TensorSpec
 from fairlead.core.tensors import Tensors

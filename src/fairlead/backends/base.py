@@ -52,7 +52,7 @@ class Executable(ABC):
         Any exception fails the batch, not the server; InvalidRequest is shown as the caller's fault.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most have nothing to give back
         """Give back what Python's reference counting would not."""
 
 

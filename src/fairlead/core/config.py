@@ -49,13 +49,12 @@ def _line_of(node: yaml.Node | None, path: str, key: str | None) -> int:
     if key is not None and isinstance(node, yaml.MappingNode):
         for key_node, _ in node.value:
             if key_node.value == key:
-                return key_node.start_mark.line + 1
-    return node.start_mark.line + 1 if node is not None else 1
+                return int(key_node.start_mark.line) + 1
+    return int(node.start_mark.line) + 1 if node is not None else 1
 
 
 def _child(node: yaml.Node | None, name: str) -> yaml.Node | None:
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.value == name:
-                return value
+        children: list[tuple[yaml.Node, yaml.Node]] = node.value
+        return next((value for key, value in children if key.value == name), None)
     return None

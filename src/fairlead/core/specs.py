@@ -1,5 +1,6 @@
 """What is known of a model: its `model.yaml`, completed by what its artefact tells."""
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -194,9 +195,8 @@ class InputCheck:
         missing = [name for name in self.specs if name in self.required and name not in inputs]
         if missing:
             expected, got = len(self.required), len(inputs)
-            names = lambda items: "[" + ",".join(f"'{item}'" for item in items) + "]"  # noqa: E731
             raise InvalidRequest(
-                f"expected {expected} inputs but got {got} inputs for model '{self.model}'. Got input(s) {names(inputs)}, but missing required input(s) {names(missing)}. Please provide all required input(s)."
+                f"expected {expected} inputs but got {got} inputs for model '{self.model}'. Got input(s) {_quoted(inputs)}, but missing required input(s) {_quoted(missing)}. Please provide all required input(s)."
             )
         for name in inputs:
             if name not in self.specs:
@@ -207,11 +207,18 @@ class InputCheck:
         want = spec.shape
         if len(shape) == len(want) and all(w == -1 or w == s for w, s in zip(want, shape, strict=True)):
             return
-        show = lambda dims: "[" + ",".join(map(str, dims)) + "]"  # noqa: E731
         note = ""
         if self.max_batch_size:
             note = (
                 ". NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each input shape."
-                f" If you want to specify the full shape including the batch dim in your input dims config, try setting max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
+                " If you want to specify the full shape including the batch dim in your input dims config, try setting max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
             )
-        raise InvalidRequest(f"unexpected shape for input '{spec.name}' for model '{self.model}'. Expected {show(want)}, got {show(shape)}{note}")
+        raise InvalidRequest(f"unexpected shape for input '{spec.name}' for model '{self.model}'. Expected {_dims(want)}, got {_dims(shape)}{note}")
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return "[" + ",".join(f"'{name}'" for name in names) + "]"
+
+
+def _dims(shape: Iterable[int]) -> str:
+    return "[" + ",".join(map(str, shape)) + "]"

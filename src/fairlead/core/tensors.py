@@ -3,6 +3,8 @@
 BYTES is an object array of `bytes`; BF16 is `ml_dtypes.bfloat16`.
 """
 
+from collections.abc import Sequence
+
 import ml_dtypes
 import numpy as np
 
@@ -98,7 +100,7 @@ def decode_bytes(buffer: memoryview, name: str = "", limit: int | None = None) -
     return elements
 
 
-def object_array(elements: list, shape: tuple[int, ...]) -> np.ndarray:
+def object_array(elements: Sequence[object], shape: tuple[int, ...]) -> np.ndarray:
     """An object array of the given shape from a flat list (np.array would look inside equal-length elements)."""
     array = np.empty(len(elements), dtype=object)
     array[:] = elements

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from typing import IO, Any, Literal
+from typing import Any, Literal, TextIO
 
 import msgspec
 import structlog
@@ -11,7 +11,7 @@ LogFormat = Literal["auto", "json", "console"]
 LEVELS = ("debug", "info", "warning", "error")
 
 
-def configure_logs(level: str = "info", style: LogFormat = "auto", stream: IO[str] | None = None) -> None:
+def configure_logs(level: str = "info", style: LogFormat = "auto", stream: TextIO | None = None) -> None:
     """Set up structlog, and route the standard library's loggers (uvicorn's, fsspec's) through it."""
     stream = stream or sys.stderr
     pretty = style == "console" or (style == "auto" and stream.isatty())

@@ -157,7 +157,7 @@ class Metrics:
         self.loads: Counter[tuple[str, str]] = Counter()
         self.triton_names = triton_names
         self._registry = CollectorRegistry()
-        self._registry.register(self)  # type: ignore[arg-type]  # duck-typed in the library too
+        self._registry.register(self)
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from enum import StrEnum
 from functools import partial
@@ -139,7 +139,7 @@ class ModelRepository:
             return _refused(request, sink, self._missing(request.model, request.version))
         return version.submit(request, sink)
 
-    async def infer(self, request: Request) -> AsyncIterator[Response]:
+    async def infer(self, request: Request) -> AsyncGenerator[Response, None]:
         """The response, or the responses of a streaming model. Raises FairleadError; closing it cancels."""
         if self.stopping:
             raise self._missing(request.model, request.version)

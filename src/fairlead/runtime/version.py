@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncGenerator, Hashable
 from contextlib import suppress
 
 import numpy as np
@@ -107,7 +107,7 @@ class ModelVersion:
             return ticket
         return self._enqueue(request, sink)
 
-    async def infer(self, request: Request) -> AsyncIterator[Response]:
+    async def infer(self, request: Request) -> AsyncGenerator[Response, None]:
         """One response, or as many as the model has. Closing the iterator cancels the request."""
         channel = _Channel()
         ticket = self._enqueue(request, channel)

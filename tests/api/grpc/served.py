@@ -220,6 +220,7 @@ class Peer:
         self.h2.local_settings = Settings(client=True, initial_values={codes[name]: value for name, value in settings.items()})
         self.h2.initiate_connection()
         await self.flush()
+        await self.wait_for(h2.events.WindowUpdated)
 
     async def flush(self) -> None:
         self.writer.write(self.h2.data_to_send())

@@ -40,6 +40,8 @@ JOIN_BYTES = 65_536
 """Writes up to this size are joined into one piece, larger ones are gathered by the kernel."""
 WRITE_BUFFER_BYTES = 1 << 20
 DRAIN_PING = b"fairlead"
+LINGER_SECONDS = 2.0
+"""How long what a refused peer still sends is read and dropped."""
 NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 CONNECTION_FIELDS = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
 PSEUDO_FIELDS = frozenset({b":method", b":scheme", b":path", b":authority"})
@@ -260,7 +262,7 @@ class Connection(asyncio.Protocol):
         )
         self.transport.write(frame(SETTINGS, 0, 0, b"".join(SETTING.pack(*setting) for setting in settings)))
         self._replenish()
-        self._arm()
+        self._arm(limits.stall_seconds)
         self.door.connected(self)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -800,11 +802,19 @@ class Connection(asyncio.Protocol):
 
     def give_up(self, code: ErrorCode, reason: str) -> None:
         """The connection is beyond repair."""
-        if not self.closed:
-            self.left = self.leaving = True
-            self._lose_streams()
-            self.write(frame(GOAWAY, 0, 0, _goaway(self.last_number, code, reason)))
-            self._close()
+        if self.closed:
+            return
+        self.left = self.leaving = True
+        self._lose_streams()
+        self.write(frame(GOAWAY, 0, 0, _goaway(self.last_number, code, reason)))
+        self.flush()
+        self.closed = True
+        if self.transport.can_write_eof():
+            # To close while the peer still sends would destroy what it has not read yet, the reason foremost.
+            self.transport.write_eof()
+            self._arm(LINGER_SECONDS)
+        else:
+            self.transport.close()
 
     def _close(self) -> None:
         if not self.closed:
@@ -818,12 +828,14 @@ class Connection(asyncio.Protocol):
 
     # Time
 
-    def _arm(self) -> None:
-        self.ticker = asyncio.get_running_loop().call_later(self.limits.stall_seconds, self._tick)
+    def _arm(self, seconds: float) -> None:
+        if self.ticker is not None:
+            self.ticker.cancel()
+        self.ticker = asyncio.get_running_loop().call_later(seconds, self._tick)
 
     def _tick(self) -> None:
         """Drop what has waited for the peer since the tick before."""
-        self._arm()
+        self._arm(self.limits.stall_seconds)
         if self.closed or (self.paused and self.pause_stuck):
             self.abort()
             return

@@ -55,7 +55,7 @@ def pad(tensor: TensorSpec, count: int) -> tuple[int, ...]:
     shape = []
     for dim in reversed(tensor.shape):
         if dim == -1:
-            dim, variable = variable, 1  # noqa: PLW2901
+            dim, variable = variable, 1
         shape.append(dim)
     return tuple(reversed(shape))
 

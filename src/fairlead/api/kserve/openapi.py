@@ -46,6 +46,16 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
+EVENT: dict[str, Any] = {
+    "description": "One server-sent event.",
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "data": {"type": "string", "contentMediaType": JSON, "description": 'One answer; or, as the last event, {"error": ...}.'},
+    },
+}
+
+
 class Error(TypedDict):
     error: str
     """What went wrong, for a person to read."""
@@ -183,7 +193,5 @@ def _answer(operation: Operation, schema_of: dict[str, Any]) -> dict[str, Any]:
             HEADER_LENGTH: {"description": "Bytes of the JSON at the head of a binary body.", "schema": {"type": "integer", "minimum": 0}}
         }
     if operation.events:
-        content[EVENTS] = {
-            "schema": {"type": "string", "description": 'Each event\'s data is one JSON answer, or {"error": ...} for the last.'}
-        }
+        content[EVENTS] = {"schema": EVENT}
     return {**described, "content": content}
