@@ -18,6 +18,7 @@ from fairlead.core.errors import ConfigError
 from fairlead.core.settings import Settings, check_exposure
 from fairlead.observe.access import FLUSH_SECONDS, AccessLog
 from fairlead.observe.metrics import Metrics
+from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.repository import Control, ModelRepository, RepositorySettings
 
 log = structlog.get_logger("fairlead")
@@ -43,6 +44,7 @@ class Server:
                 drain_timeout=settings.limits.drain_timeout,
             ),
             self.metrics,
+            ForkServer(settings.logs.level, settings.logs.format),
         )
         limit = settings.limits.max_request_bytes
         self.http = HttpServer(self.repository, data_app(self.repository, access_log=self.access_log, max_body_bytes=limit), self.access_log, max_body_bytes=limit)

@@ -198,6 +198,13 @@ async def echo_app(scope, receive, send) -> None:
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
 
+async def until(condition: Callable[[], Any]) -> None:
+    """What the server's own loop brings about, within a deadline."""
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
 @asynccontextmanager
 async def serving(models: Models, app: Any = echo_app, **limits: Any) -> AsyncIterator[HttpServer]:
     server = HttpServer(models, app, Lines(), **limits)

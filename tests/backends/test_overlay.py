@@ -36,7 +36,11 @@ def test_declaring_what_was_detected_changes_nothing(detected: list[TensorSpec])
 @given(specs, st.data())
 def test_an_open_dimension_may_be_fixed_but_never_opened(detected: list[TensorSpec], data: st.DataObject) -> None:
     declared = [
-        tensor(s.name, s.datatype, *(data.draw(st.integers(-1, 5)) if dim == -1 else data.draw(st.sampled_from([dim, dim + 1])) for dim in s.shape))
+        tensor(
+            s.name,
+            s.datatype,
+            *(data.draw(st.integers(-1, 5)) if dim == -1 else data.draw(st.sampled_from([dim, dim + 1])) for dim in s.shape),
+        )
         for s in detected
     ]
     fits = all(have in (-1, want) for s, d in zip(detected, declared, strict=True) for have, want in zip(s.shape, d.shape, strict=True))
@@ -61,7 +65,10 @@ def test_labels_and_optional_are_added_to_what_is_detected() -> None:
 def test_names_are_taken_in_order_where_the_artefact_has_none_of_its_own() -> None:
     assert overlay([tensor("a"), tensor("b")], [tensor("x"), tensor("y")], "inputs", named=False) == (tensor("x"), tensor("y"))
     assert renamed([tensor("a"), tensor("b", "INT64")], [tensor("x"), tensor("y")], "inputs") == [tensor("x"), tensor("y", "INT64")]
-    for wrong in (lambda: overlay([tensor("a")], [tensor("x"), tensor("y")], "inputs", named=False), lambda: renamed([tensor("a")], [tensor("x"), tensor("y")], "inputs")):
+    for wrong in (
+        lambda: overlay([tensor("a")], [tensor("x"), tensor("y")], "inputs", named=False),
+        lambda: renamed([tensor("a")], [tensor("x"), tensor("y")], "inputs"),
+    ):
         with pytest.raises(LoadError, match="`inputs` declares 2, but the artefact has 1:\ninputs:\n  - {name: a"):
             wrong()
 

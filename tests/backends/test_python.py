@@ -80,7 +80,12 @@ def test_lists_numbers_and_strings_become_tensors(write: Write, load: Load) -> N
                 return {"words": [inputs["text"].item().decode(), "b"], "k": inputs["k"].item(), "ok": True, "scores": [0.5]}
     """))  # fmt: skip
     assert [(s.name, s.datatype, s.shape) for s in model.inputs] == [("text", "BYTES", ()), ("k", "INT64", ())]
-    assert [(s.name, s.datatype, s.shape) for s in model.outputs] == [("words", "BYTES", (2,)), ("k", "INT64", ()), ("ok", "BOOL", ()), ("scores", "FP64", (1,))]
+    assert [(s.name, s.datatype, s.shape) for s in model.outputs] == [
+        ("words", "BYTES", (2,)),
+        ("k", "INT64", ()),
+        ("ok", "BOOL", ()),
+        ("scores", "FP64", (1,)),
+    ]
     assert not model.batches
     assert model.infer(model.example, None)["words"].tolist() == ["héllo".encode(), b"b"]
 
@@ -140,7 +145,9 @@ async def test_an_async_generator_streams_until_it_is_closed(write: Write, load:
     assert model.model.left == 3  # type: ignore[attr-defined]
 
 
-def test_without_an_example_the_lines_to_write_are_shown_and_work(write: Write, load: Load, why: Why, yaml_lines: Callable[[str], str]) -> None:
+def test_without_an_example_the_lines_to_write_are_shown_and_work(
+    write: Write, load: Load, why: Why, yaml_lines: Callable[[str], str]
+) -> None:
     folder = write("""
         class Model:
             def infer(self, inputs):

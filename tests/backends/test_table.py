@@ -44,7 +44,10 @@ def test_the_artefact_tells_its_kind(tmp_path: Path, name: str, content: bytes, 
 
 @pytest.mark.parametrize(
     ("members", "kind"),
-    [(["m/data.pkl", "m/constants.pkl", "m/code/__torch__.py"], "torchscript"), (["m/archive_format", "m/models/model.json"], "torch_export")],
+    [
+        (["m/data.pkl", "m/constants.pkl", "m/code/__torch__.py"], "torchscript"),
+        (["m/archive_format", "m/models/model.json"], "torch_export"),
+    ],
 )
 def test_a_zip_of_torch_tells_its_kind_whatever_its_suffix(tmp_path: Path, members: list[str], kind: str) -> None:
     for suffix in (".pt", ".pth", ".pt2"):
@@ -123,7 +126,14 @@ def test_weights_without_a_program_are_refused_with_advice(tmp_path: Path) -> No
 
 
 def test_a_kind_without_its_package_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Kind(name="abacus", module="fairlead.backends.abacus", requires=("abacus_runtime",), extra="abacus", isolation=Isolation.THREAD, files=(".abc",))
+    row = Kind(
+        name="abacus",
+        module="fairlead.backends.abacus",
+        requires=("abacus_runtime",),
+        extra="abacus",
+        isolation=Isolation.THREAD,
+        files=(".abc",),
+    )
     monkeypatch.setitem(BACKENDS, "abacus", row)
     with pytest.raises(ConfigError, match=r"model kind 'abacus' needs abacus_runtime: pip install 'fairlead\[abacus\]'"):
         load_backend("abacus")
@@ -131,7 +141,9 @@ def test_a_kind_without_its_package_names_the_extra_to_install(monkeypatch: pyte
 
 def test_a_package_that_is_broken_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
-        BACKENDS, "abacus", Kind(name="abacus", module="fairlead.backends.abacus", requires=(), extra="", isolation=Isolation.THREAD, files=())
+        BACKENDS,
+        "abacus",
+        Kind(name="abacus", module="fairlead.backends.abacus", requires=(), extra="", isolation=Isolation.THREAD, files=()),
     )
     with pytest.raises(ConfigError, match="model kind 'abacus' cannot be used: No module named 'fairlead.backends.abacus'"):
         load_backend("abacus")

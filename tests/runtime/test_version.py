@@ -26,6 +26,7 @@ class SteppedInstance:
     """Doubles its input, one batch at a time, each when `step` is called."""
 
     ready = True
+    down = ""
     restarts = 0
     gather_seconds = compute_seconds = 0.0
 
@@ -271,6 +272,21 @@ async def test_an_instance_that_is_down_gets_nothing_until_it_is_back():
     await turn()
     instance.step()
     assert sink.answer == [2.0]
+
+
+async def test_a_model_that_cannot_come_back_refuses_instead_of_waiting_for_ever():
+    model, (instance,) = version()
+    instance.ready = False
+    waiting = ask(model, 1.0)
+    await turn()
+    assert waiting.closed == [], "it may be back in a moment"
+    instance.down = "its artefact is gone"
+    model.instance_changed()
+    await turn()
+    later = ask(model, 1.0)
+    await turn()
+    assert [type(sink.error) for sink in (waiting, later)] == [Unavailable, Unavailable]
+    assert later.error.message == "model 'double' is not available: its artefact is gone"
 
 
 async def test_statistics_count_requests_rows_and_executions():

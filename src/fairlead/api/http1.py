@@ -56,6 +56,8 @@ SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 SANE_TRACE = re.compile(rb"[\x21-\x7e]{1,256}")
 MAX_HEAD_BYTES = 64 << 10
 MAX_ROUTES = 4096
+MAX_WAITING = 16
+"""Requests on one connection behind the one being answered."""
 SWEEP_SECONDS = 1.0
 LINGER_SECONDS = 2.0
 """How long a refused client may go on sending before it is cut off: closing at once would destroy the refusal on its way."""
@@ -165,6 +167,8 @@ class Exchange:
         elif server.receiving_bytes + size > server.max_receiving_bytes:
             self.refuse(server.too_much())
         else:
+            if self.waiting:
+                self.protocol.flow.pause_reading()
             server.receiving_bytes += size
             self.held_bytes += size
             body += part
@@ -417,14 +421,17 @@ class Exchange:
 
 
 class Flow(FlowControl):
-    """Reads on only when nothing waits on this connection: neither requests nor answers pile up."""
+    """Reads on only while little waits on this connection: neither requests nor answers pile up.
+
+    Something may wait, because only one who reads notices that the client left.
+    """
 
     def __init__(self, transport: asyncio.Transport, pipeline: deque[Any]) -> None:
         super().__init__(transport)
         self.pipeline = pipeline
 
     def resume_reading(self) -> None:
-        if not self.pipeline and not self.write_paused and not self._transport.is_closing():
+        if len(self.pipeline) < MAX_WAITING and not self.write_paused and not self._transport.is_closing():
             super().resume_reading()
 
     def discard(self) -> None:
@@ -603,7 +610,8 @@ class DataProtocol(HttpToolsProtocol):
         elif last is None or last.response_complete:
             self.running = exchange
             return
-        self.flow.pause_reading()
+        if len(self.pipeline) + 1 >= MAX_WAITING:
+            self.flow.pause_reading()
         exchange.waiting = True
         self.pipeline.appendleft((exchange, None))
 
@@ -642,6 +650,8 @@ class DataProtocol(HttpToolsProtocol):
         self.expect_100_continue = headers.get(b"expect", b"").lower() == b"100-continue"
         self.num_cycle_bytes = 0
         super().on_headers_complete()
+        if self.pipeline:
+            self.flow.resume_reading()
         if self.http.draining:
             self.cycle.keep_alive = False
 
@@ -814,7 +824,8 @@ class HttpServer:
     ) -> None:
         """Raises OSError where the address is taken or not ours."""
         loop = asyncio.get_running_loop()
-        self._config.load()
+        if not self._config.loaded:
+            self._config.load()
         address: dict[str, Any] = {"sock": sock} if sock is not None else {"host": host, "port": port}
         self._server = await loop.create_server(lambda: DataProtocol(self._config, self._state, {}, self), **address, ssl=ssl, backlog=2048)
         self.port = int(self._server.sockets[0].getsockname()[1])

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 import structlog
@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
+from uvicorn._types import ASGI3Application
 
 from fairlead.api.compression import content_encoding, decompress
 from fairlead.api.http1 import CLIENT_LEFT
@@ -42,14 +43,14 @@ def error_response(error: FairleadError, headers: Mapping[str, str] | None = Non
     return json_response({"error": error.message}, http_status(error), headers)
 
 
-def json_app(routes: list[tuple[str, str, Serve]]) -> Starlette:
+def json_app(routes: list[tuple[str, str, Serve]]) -> ASGI3Application:
     """An app of (method, path, serve) whose every error is JSON `{"error": ...}`."""
     app = Starlette(
         routes=[Route(path, _no_surprises(serve), methods=[method]) for method, path, serve in routes],
         exception_handlers={HTTPException: _http_error},
     )
     app.router.redirect_slashes = False
-    return app
+    return cast(ASGI3Application, app)
 
 
 def _http_error(_: Request, error: Exception) -> Response:
@@ -153,13 +154,12 @@ class EventStream:
         self.headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status, message = CLIENT_LEFT, "the client left"
+        status, message = 503, "the server stopped"
         try:
             end = await while_connected(receive, self._talk(send))
-            if end is not None:
-                status, message, answer = end
-                if answer is not None:
-                    await answer(scope, receive, send)
+            status, message, answer = end or LEFT
+            if answer is not None:
+                await answer(scope, receive, send)
         finally:
             self.ended(status, message)
 
@@ -176,7 +176,7 @@ class EventStream:
         except FairleadError as error:
             failure = error
         except OSError:
-            return CLIENT_LEFT, "the client left", None
+            return LEFT
         except Exception:
             log.exception("stream_failed")
             failure = INTERNAL
@@ -194,6 +194,8 @@ class EventStream:
         named = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM_HEADERS, *named]})
 
+
+LEFT = (CLIENT_LEFT, "the client left", None)
 
 EVENT_STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

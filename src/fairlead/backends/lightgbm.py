@@ -11,6 +11,7 @@ import lightgbm
 import numpy as np
 
 from fairlead.backends.base import Backend, Executable
+from fairlead.backends.rehearsal import rehearse
 from fairlead.backends.tabular import predict_specs, reason, require_cpu, table, zeros
 from fairlead.core.errors import LoadError
 from fairlead.core.specs import ModelSpec
@@ -23,13 +24,13 @@ TYPES = frozenset({"<f4", "<f8"})
 class LightGBMBackend(Backend):
     def load(self, artefact: Path, spec: ModelSpec, threads: int) -> Executable:
         require_cpu(spec, "LightGBM")
+        rehearse(lightgbm.basic._LIB, artefact, "LightGBM")
         try:
-            objective = check_text(artefact.read_bytes())
             booster = lightgbm.Booster(model_file=artefact)
             names = booster.feature_name()
-        except (lightgbm.basic.LightGBMError, ValueError, KeyError) as error:
+        except (lightgbm.basic.LightGBMError, ValueError) as error:
             raise LoadError(f"{artefact.name} is not a whole LightGBM model ({reason(error)})") from error
-        return LightGBMExecutable(booster, objective, names, spec, threads)
+        return LightGBMExecutable(booster, _objective(artefact), names, spec, threads)
 
 
 class LightGBMExecutable(Executable):
@@ -69,59 +70,15 @@ class LightGBMExecutable(Executable):
         return {"predict": scores}
 
 
-def check_text(text: bytes) -> str:
-    """The objective's name. Raises ValueError or KeyError where the text is cut or damaged.
-
-    LightGBM itself does not survive that: it ends the process.
-    """
-    head, tree, _ = text.partition(b"\n\nTree=0\n")
-    header = _pairs(head)
-    num_features = int(header[b"max_feature_idx"]) + 1
-    at = len(head) + 2
-    for number, size in enumerate(map(int, header.get(b"tree_sizes", b"").split())):
-        block = text[at : at + size]
-        if not block.startswith(b"Tree=%d\n" % number):
-            raise ValueError(f"tree {number} is not where it should be")
-        try:
-            _check_tree(_pairs(block), num_features)
-        except (ValueError, KeyError, IndexError) as error:
-            raise ValueError(f"tree {number} is damaged: {error}") from None
-        at += size
-    if tree and not text[at:].lstrip().startswith(b"end of trees"):
-        raise ValueError("it ends before its last tree")
-    return header.get(b"objective", b"").partition(b" ")[0].decode()
-
-
-def _check_tree(tree: dict[bytes, bytes], num_features: int) -> None:
-    num_leaves = int(tree[b"num_leaves"])
-    _numbers(tree, b"leaf_value", num_leaves, float)
-    if num_leaves == 1:
-        return
-    num_nodes = num_leaves - 1
-    _numbers(tree, b"threshold", num_nodes, float)
-    _numbers(tree, b"decision_type", num_nodes, np.int8)
-    feature = _numbers(tree, b"split_feature", num_nodes, int)
-    if feature.min() < 0 or feature.max() >= num_features:
-        raise ValueError("it splits on a feature that there is not")
-    for side in (b"left_child", b"right_child"):
-        child = _numbers(tree, side, num_nodes, int)
-        # leaves are ~index, nodes come after their parents
-        if child.min() < -num_leaves or child.max() >= num_nodes or ((child >= 0) & (child <= np.arange(num_nodes))).any():
-            raise ValueError("it branches to a node that there is not")
-    if num_cat := int(tree[b"num_cat"]):
-        boundaries = _numbers(tree, b"cat_boundaries", num_cat + 1, int)
-        _numbers(tree, b"cat_threshold", int(boundaries[-1]), int)
-
-
-def _numbers(tree: dict[bytes, bytes], key: bytes, count: int, dtype: Any) -> np.ndarray:
-    array = np.array(tree[key].split(), dtype="S").astype(dtype)
-    if len(array) != count:
-        raise ValueError(f"{key.decode()} has {len(array)} elements instead of {count}")
-    return array
-
-
-def _pairs(block: bytes) -> dict[bytes, bytes]:
-    return {key: value for key, _, value in (line.partition(b"=") for line in block.splitlines())}
+def _objective(artefact: Path) -> str:
+    """From the text's head, because the library does not tell."""
+    with artefact.open("rb") as lines:
+        for line in lines:
+            if line.startswith(b"objective="):
+                return line.split(b"=")[1].split()[0].decode()
+            if line.startswith(b"Tree="):
+                break
+    return ""
 
 
 def _fastest(booster: Any, threads: int, dtype: np.dtype) -> Predict:

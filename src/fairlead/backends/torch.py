@@ -106,8 +106,9 @@ def _script(artefact: Path, spec: ModelSpec, device: torch.device) -> Executable
     try:
         with _without_deprecation():
             module = torch.jit.load(str(artefact), map_location=device, _extra_files=members).eval()
-            arguments = [each for each in module.forward.schema.arguments[1:] if str(each.type) in ("Tensor", "Optional[Tensor]")]
-            others = [each.name for each in module.forward.schema.arguments[1:] if each not in arguments and not each.has_default_value()]
+            taken = module.forward.schema.arguments[1:]
+            arguments = [each for each in taken if str(each.type) in ("Tensor", "Optional[Tensor]")]
+            others = [each.name for each in taken if each not in arguments and not each.has_default_value()]
             example = _carried(members[EXAMPLE]) or _traced(artefact, len(arguments))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadError(f"{artefact.name} is not a whole TorchScript model ({reason(error)})") from error

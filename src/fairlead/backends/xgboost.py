@@ -12,6 +12,7 @@ import numpy as np
 import xgboost
 
 from fairlead.backends.base import Backend, Executable
+from fairlead.backends.rehearsal import rehearse
 from fairlead.backends.tabular import predict_specs, reason, table, zeros
 from fairlead.core.errors import LoadError
 from fairlead.core.specs import ModelSpec
@@ -26,6 +27,7 @@ class XGBoostBackend(Backend):
         device = spec.instances.device
         if device != "cpu" and not xgboost.build_info()["USE_CUDA"]:
             raise LoadError(f"this XGBoost is built without CUDA, so `device: {device}` is not possible: pip install xgboost")
+        rehearse(xgboost.core._LIB, artefact, "XGBoost")
         try:
             booster = xgboost.Booster({"nthread": threads, "device": device}, model_file=artefact)
             config = json.loads(booster.save_config())["learner"]

@@ -284,7 +284,7 @@ def _search(folder: Path) -> DemoModel:
     shutil.copy(inspect.getfile(search), folder / "model.py")
     return DemoModel(
         name="search_python",
-        kind="Python, text in and out",
+        kind="Python, text in, text out",
         data="scikit-learn's manual",
         score=f"{np.mean(hits):.0%} found by their summary",
         question="fill in missing values",
@@ -608,9 +608,9 @@ def in_words(model: DemoModel, responses: list[Tensors]) -> str:
             return ", ".join(name.decode() for name in outputs["name"][0])
         case "confidence_python":
             mean, low, high = (_first({name: outputs[name]}) for name in ("mean", "low", "high"))
-            return f"{mean:.2f}, {low:.2f} to {high:.2f}, in {len(responses)} responses"
+            return f"{mean:.2f} ({low:.2f} to {high:.2f}), in {len(responses)} responses"
     scores = next(array for array in outputs.values() if array.dtype.kind == "f").reshape(-1)
-    return f"{model.labels[scores.argmax()]} ({scores.max():.0%} sure)"
+    return f"{model.labels[scores.argmax()]} (p {scores.max():.3f})"
 
 
 def _first(outputs: Tensors) -> float:
@@ -633,17 +633,20 @@ def things_to_try(client: Client, server: ServerProcess, models: dict[str, DemoM
         }
     )
     stream = json.dumps({"values": models["confidence_python"].values[:12]})
-    job = json.dumps({"inputs": [{"name": "job", "shape": [1], "datatype": "BYTES", "data": ["group similar rows"]}]})
-    triton = """python - <<'END'
+    job = json.dumps({"inputs": [{"name": "job", "shape": [1], "datatype": "BYTES", "data": ["find clusters in data"]}]})
+    python = f"{_python()} - <<'END'"
+    triton = """{python}
 import numpy as np
 import tritonclient.{protocol} as triton
-client = triton.InferenceServerClient("{address}")
-image = np.random.default_rng().integers(0, 17, (1, 1, 8, 8)).astype(np.float32)
+from sklearn.datasets import load_digits
+image = load_digits().images[100:101, None].astype(np.float32)
 tensor = triton.InferInput("image", list(image.shape), "FP32")
 tensor.set_data_from_numpy(image)
-print(client.infer("digits_onnx", [tensor]).as_numpy("digit").round(3))
+best = triton.InferRequestedOutput("digit", class_count=3)
+client = triton.InferenceServerClient("{address}")
+print(client.infer("digits_onnx", [tensor], outputs=[best]).as_numpy("digit"))
 END"""
-    plain = f"""python - <<'END'
+    plain = f"""{python}
 import json, urllib.request
 body = {job!r}
 with urllib.request.urlopen("{url}/v2/models/search_python/infer", body.encode()) as response:
@@ -652,21 +655,34 @@ END"""
     return {
         "curl": f"curl -s {url}/v2/models/{patient.name}/infer -d {shlex.quote(row)}",
         "curl, a stream": f"curl -sN {url}/v2/models/confidence_python/generate_stream -d {shlex.quote(stream)}",
-        "tritonclient, HTTP": triton.format(protocol="http", address=server.http),
-        "tritonclient, gRPC": triton.format(protocol="grpc", address=server.grpc),
+        "tritonclient, HTTP": triton.format(python=python, protocol="http", address=server.http),
+        "tritonclient, gRPC": triton.format(python=python, protocol="grpc", address=server.grpc),
         "Python": plain,
     }
 
 
+def _python() -> str:
+    """This interpreter, as one would type it here."""
+    path = Path(sys.executable)
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
 def show(console: Console, answers: list[Answered]) -> None:
-    table = Table(title="One request to each model", title_justify="left", header_style="bold")
-    for column in ("model", "kind", "request", "answer", "truth"):
-        table.add_column(column, overflow="fold")
+    table = Table(title="One request to each model", title_justify="left", header_style="bold", show_lines=True)
+    table.add_column("model", no_wrap=True)
+    table.add_column("request")
+    table.add_column("answer")
     table.add_column("latency", justify="right", no_wrap=True)
     table.add_column("on data it has not seen")
     for row in answers:
-        cells = (row.name, row.kind, row.question, row.answer, row.truth, f"{row.latency * 1e3:.2f} ms", row.score)
-        table.add_row(*map(escape, cells))
+        truth = f"\n[dim]truly: {escape(row.truth)}[/]" if row.truth else ""
+        table.add_row(
+            f"[bold]{row.name}[/]\n[dim]{escape(row.kind)}[/]",
+            escape(row.question),
+            escape(row.answer) + truth,
+            f"{row.latency * 1e3:.2f} ms",
+            escape(row.score),
+        )
     console.print(table)
 
 
@@ -674,6 +690,7 @@ def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, con
     """Serve, ask each model, tell what to try; then keep serving until Ctrl-C unless `once`."""
     if not as_json:
         console.print(f"Starting [bold]fairlead serve {escape(str(folder))}[/] ...")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = ServerProcess(folder, free_ports())
     try:
         server.wait()
@@ -682,21 +699,25 @@ def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, con
             lines = things_to_try(client, server, {model.name: model for model in models})
         if as_json:
             click.echo(msgspec.json.encode({"http": server.http, "grpc": server.grpc, "models": answers, "try": lines}).decode())
-        else:
-            show(console, answers)
-            for tool, text in lines.items():
-                console.print(f"\n[bold]# {tool}[/]")
-                click.echo(text)
-        if not once:
-            console.print(
-                f"\nServing at http://{server.http} and gRPC {server.grpc}; its log is {escape(str(server.log))}. Ctrl-C ends it."
-            )
-            server.process.wait()
-            raise LoadError(f"the server ended by itself; see {server.log}")
+            return
+        show(console, answers)
+        if once:
+            console.print(f"Serve them with: fairlead serve {shlex.quote(str(folder))}", markup=False, soft_wrap=True)
+            return
+        for tool, text in lines.items():
+            console.print(f"\n[bold]# {tool}[/]")
+            click.echo(text)
+        console.print(
+            f"\nServing at http://{server.http} and gRPC {server.grpc}; the log is {escape(str(server.log))}. Ctrl-C ends it.",
+            soft_wrap=True,
+        )
+        server.process.wait()
+        raise LoadError(f"the server ended by itself; see {server.log}")
     except KeyboardInterrupt:
         console.print("Draining ...")
     finally:
         server.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 @click.command()
@@ -713,7 +734,6 @@ def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, con
 @click.option("--json", "as_json", is_flag=True, help="JSON, for scripts.")
 def demo(build_in: Path | None, folder: Path, once: bool, as_json: bool) -> None:
     """Train small real models, serve them, ask each one, and show what to try next."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # progress goes to stderr, so that what is asked for can be piped
     progress_console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -729,9 +749,10 @@ def demo(build_in: Path | None, folder: Path, once: bool, as_json: bool) -> None
     else:
         console = Console()
         table = Table(title=f"Built in {build_in}", title_justify="left", header_style="bold")
-        for column in ("model", "kind", "data", "on data it has not seen"):
+        table.add_column("model", no_wrap=True)
+        for column in ("kind", "data", "on data it has not seen"):
             table.add_column(column)
         for model in models:
             table.add_row(*map(escape, (model.name, model.kind, model.data, model.score)))
         console.print(table)
-        console.print(f"Serve it with: fairlead serve {shlex.quote(str(build_in))}", markup=False)
+        console.print(f"Serve it with: fairlead serve {shlex.quote(str(build_in))}", markup=False, soft_wrap=True)

@@ -23,7 +23,7 @@ def configure_logs(level: str = "info", style: LogFormat = "auto", stream: TextI
     last: list[Any] = (
         [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
         if pretty
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(serializer=_dumps)]
+        else [structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)), structlog.processors.JSONRenderer(serializer=_dumps)]
     )
     numeric = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(

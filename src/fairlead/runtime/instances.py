@@ -28,6 +28,8 @@ class Instance(Protocol):
 
     ready: bool
     """False while its process is being started again."""
+    down: str
+    """Why its process cannot be started again; "" while nothing failed."""
     restarts: int
     gather_seconds: float
     """Time that the last batch took to be put together ..."""

@@ -50,6 +50,7 @@ class LocalInstance:
     """Implements `Instance` on an Executable of its own (or a shareable one)."""
 
     ready = True
+    down = ""
     restarts = 0
 
     def __init__(self, executable: Executable, model: str, execution: Execution) -> None:

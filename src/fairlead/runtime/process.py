@@ -153,6 +153,7 @@ class ProcessInstance:
         self.ready = False
         self.restarts = 0
         """Attempts to start it again after a death."""
+        self.down = ""
         self.gather_seconds = 0.0
         self.compute_seconds = 0.0
         self.platform = ""
@@ -348,7 +349,10 @@ class ProcessInstance:
                     await self._start_life()
                 except LoadError as error:
                     lived = 0.0
+                    self.down = error.message
+                    self._on_change()
                     log.error("replica cannot be started again", model=self.model, reason=error.message, restarts=self.restarts)
+            self.down = ""
             log.info("replica started again", model=self.model, pid=self.pid, restarts=self.restarts)
             self._on_change()
 

@@ -98,7 +98,7 @@ class _Served(Struct):
 class ModelRepository:
     """Called from the event loop only; blocking work goes to threads."""
 
-    def __init__(self, settings: RepositorySettings, metrics: Metrics) -> None:
+    def __init__(self, settings: RepositorySettings, metrics: Metrics, forkserver: ForkServer | None = None) -> None:
         self.settings = settings
         self.metrics = metrics
         self.started = False
@@ -107,7 +107,7 @@ class ModelRepository:
         self._models: dict[str, _Model] = {}
         self._listings: dict[str, tuple[Source, Listing]] = {}
         self._served: dict[str, _Served] = {}
-        self._forkserver = ForkServer()
+        self._forkserver = forkserver or ForkServer()
         self._loading = asyncio.Semaphore(settings.load_concurrency)
         self._draining: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
@@ -259,7 +259,9 @@ class ModelRepository:
             triton = triton_config(config)
             spec = read_yaml(config, ModelSpec, "config") if triton is None else await asyncio.to_thread(_spec_from_triton, triton, *entry)
             if spec.name not in ("", name):
-                raise InvalidRequest(f"the config is of model '{spec.name}', but '{name}' is to be loaded; they must agree (or leave `name` out)")
+                raise InvalidRequest(
+                    f"the config is of model '{spec.name}', but '{name}' is to be loaded; they must agree (or leave `name` out)"
+                )
             spec = spec.replace(name=name)
         async with model.lock:
             await self._load(name, model, *entry, spec=spec, reload=config is not None)

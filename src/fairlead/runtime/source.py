@@ -112,7 +112,9 @@ class Source:
         if not found:
             return ModelSpec(name=listing.name)
         if len(found) > 1:
-            raise ConfigError(f"{listing.root} holds both {SPEC_FILE} and {CONFIG_FILE}; keep {SPEC_FILE}, or remove it to serve by Triton's configuration")
+            raise ConfigError(
+                f"{listing.root} holds both {SPEC_FILE} and {CONFIG_FILE}; keep {SPEC_FILE}, or remove it to serve by Triton's configuration"
+            )
         path = f"{listing.root}/{found[0]}"
         text = self.text(listing, found[0])
         spec = read_yaml(text, ModelSpec, path) if found[0] == SPEC_FILE else spec_from_pbtxt(text, path, partial(self.text, listing))

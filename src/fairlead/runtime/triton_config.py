@@ -234,7 +234,7 @@ def spec_from_triton(
     try:
         triton = msgspec.convert(_named(config, types.type_info(_ModelConfig), "", origin), _ModelConfig, strict=False)
     except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at ")
+        message, _, path = str(error).replace(" | null", "").partition(" - at ")
         place = path.strip("`").removeprefix("$").removeprefix(".")
         raise origin.error(place, f"{message}{f' (at {place})' if place else ''}") from None
     _refuse(triton, origin)
@@ -348,10 +348,11 @@ def _backend(triton: _ModelConfig, origin: _Origin) -> tuple[str, str, dict[str,
             "parameter 'EXECUTION_ENV_PATH' is not supported: install what the model imports beside fairlead",
         )
     threads = 0
-    if (name := _THREADS.get(kind, "")) in parameters:
-        text = parameters.pop(name)
+    option = _THREADS.get(kind)
+    if option is not None and option in parameters:
+        text = parameters.pop(option)
         if not text.isdecimal():
-            raise origin.error(f"parameters[{name}]", f"parameter {name!r} must be a number, not {text!r}")
+            raise origin.error(f"parameters[{option}]", f"parameter {option!r} must be a number, not {text!r}")
         threads = int(text)
     if kind not in ("", "python"):
         origin.unused.extend(f"parameters[{name}]" for name in parameters)

@@ -184,10 +184,20 @@ class ModelVersion:
                 free = True
                 break
             self._start(slot, batch, now)
+        if batcher.num_requests and (down := self._down()):
+            for entry in batcher.drop_all():
+                assert isinstance(entry, Ticket)
+                self.metrics.refused += 1
+                self._close(entry, Unavailable(f"model '{self.name}' is not available: {down}"))
         if batcher.num_requests:
             self._arm(batcher.wake_at(free=free, predicted=self.slots[0].instance.compute_seconds))
         elif not self._running and not self._retries:
             self._idle.set()
+
+    def _down(self) -> str:
+        """Why nobody will take a batch soon: no instance is ready, and each failed to come back when it was last tried."""
+        reasons = [slot.instance.down for slot in self.slots if not slot.instance.ready]
+        return reasons[0] if len(reasons) == len(self.slots) and all(reasons) else ""
 
     def _next_batch(self, now: float, slot: _Slot) -> Batch | None:
         while self._retries:

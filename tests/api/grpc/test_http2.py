@@ -83,6 +83,8 @@ async def test_a_change_of_the_initial_window_moves_open_streams(port):
 
 async def test_streams_share_the_window_in_turn(port):
     peer = await port.peer(initial_window=1 << 20)
+    peer.h2.increment_flow_control_window(1 << 20)
+    await peer.flush()
     x = np.zeros((1, 50_000), np.float32)
     streams = [await peer.ask(request("identity", x=x).SerializeToString()) for _ in range(3)]
     for stream in streams:
@@ -209,7 +211,7 @@ BROKEN = {
     "HEADERS on an even stream": ("", [(HEADERS, 5, 2, b"\x82")], ErrorCodes.PROTOCOL_ERROR),
     "HEADERS on stream 0": ("", [(HEADERS, 5, 0, b"\x82")], ErrorCodes.PROTOCOL_ERROR),
     "HEADERS with more padding than payload": ("", [(HEADERS, 0xD, 1, b"\x09\x82")], ErrorCodes.PROTOCOL_ERROR),
-    "a smaller stream number": ("", [(HEADERS, 5, 5, b"\x82"), (HEADERS, 5, 3, b"\x82")], ErrorCodes.STREAM_CLOSED),
+    "a stream number used again": ("used", [(HEADERS, 5, 1, b"\x82")], ErrorCodes.STREAM_CLOSED),
     "CONTINUATION of nothing": ("", [(CONTINUATION, 4, 1, b"\x82")], ErrorCodes.PROTOCOL_ERROR),
     "CONTINUATION of another stream": ("", [(HEADERS, 0, 1, b"\x82"), (CONTINUATION, 4, 3, b"")], ErrorCodes.PROTOCOL_ERROR),
     "a header block interrupted": ("", [(HEADERS, 0, 1, b"\x82"), (PING, 0, 0, bytes(8))], ErrorCodes.PROTOCOL_ERROR),
@@ -228,11 +230,14 @@ async def test_a_broken_rule_ends_the_connection_with_its_code(port, name):
     peer = await port.peer() if state is not None else await _silent(port)
     if state == "open":
         await peer.ask(IDENTITY[:3], ended=False)
+    elif state == "used":
+        assert await works(peer)
     for frame in frames:
         await peer.send_raw(*frame)
     said, reason = await peer.goodbye()
     assert said == code
     assert reason
+    peer.writer.write_eof()
     await peer.closed()
     peer.close()
     assert await works_beside(port)
@@ -445,9 +450,10 @@ async def test_a_peer_that_does_not_read_is_read_no_more_and_dropped(tmp_path):
     async with served(tmp_path / "m", "identity", limits=Limits(stall_seconds=0.2)) as port:
         peer = await port.peer(initial_window=(1 << 31) - 1)
         peer.h2.increment_flow_control_window((1 << 31) - 1 - 65_535)
+        await peer.flush()
         x = request("identity", x=np.zeros((1, 500_000), np.float32)).SerializeToString()
-        with pytest.raises((ConnectionError, TimeoutError)):
-            async with asyncio.timeout(10):
+        async with asyncio.timeout(10):
+            with pytest.raises(ConnectionError):
                 number = 1
                 while True:
                     await peer.send_raw(HEADERS, 4, number, block(peer))

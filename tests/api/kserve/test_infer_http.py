@@ -73,7 +73,10 @@ async def test_tritonclient_gets_its_tensor_back(server, array, binary_in, outpu
     model = {"float32": "fp32", "bool": "bool", "object": "bytes", "int32": "int32"}[str(array.dtype)]
     wanted = None if outputs is None else [triton.InferRequestedOutput("output", binary_data=outputs)]
     result = await asked(server, model, {"input": (array, binary_in)}, outputs=wanted)
-    assert result.as_numpy("output").tolist() == array.tolist()
+    got = result.as_numpy("output").tolist()
+    if array.dtype.kind == "O" and outputs is False:  # the client leaves JSON strings as they are
+        got = [[text.encode() for text in row] for row in got]
+    assert got == array.tolist()
     assert result.get_response()["model_name"] == model
     assert result.get_response()["model_version"] == "1"
     assert "id" not in result.get_response()

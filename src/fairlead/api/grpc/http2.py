@@ -385,6 +385,7 @@ class Connection(asyncio.Protocol):
                 self._nuisance(10)
                 self._forget(stream)
                 stream.lost()
+                self._close_if_done()
         elif kind == SETTINGS:
             self._settings(flags, number, payload)
         elif kind == PING:
@@ -404,9 +405,7 @@ class Connection(asyncio.Protocol):
         elif kind == GOAWAY:
             if number:
                 raise Fault(ErrorCode.PROTOCOL_ERROR, "GOAWAY on a stream")
-            self.leaving = True
-            if not self.streams:
-                self._close()
+            # It is about streams that a server opens, and there are none; the client closes when it is done.
         elif kind == PUSH_PROMISE:
             raise Fault(ErrorCode.PROTOCOL_ERROR, "a client does not push")
         else:
@@ -752,6 +751,7 @@ class Connection(asyncio.Protocol):
         self._reset(stream.number, code)
         self._forget(stream)
         stream.lost()
+        self._close_if_done()
 
     def _reset(self, number: int, code: ErrorCode) -> None:
         self.resets.append(number)
@@ -764,6 +764,7 @@ class Connection(asyncio.Protocol):
             self._reset(stream.number, ErrorCode.NO_ERROR)
         self.nuisance = max(self.nuisance - 10, 0)
         self._forget(stream)
+        self._close_if_done()
 
     def _forget(self, stream: Stream) -> None:
         self.streams.pop(stream.number, None)
@@ -772,8 +773,6 @@ class Connection(asyncio.Protocol):
             self.pending_bytes -= stream.queued_bytes
             stream.queued_bytes = 0
             stream.queue.clear()
-        if self.leaving and not self.streams:
-            self._close()
 
     def _lose_streams(self) -> None:
         for stream in list(self.streams.values()):
@@ -797,8 +796,7 @@ class Connection(asyncio.Protocol):
         if not self.left:
             self.left = True
             self.write(frame(GOAWAY, 0, 0, _goaway(self.last_number, ErrorCode.NO_ERROR)))
-            if not self.streams:
-                self._close()
+            self._close_if_done()
 
     def give_up(self, code: ErrorCode, reason: str) -> None:
         """The connection is beyond repair."""
@@ -815,6 +813,10 @@ class Connection(asyncio.Protocol):
             self._arm(LINGER_SECONDS)
         else:
             self.transport.close()
+
+    def _close_if_done(self) -> None:
+        if self.left and not self.streams:
+            self._close()
 
     def _close(self) -> None:
         if not self.closed:

@@ -1,6 +1,6 @@
 """The JSON bodies of REST as types: decoded by them, described by them in the OpenAPI document.
 
-Those of `infer` are the codec's.
+The body that `infer` takes is the codec's RequestJson.
 """
 
 from typing import Any, NotRequired, TypedDict
@@ -54,6 +54,23 @@ class UnloadParameters(Struct, forbid_unknown_fields=True):
 
 class UnloadRequest(Struct, forbid_unknown_fields=True):
     parameters: UnloadParameters = field(default_factory=UnloadParameters)
+
+
+class InferOutput(TypedDict):
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: NotRequired[dict[str, int]]
+    """`binary_data_size` in place of `data` where the output follows in binary form."""
+    data: NotRequired[list[Any]]
+
+
+class InferResponse(TypedDict):
+    id: NotRequired[str]
+    model_name: str
+    model_version: str
+    parameters: NotRequired[dict[str, Any]]
+    outputs: list[InferOutput]
 
 
 class Nothing(TypedDict):

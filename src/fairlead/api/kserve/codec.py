@@ -478,7 +478,7 @@ def encode(response: Response, form: Form, names: tuple[str, ...] | None) -> tup
             outputs.append(TensorJson(name, datatype, array.shape, {"binary_data_size": len(data)}))
             tensors.append(data)
         else:
-            outputs.append(TensorJson(name, datatype, array.shape, UNSET, _to_json(array, name, datatype)))
+            outputs.append(TensorJson(name, datatype, array.shape, UNSET, to_json(array, name, datatype)))
     message = ResponseJson(response.id or UNSET, response.model, response.version, response.parameters or UNSET, outputs)
     head = _encoder.encode(message)
     if b"null" in head and not all(_is_finite(arrays[name]) for name in (names or arrays)):
@@ -502,7 +502,8 @@ def _to_binary(array: np.ndarray) -> Data:
     return array.tobytes()
 
 
-def _to_json(array: np.ndarray, name: str, datatype: str) -> list[Any]:
+def to_json(array: np.ndarray, name: str, datatype: str) -> list[Any]:
+    """The elements, flat. Raises InvalidRequest for what has no JSON form."""
     if datatype in _ELEMENTS:
         values: list[Any] = array.ravel().tolist()
         if datatype != "BYTES":

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from fairlead.api.kserve.codec import _to_json, decode
+from fairlead.api.kserve.codec import decode, to_json
 from fairlead.api.web import decode_json
 from fairlead.core.errors import InvalidRequest
 from fairlead.core.request import Request, Response
@@ -65,7 +65,7 @@ def encode_flat(response: Response) -> bytes:
     flat: dict[str, Any] = {"id": response.id} if response.id else {}
     flat |= {"model_name": response.model, "model_version": response.version, **response.parameters}
     for name, array in response.outputs.items():
-        values = _to_json(array, name, datatype_of(array))
+        values = to_json(array, name, datatype_of(array))
         flat[name] = values[0] if len(values) == 1 else values
     # NaN and the infinities as bare tokens, as in `infer`
     return json.dumps(flat, ensure_ascii=False, separators=(",", ":")).encode()

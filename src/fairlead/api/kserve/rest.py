@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from msgspec.structs import asdict, replace
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
+from uvicorn._types import ASGI3Application
 
 from fairlead.api.kserve.bodies import (
     Health,
     IndexRequest,
     IndexRow,
+    InferResponse,
     Live,
     LoadRequest,
     ModelReady,
@@ -23,7 +24,7 @@ from fairlead.api.kserve.bodies import (
     Statistics,
     UnloadRequest,
 )
-from fairlead.api.kserve.codec import RequestJson, ResponseJson
+from fairlead.api.kserve.codec import RequestJson
 from fairlead.api.kserve.metadata import ModelMetadata, ServerMetadata, model_config, model_metadata, server_metadata
 from fairlead.api.kserve.openapi import Operation, document, examples_of
 from fairlead.api.kserve.streaming import Streaming
@@ -42,7 +43,7 @@ MEMORY_KINDS = ("systemsharedmemory", "cudasharedmemory")
 FILE = re.compile(r"file:([0-9]+(?:/[^/\\\0]+)+)")
 
 
-def data_app(repository: ModelRepository, *, access_log: AccessLog | None = None, max_body_bytes: int = 64 << 20) -> Starlette:
+def data_app(repository: ModelRepository, *, access_log: AccessLog | None = None, max_body_bytes: int = 64 << 20) -> ASGI3Application:
     """The ASGI app of port 8000. `infer` answers with server-sent events only: plain answers are the server's own business."""
     operations = Rest(repository, access_log or AccessLog(None), max_body_bytes).operations
     return json_app([(operation.method, operation.path, operation.serve) for operation in operations])
@@ -91,7 +92,14 @@ class Rest:
         streaming, flat, errors = self.streaming, dict[str, Any], (400, 404, 413, 501, 503)
         for path, name in MODEL_PATHS:
             infer = _post(
-                f"{path}/infer", f"{name}Infer", "inference", "Tensors in, tensors out", streaming.infer, RequestJson, ResponseJson, *errors
+                f"{path}/infer",
+                f"{name}Infer",
+                "inference",
+                "Tensors in, tensors out",
+                streaming.infer,
+                RequestJson,
+                InferResponse,
+                *errors,
             )
             one = _post(
                 f"{path}/generate", f"{name}Generate", "inference", "Flat JSON in, flat JSON out", streaming.generate, flat, flat, *errors

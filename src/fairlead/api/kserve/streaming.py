@@ -17,7 +17,7 @@ from fairlead.api.kserve import codec
 from fairlead.api.kserve.generate import decode_flat, encode_flat
 from fairlead.api.kserve.openapi import EVENTS, HEADER_LENGTH, JSON
 from fairlead.api.status import http_status
-from fairlead.api.web import EventStream, error_response, place, read_body, while_connected
+from fairlead.api.web import INTERNAL, EventStream, error_response, place, read_body, while_connected
 from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import ModelSpec
@@ -77,7 +77,8 @@ class Streaming:
         line = AccessLine(self.access_log, http)
         try:
             return await serve(http, line)
-        except FairleadError as error:
+        except FairleadError as failure:
+            error = _named(failure, line.request.id if line.request else "")
             line.end(http_status(error), error.message)
             return error_response(error, line.headers)
         except HTTPException as error:
@@ -85,6 +86,9 @@ class Streaming:
             raise
         except ClientDisconnect:
             return _left(line)
+        except Exception:
+            line.end(500, INTERNAL.message)
+            raise
 
     async def _infer(self, http: HttpRequest, line: AccessLine) -> EventStream:
         spec = self.repository.find(line.model, line.version).spec
@@ -93,10 +97,10 @@ class Streaming:
 
         async def encode(response: Response) -> bytes:
             if codec.pace(response, form) is codec.Pace.LOOP:
-                (text, *_), _ = codec.encode(response, form, request.outputs)
+                parts, _ = codec.encode(response, form, request.outputs)
             else:
-                (text, *_), _ = await asyncio.to_thread(codec.encode, response, form, request.outputs)
-            return bytes(text)
+                parts, _ = await asyncio.to_thread(codec.encode, response, form, request.outputs)
+            return bytes(parts[0])
 
         return EventStream(self._events(request, line, encode), line.end, line.headers)
 
@@ -149,7 +153,7 @@ class Streaming:
                     line.version = response.version
                     yield await encode(response)
         except FairleadError as error:
-            raise type(error)(codec.message_of(error, request.id)) from None
+            raise _named(error, request.id) from None
 
     async def _only_event(self, request: Request, line: AccessLine) -> bytes:
         async with aclosing(self._events(request, line, _encode_flat)) as events:
@@ -163,6 +167,11 @@ class Streaming:
 
 async def _encode_flat(response: Response) -> bytes:
     return encode_flat(response)
+
+
+def _named(error: FairleadError, request_id: str) -> FairleadError:
+    """The error, saying which request it is about."""
+    return type(error)(codec.message_of(error, request_id))
 
 
 def _sane(pattern: re.Pattern[bytes], value: str) -> str:
