@@ -15,12 +15,6 @@ from tests.api.http_fake import Lines, Models, echo_app, post, question, serving
 GET = b"GET /some/path HTTP/1.1\r\nhost: test\r\n\r\n"
 
 
-@pytest.fixture(params=["asyncio", "uvloop"], scope="module")
-def event_loop_policy(request):
-    """uvloop is what serves; where there is none, asyncio's own loop."""
-    return asyncio.DefaultEventLoopPolicy() if request.param == "asyncio" else uvloop.EventLoopPolicy()
-
-
 @pytest.fixture
 async def models():
     return zoo()
@@ -552,3 +546,34 @@ async def test_a_port_without_a_repository_leaves_everything_to_its_app():
     async with serving(None) as server, wire(server) as connection:
         await connection.send(post(question()))
         assert json.loads((await connection.receive())[2])["path"] == "/v2/models/fp32/infer"
+
+
+def test_uvloop_serves_the_same():
+    async def story():
+        models = zoo()
+        gate = models.gate("slow")
+        array = np.arange(200_000, dtype=np.float32).reshape(1, -1)
+        text = json.dumps(
+            {"inputs": [{"name": "input", "shape": array.shape, "datatype": "FP32", "parameters": {"binary_data_size": array.nbytes}}]}
+        ).encode()
+        text = text.replace(b'"inputs"', b'"parameters":{"binary_data_output":true},"inputs"')
+        async with serving(models, max_body_bytes=1 << 20) as server:
+            async with wire(server) as connection:
+                large = post(text + array.tobytes(), inference_header_content_length=str(len(text)))
+                await connection.send(large + GET + post(question()) + large)
+                for kind in ("large", "app", "small", "large"):
+                    status, headers, body = await connection.receive()
+                    assert status == 200
+                    if kind == "large":
+                        assert body[int(headers["inference-header-content-length"]) :] == array.tobytes()
+            async with wire(server) as connection:
+                await connection.send(post(question(), "/v2/models/slow/infer"))
+                await gate.entered.wait()
+            await until(lambda: any(line["status"] == 499 for line in server.access_log.lines))
+            gate.open.set()
+            async with wire(server) as connection:
+                await connection.send(b"POST /v2/models/fp32/infer HTTP/1.1\r\nhost: t\r\ncontent-length: 9999999\r\n\r\n" + b"x" * 500_000)
+                assert (await connection.receive())[0] == 413
+        assert server.num_connections == 0
+
+    uvloop.run(asyncio.wait_for(story(), 30))

@@ -150,7 +150,7 @@ def test_what_it_says_to_try_works_as_it_stands(terminal: Terminal, tool: str) -
             events = [json.loads(line.removeprefix("data: ")) for line in done.stdout.splitlines() if line]
             assert [event["num_resamples"] for event in events] == [250 * n for n in range(1, 9)]
         case "Python":
-            assert "KMeans" in done.stdout
+            assert "DBSCAN" in done.stdout
         case _:
             # the hundredth digit is a four, by the classification extension: value:index:label
             assert re.match(r"\[\[b'0\.9\d+:4:4' b'0\.0\d+:\d:\d' b'0\.0\d+:\d:\d'\]\]", done.stdout)

@@ -197,3 +197,26 @@ def test_limits_of_containers_are_read_from_both_versions_of_control_groups(tmp_
         (tmp_path / "v1" / folder / name).write_text(value)
     assert cgroup_cpus(tmp_path / "v1", own) == 0.5
     assert cgroup_memory_bytes(tmp_path / "v1", own) == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "told"),
+    [
+        ("NVIDIA H200, 143771, 143160, 570.86.15", 0, {"cuda:0": "NVIDIA H200, 143160 of 143771 MiB free, driver 570.86.15"}),
+        ("NVIDIA GB10, [N/A], [N/A], 580.95.05", 0, {"cuda:0": "NVIDIA GB10, driver 580.95.05"}),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, {"nvidia": "NVIDIA-SMI has failed"}),
+    ],
+)
+def test_accelerators_are_told_as_their_tool_tells_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, code: int, told: dict[str, str]
+) -> None:
+    tool = tmp_path / "nvidia-smi"  # a stand-in that says what the real one does on such machines
+    tool.write_text(f'#!/bin/sh\necho "{says}"\nexit {code}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    exit_code, findings = doctor()
+    assert exit_code == 0
+    for name, detail in told.items():
+        assert finding(findings, name)["detail"].startswith(detail)
+    if code == 0 and torch.version.cuda is None:
+        assert finding([each for each in findings if each["area"] == "accelerators"], "torch")["state"] == "note"

@@ -298,6 +298,8 @@ async def test_it_is_tried_again_until_it_loads_again(start, tmp_path):
     assert not await instance.changed()
     await heard(broken)  # the first attempt fails
     broken.unlink()
+    assert not await instance.changed()
+    assert "broken meanwhile" in instance.down
     assert await instance.changed() and instance.restarts == 2
     assert await ask(instance, do(b"nothing"))
 

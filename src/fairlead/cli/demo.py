@@ -603,7 +603,7 @@ def in_words(model: DemoModel, responses: list[Tensors]) -> str:
             return f"progression {_first(outputs):.0f}"
         case "denoise_torchscript":
             (image,) = outputs.values()
-            return f"{image.size} clean pixels, {np.mean(np.abs(image - np.array(model.values))):.2f} away on average"
+            return f"its {image.size} pixels, cleaned"
         case "search_python":
             return ", ".join(name.decode() for name in outputs["name"][0])
         case "confidence_python":
@@ -671,7 +671,7 @@ def show(console: Console, answers: list[Answered]) -> None:
     table = Table(title="One request to each model", title_justify="left", header_style="bold", show_lines=True)
     table.add_column("model", no_wrap=True)
     table.add_column("request")
-    table.add_column("answer")
+    table.add_column("answer", overflow="fold")
     table.add_column("latency", justify="right", no_wrap=True)
     table.add_column("on data it has not seen")
     for row in answers:
@@ -711,9 +711,9 @@ def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, con
             f"\nServing at http://{server.http} and gRPC {server.grpc}; the log is {escape(str(server.log))}. Ctrl-C ends it.",
             soft_wrap=True,
         )
-        server.process.wait()
-        raise LoadError(f"the server ended by itself; see {server.log}")
-    except KeyboardInterrupt:
+        with suppress(KeyboardInterrupt):
+            server.process.wait()
+            raise LoadError(f"the server ended by itself; see {server.log}")
         console.print("Draining ...")
     finally:
         server.stop()

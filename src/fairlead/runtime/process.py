@@ -145,7 +145,7 @@ class ProcessInstance:
         *,
         slab_bytes: int = SLAB_BYTES,
     ) -> None:
-        """`on_change`: called when `ready` changes after `start`.
+        """`on_change`: called when `ready` or `down` changes after `start`.
 
         `slab_bytes`: bound of the memory shared with the process, for each direction; 0 sends everything by the socket.
         """

@@ -190,9 +190,11 @@ class ModelRepository:
         return entries
 
     def statistics(self, name: str = "", version: str = "") -> list[dict[str, object]]:
-        """Raises NotFound for a name or version that is not loaded."""
+        """Raises InvalidRequest, as Triton does, for a name or version that is not loaded."""
         if name:
-            versions = [self.find(name, version)] if version else [self.find(name, each) for each in self.versions(name)] or [self.find(name)]
+            versions = [self.find(name, each) for each in self.versions(name) if version in ("", each)]
+            if not versions:
+                raise InvalidRequest(f"requested model '{name}' is not available")
         else:
             versions = [found for served in self._served.values() for found in served.by_version.values()]
         return [each.statistics() for each in versions]

@@ -111,8 +111,8 @@ class _InstanceGroup(Struct, frozen=True):
     count: Count = 0
     gpus: list[Count] = []
     rate_limiter: Any = None
-    secondary_devices: Any = None
-    profile: Any = None
+    secondary_devices: list[Any] = []
+    profile: list[Any] = []
     passive: bool = False
     host_policy: str = ""
 
@@ -156,8 +156,8 @@ class _ModelConfig(Struct, frozen=True):
     model_transaction_policy: _TransactionPolicy | None = None
     # refused
     runtime: str = ""
-    batch_input: Any = None
-    batch_output: Any = None
+    batch_input: list[Any] = []
+    batch_output: list[Any] = []
     sequence_batching: Any = None
     ensemble_scheduling: Any = None
     cc_model_filenames: Any = None
@@ -319,9 +319,10 @@ def _refuse(triton: _ModelConfig, origin: _Origin) -> None:
 
 
 def _is_set(value: Any) -> bool:
-    """Whether anything in it differs from protobuf's defaults."""
+    """Whether anything in it differs from protobuf's defaults; an entry of a list does."""
     if isinstance(value, dict):
-        return any(map(_is_set, value.values()))
+        # Inside `Any` nothing tells a list of one from its entry.
+        return any(_is_set(item) for part in value.values() for item in (part if isinstance(part, list) else [part]))
     return bool(value)
 
 

@@ -45,14 +45,18 @@ inputs: [{name: x, datatype: FP32, shape: [-1, -1]}]
 outputs: [{name: y, datatype: FP32, shape: [-1, -1], labels: [ant, bee, cat, dog]}]
 """,
     ),
-    # Gives back whatever of its inputs it gets, one for each datatype.
+    # Gives back those of its inputs that it gets, one for each datatype; nothing in place of the others.
     "typed": (
         """
+import numpy as np
+from fairlead.core.tensors import DTYPES
+
 class Typed:
     example = None
 
     def infer(self, inputs):
-        return {name + "_OUT": array for name, array in inputs.items()}
+        rows = len(next(iter(inputs.values())))
+        return {name + "_OUT": inputs.get(name, np.empty((rows, 0), dtype)) for name, dtype in DTYPES.items()}
 """,
         IN_A_THREAD
         + "inputs:\n"
@@ -214,6 +218,8 @@ class Peer:
         config = h2.config.H2Configuration(header_encoding="utf-8", validate_outbound_headers=False, normalize_outbound_headers=False)
         self.h2 = h2.connection.H2Connection(config)
         self.events: list[h2.events.Event] = []
+        self.goodbyes: list[Goodbye] = []
+        self.tail = b""
 
     async def greet(self, settings: dict[str, int]) -> None:
         codes = {"initial_window": SettingCodes.INITIAL_WINDOW_SIZE, "max_frame": SettingCodes.MAX_FRAME_SIZE}
@@ -258,7 +264,16 @@ class Peer:
             data = await self.reader.read(1 << 16)
         if not data:
             return False
-        self.events += self.h2.receive_data(data)
+        data = self.tail + data
+        at = 0
+        while len(data) - at >= 9 and len(data) - at >= (size := 9 + int.from_bytes(data[at : at + 3], "big")):
+            frame, at = data[at : at + size], at + size
+            if frame[3] == 7:  # h2 takes GOAWAY for the end of everything
+                last, code = struct.unpack_from(">II", frame, 9)
+                self.goodbyes.append(Goodbye(last, code, frame[17:].decode()))
+            else:
+                self.events += self.h2.receive_data(frame)
+        self.tail = data[at:]
         await self.flush()
         return True
 
@@ -293,10 +308,11 @@ class Peer:
                     return Answer(heads, body, None)
             assert await self.read(), "the server closed the connection"
 
-    async def goodbye(self) -> tuple[int, str]:
-        """The code and the reason with which the server ends the connection."""
-        event = await self.wait_for(h2.events.ConnectionTerminated)
-        return int(event.error_code), (event.additional_data or b"").decode()
+    async def goodbye(self) -> "Goodbye":
+        """How the server ends the connection."""
+        while not self.goodbyes:
+            assert await self.read(), "the server closed the connection"
+        return self.goodbyes[-1]
 
     async def closed(self) -> None:
         while await self.read():
@@ -304,6 +320,12 @@ class Peer:
 
     def close(self) -> None:
         self.writer.close()
+
+
+class Goodbye(Struct):
+    last_stream: int
+    code: int
+    reason: str
 
 
 class Answer(Struct):

@@ -12,8 +12,15 @@ from fairlead.api.grpc.messages import POOL, message_class
 def described(descriptor) -> descriptor_pb2.DescriptorProto:
     proto = descriptor_pb2.DescriptorProto()
     descriptor.CopyToProto(proto)
+    return without_json_names(proto)
+
+
+def without_json_names(proto: descriptor_pb2.DescriptorProto) -> descriptor_pb2.DescriptorProto:
+    """Some compilers write them out, others leave them to be derived."""
     for field in proto.field:
         field.ClearField("json_name")
+    for nested in proto.nested_type:
+        without_json_names(nested)
     return proto
 
 

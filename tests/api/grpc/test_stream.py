@@ -163,6 +163,7 @@ async def test_long_strings_go_there_and_back_in_their_turn(port):
     strings[:] = b"word"
     message = request("identity", x=row(1), id="0")
     long = pb.ModelInferRequest(model_name="typed", id="1", raw_input_contents=[b"\4\0\0\0word" * 10_000])
+    long.outputs.add(name="BYTES_OUT")
     long.inputs.add(name="BYTES", datatype="BYTES", shape=strings.shape)
     answers = await exchange(port, long, message)
     assert [answer.infer_response.id for answer in answers] == ["1", "0"]

@@ -40,6 +40,8 @@ JOIN_BYTES = 65_536
 """Writes up to this size are joined into one piece, larger ones are gathered by the kernel."""
 WRITE_BUFFER_BYTES = 1 << 20
 DRAIN_PING = b"fairlead"
+LEAVE_SECONDS = 1.0
+"""How long the peer may take to hear that the server leaves."""
 LINGER_SECONDS = 2.0
 """How long what a refused peer still sends is read and dropped."""
 NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
@@ -789,6 +791,7 @@ class Connection(asyncio.Protocol):
             return
         # Requests that crossed this message on the way are still served: the peer's answer to the PING came after them.
         self.write(frame(GOAWAY, 0, 0, _goaway(MAX_STREAM_ID, ErrorCode.NO_ERROR)) + frame(PING, 0, 0, DRAIN_PING))
+        self._arm(LEAVE_SECONDS)
         for stream in list(self.streams.values()):
             stream.leave()
 

@@ -4,18 +4,14 @@ The configuration is Triton's ModelConfig as protobuf-JSON: original field names
 printed, 64-bit integers as numbers.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import msgspec
 
 from fairlead import __version__
 from fairlead.core.specs import BatchingSpec, InstancesSpec, ModelSpec, QueuePolicy, Sample, TensorSpec, VersionPolicy, WarmupSpec
-
-if TYPE_CHECKING:
-    from fairlead.runtime.repository import ModelRepository
-    from fairlead.runtime.version import ModelVersion
+from fairlead.runtime.repository import ModelRepository
+from fairlead.runtime.version import ModelVersion
 
 EXTENSIONS = (
     "classification",
