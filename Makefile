@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# uv takes a minute or two off a fresh install, but reads none of pip's configuration: hand it the wheel folders, else let pip do it.
+# uv takes minutes off a fresh install, but reads none of pip's configuration: hand it the wheel folders, else let pip do it.
+# Compiled ahead, because where Python may not write its bytecode every process would compile every library again.
 FIND_LINKS := $(foreach place,$(PIP_FIND_LINKS),--find-links $(place))
 TORCH := 2.13.0
 

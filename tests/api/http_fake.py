@@ -16,7 +16,6 @@ from fairlead.core.request import Request, Sink
 from fairlead.core.specs import BatchingSpec, Execution, ModelSpec, TensorSpec
 from fairlead.core.tensors import DTYPES, Tensors
 from fairlead.observe.access import AccessLog
-from fairlead.observe.metrics import Metrics
 from fairlead.runtime.local import LocalInstance
 from fairlead.runtime.version import ModelVersion, Ticket
 
@@ -65,7 +64,7 @@ class Models:
         streams: bool = False,
     ) -> ModelVersion:
         spec = ModelSpec(name=name, inputs=inputs, outputs=outputs, batching=BatchingSpec(max_batch_size=max_batch_size), streams=streams)
-        version = ModelVersion(spec, "1", "python", [LocalInstance(Function(function), name, execution)], Metrics())
+        version = ModelVersion(spec, "1", "python", [LocalInstance(Function(function), name, execution)])
         self.versions[name] = version
         return version
 

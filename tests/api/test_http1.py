@@ -82,6 +82,17 @@ async def test_a_slow_answer_holds_back_the_ones_after_it(models):
     assert [answers[0]["outputs"][0]["data"], answers[1]["outputs"][0]["data"], answers[2]["path"]] == [[1.0], [2.0], "/some/path"]
 
 
+async def test_many_bad_requests_behind_a_slow_one_are_each_told(models):
+    gate = models.gate("slow")
+    async with serving(models) as server, wire(server) as connection:
+        await connection.send(post(question([1.0]), "/v2/models/slow/infer") + post(b"{") * 1500)
+        await asyncio.wait_for(gate.entered.wait(), 20)
+        gate.open.set()
+        assert (await connection.receive())[0] == 200
+        for _ in range(1500):
+            assert (await connection.receive())[0] == 400
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_request_may_be_split_anywhere(server, chunked):
     body = question([3.0])
@@ -242,6 +253,15 @@ async def test_an_error_in_the_pipeline_comes_in_its_turn(models):
         assert data_of(await connection.receive()) == [1.0]
         assert (await connection.receive())[0] == 400
         assert await connection.ended() == b""
+
+
+async def test_an_app_may_answer_before_the_body_is_there(server):
+    async with wire(server) as connection:
+        head, body = post(b"z" * 100_000, "/early").split(b"\r\n\r\n")
+        await connection.send(head + b"\r\n\r\n" + body[:10])
+        assert json.loads((await connection.receive())[2])["path"] == "/early"
+        await connection.send(body[10:] + post(question()))
+        assert data_of(await connection.receive()) == [1.0, 2.0]
 
 
 async def test_an_app_that_fails_answers_in_json(server):

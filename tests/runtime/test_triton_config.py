@@ -132,7 +132,7 @@ def message_of(values: dict[str, Any]) -> Message:
     return ModelConfig(**values)
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(messages(), st.booleans(), st.booleans(), st.booleans())
 def test_what_protobuf_prints_is_read_as_it_was_meant(values, one_line, utf8, pointy):
     message = message_of(values)
@@ -168,7 +168,7 @@ def outcome(reading: Any) -> object:
         return ConfigError  # which of several wrong map entries is named first depends on their order
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(messages(names=SERVED), st.booleans())
 def test_a_file_and_the_json_of_the_same_message_mean_the_same(values, original_names):
     message = message_of(values)

@@ -18,7 +18,6 @@ from fairlead.core.errors import (
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import BatchingSpec, ModelSpec, QueuePolicy, TensorSpec
 from fairlead.core.tensors import Tensors
-from fairlead.observe.metrics import Metrics
 from fairlead.runtime.version import ModelVersion
 
 
@@ -88,7 +87,7 @@ def version(num_instances: int = 1, **batching: object) -> tuple[ModelVersion, l
         batching=BatchingSpec(**{"max_batch_size": 8, **batching}),  # type: ignore[arg-type]
     )
     instances = [SteppedInstance() for _ in range(num_instances)]
-    return ModelVersion(spec, "1", "test", list(instances), Metrics()), instances
+    return ModelVersion(spec, "1", "test", list(instances)), instances
 
 
 def ask(of: ModelVersion, *values: float, **fields: object) -> Collected:

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 import httptools
 import msgspec
+import numpy as np
 import structlog
 import uvicorn
 from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
@@ -55,6 +56,9 @@ INFER = re.compile(rb"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
 SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 SANE_TRACE = re.compile(rb"[\x21-\x7e]{1,256}")
 MAX_HEAD_BYTES = 64 << 10
+DIRECT_ABOVE = 64 << 10
+"""Bytes of a body still to come for which it pays to read them past the parser."""
+ALIGNMENT = 64
 MAX_ROUTES = 4096
 MAX_WAITING = 16
 """Requests on one connection behind the one being answered."""
@@ -106,8 +110,11 @@ class Exchange:
     encoding = ""
     accept_encoding = ""
     extra = ""
-    body: bytes | bytearray | None = None
+    body: Data | None = None
+    num_body_bytes = 0
+    """As announced; 0 when it comes in chunks."""
     pad = 0
+    """Bytes before the body so that the first tensor after its JSON is aligned."""
     held_bytes = 0
     request: Request | None = None
     form = JSON_FORM
@@ -154,30 +161,52 @@ class Exchange:
 
     def extend(self, part: bytes) -> None:
         """One more part of a body that comes in several."""
-        server, body = self.server, self.body
+        body = self.body
         size = len(part)
         if type(body) is not bytearray:
             assert body is not None
-            # so that the first tensor after the JSON is aligned
-            self.pad = -int(self.head) % 16 if self.head.isdigit() and len(self.head) < 20 else 0
+            self.pad = self._padding()
             self.body = body = bytearray(self.pad) + body
             size += len(body) - self.pad
+        if self.waiting:
+            self.protocol.flow.pause_reading()
+        if self.hold(size):
+            body += part
+
+    def hold(self, size: int) -> bool:
+        """Count so many more bytes; false if that was too much, and the request refused."""
+        server = self.server
         if self.held_bytes + size > server.max_body_bytes:
             self.refuse(server.too_large())
         elif server.receiving_bytes + size > server.max_receiving_bytes:
             self.refuse(server.too_much())
         else:
-            if self.waiting:
-                self.protocol.flow.pause_reading()
             server.receiving_bytes += size
             self.held_bytes += size
-            body += part
+            return True
+        return False
+
+    def read_directly(self) -> "BodyReader | None":
+        """A reader for what is still to come of a body that announced its length."""
+        body = self.body or b""
+        if type(body) is not bytes or self.num_body_bytes - len(body) < DIRECT_ABOVE or not self.hold(len(body)):
+            return None
+        pad = self.pad = self._padding()
+        # not a bytearray, whose zeros would be written first
+        self.body = buffer = memoryview(np.empty(pad + self.num_body_bytes, np.uint8))  # type: ignore[arg-type]
+        start = pad + len(body)
+        buffer[pad:start] = body
+        return BodyReader(self, buffer[start:])
+
+    def _padding(self) -> int:
+        return -int(self.head) % ALIGNMENT if self.head.isdigit() and len(self.head) < 20 else 0
 
     def refuse(self, error: FairleadError, status: int = 0) -> None:
         """Answer with an error without reading what is left of the body; the connection ends with it."""
         self.error, self.status = error, status
         self.keep_alive = False
         self.protocol.deaf = True
+        self.protocol.read_again()
         self._release()
         if not self.waiting:
             self._fail(error)
@@ -420,6 +449,29 @@ class Exchange:
             self.held_bytes = 0
 
 
+class BodyReader(asyncio.BufferedProtocol):
+    """Stands in for the connection's protocol while the rest of a large body is read, without a copy, to where it belongs."""
+
+    def __init__(self, exchange: Exchange, rest: memoryview) -> None:
+        self.exchange = exchange
+        self.rest = rest
+        self.connection_lost = exchange.protocol.connection_lost  # type: ignore[method-assign]
+        self.pause_writing = exchange.protocol.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = exchange.protocol.resume_writing  # type: ignore[method-assign]
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.rest
+
+    def buffer_updated(self, nbytes: int) -> None:
+        protocol = self.exchange.protocol
+        protocol.heard = perf_counter()
+        protocol.num_bytes += nbytes
+        self.rest = self.rest[nbytes:]
+        if self.exchange.hold(nbytes) and not self.rest:
+            protocol.read_again()
+            protocol.on_message_complete()
+
+
 class Flow(FlowControl):
     """Reads on only while little waits on this connection: neither requests nor answers pile up.
 
@@ -455,7 +507,9 @@ class DataProtocol(HttpToolsProtocol):
         """Nothing more is wanted from this client."""
         self.stalled = False
         """The next request waits until the client has read its answers."""
+        self.proceeding = False
         self.upgrading = False
+        self.reader: BodyReader | None = None
         self.heard = self.began = self.idle_since = perf_counter()
         self.linger_until = 0.0
         self.num_cycle_bytes = 0
@@ -485,7 +539,7 @@ class DataProtocol(HttpToolsProtocol):
             while True:
                 try:
                     self.parser.feed_data(data)
-                    return
+                    break
                 except httptools.HttpParserUpgrade as upgrade:
                     if not self.upgrading:  # CONNECT, which is answered by now
                         self.deaf = True
@@ -497,6 +551,9 @@ class DataProtocol(HttpToolsProtocol):
                 self.reject(INTERNAL)
         except httptools.HttpParserError as error:
             self.reject(InvalidRequest(f"not an HTTP/1.1 request: {error}"))
+        else:
+            if self.stage == BODY and type(self.cycle) is Exchange:
+                self._read_directly(self.cycle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         waiting = [cycle for cycle, _ in self.pipeline]
@@ -511,6 +568,7 @@ class DataProtocol(HttpToolsProtocol):
                 cycle.message_event.set()
         self.deaf = True
         self.cycle = None
+        self.reader = None
         super().connection_lost(exc)
         self.http.disconnected()
 
@@ -526,6 +584,31 @@ class DataProtocol(HttpToolsProtocol):
         if self.stalled:
             self.stalled = False
             self.proceed()
+
+    def _read_directly(self, exchange: Exchange) -> None:
+        """Leave the parser out of the rest of a large body."""
+        if exchange.num_body_bytes < DIRECT_ABOVE or exchange.waiting or self.deaf or self.flow.read_paused or self.transport.is_closing():
+            return
+        self.reader = exchange.read_directly()
+        if self.reader is not None:
+            self._let_read(self.reader)
+
+    def read_again(self) -> None:
+        """The direct reader is done: a new parser, for the old one never saw the body's end."""
+        if self.reader is not None:
+            self.reader = None
+            self.parser = _parser(self)
+            self._let_read(self)
+
+    def _let_read(self, protocol: asyncio.BaseProtocol) -> None:
+        transport = self.transport
+        if transport.is_closing():
+            return
+        transport.set_protocol(protocol)
+        if not self.flow.read_paused:
+            # uvloop looks at the kind of protocol when it starts to read
+            transport.pause_reading()
+            transport.resume_reading()
 
     # From the parser
 
@@ -559,6 +642,7 @@ class DataProtocol(HttpToolsProtocol):
         if route is not None and parser.get_method() == b"POST" and b"text/event-stream" not in headers.get(b"accept", b""):
             keep_alive = parser.should_keep_alive() and (b"connection" not in headers or parser.get_http_version() != "1.0")
             exchange = Exchange(self, route[0], route[1], keep_alive=keep_alive)
+            exchange.num_body_bytes = num_body_bytes
             self._enqueue(exchange)
             try:
                 exchange.read_headers(headers)
@@ -626,18 +710,25 @@ class DataProtocol(HttpToolsProtocol):
             self.proceed()
 
     def proceed(self) -> None:
-        """The next request on this connection, if there is one."""
-        if self.flow.write_paused:
-            self.stalled = bool(self.pipeline)
-        elif self.pipeline:
+        """The next request on this connection, if there is one; and the next, where that is answered at once."""
+        if self.proceeding:
+            return
+        self.proceeding = True
+        while not self.flow.write_paused:
+            if not self.pipeline:
+                self.flow.resume_reading()
+                break
             cycle, app = self.pipeline.pop()
             self.flow.resume_reading()
-            if type(cycle) is Exchange:
-                cycle.start()
-            else:
+            if type(cycle) is not Exchange:
                 self._start_asgi_task(cycle, app)
+                break
+            cycle.start()
+            if not (cycle.response_complete and cycle.keep_alive):
+                break
         else:
-            self.flow.resume_reading()
+            self.stalled = bool(self.pipeline)
+        self.proceeding = False
 
     # The ASGI path
 
@@ -715,7 +806,7 @@ class DataProtocol(HttpToolsProtocol):
                 kept = b", ".join(token for token in value.split(b",") if token.strip().lower() != b"upgrade")
             if name != b"upgrade" and kept:
                 head += [name, b": ", kept, b"\r\n"]
-        self.parser = httptools.HttpRequestParser(self)
+        self.parser = _parser(self)
         return b"".join([*head, b"\r\n", rest])
 
     # The end
@@ -764,6 +855,13 @@ class DataProtocol(HttpToolsProtocol):
                 self.reject(InvalidRequest("the request's body came too slowly"), 408)
         elif now - self.idle_since > http.keep_alive and self.idle:
             self.transport.close()
+
+
+def _parser(protocol: DataProtocol) -> httptools.HttpRequestParser:
+    parser = httptools.HttpRequestParser(protocol)
+    # what follows `connection: close` is dropped rather than an error in place of the answer
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
 
 
 class HttpServer:

@@ -41,17 +41,27 @@ class SklearnBackend(Backend):
 
 def _skops(artefact: Path, spec: ModelSpec) -> Any:
     try:
-        unknown = skops.io.get_untrusted_types(file=artefact)
+        types = skops.io.get_untrusted_types(file=artefact)
+        unknown = [name for name in types if not _is_sklearn_class(name)]
         if unknown and not spec.trusted:
             raise LoadError(
                 f"{artefact.name} holds types that are not known to be safe: {', '.join(unknown)};"
                 " if you trust where it comes from, write in model.yaml:\ntrusted: true"
             )
-        return skops.io.load(artefact, trusted=unknown)
+        return skops.io.load(artefact, trusted=types)
     except LoadError:
         raise
     except Exception as error:  # whatever a damaged archive, or a class of another version, brings about
         raise LoadError(f"{artefact.name} cannot be loaded by skops ({reason(error)})") from error
+
+
+def _is_sklearn_class(name: str) -> bool:
+    """skops also doubts what every forest is made of; scikit-learn's own classes hold numbers, its functions may do more."""
+    module, _, attribute = name.rpartition(".")
+    if not module.startswith("sklearn."):
+        return False
+    found = getattr(importlib.import_module(module), attribute, None)
+    return isinstance(found, type) and found.__module__.startswith("sklearn.")
 
 
 def _pickled(artefact: Path, spec: ModelSpec) -> Any:

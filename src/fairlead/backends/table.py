@@ -192,6 +192,9 @@ def torch_kind(file: Path) -> str:
     advice = "export the module with torch.jit.save(torch.jit.trace(module, example), ...) or torch.export.save(...)"
     try:
         with zipfile.ZipFile(file) as archive:
+            # of a cut archive, zipfile may find the directory of another one inside it
+            if min((member.header_offset for member in archive.infolist()), default=0):
+                raise zipfile.BadZipFile
             members = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
     except (zipfile.BadZipFile, OSError):
         if _head(file)[:1] == b"\x80":

@@ -3,6 +3,7 @@
 import base64
 import json
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ DATATYPES: dict[Any, Datatype] = {
     torch.float64: "FP64",
     torch.bfloat16: "BF16",
 }
+FAILURES = (RuntimeError, TypeError, IndexError, ValueError, torch.jit.Error)
+"""What a program raises on inputs that it cannot take."""
 BF16 = np.dtype(ml_dtypes.bfloat16)
 EXAMPLE = "fairlead.json"
 """The member of a TorchScript archive that carries the example."""
@@ -122,7 +125,7 @@ def _script(artefact: Path, spec: ModelSpec, device: torch.device) -> Executable
             _learn_of_example(executable, spec, names, example)
         else:
             _learn_of_declared(executable, spec, names, required)
-    except (RuntimeError, TypeError, IndexError, torch.jit.Error) as error:
+    except FAILURES as error:
         raise LoadError(
             f"{artefact.name} fails on its first inputs ({_last_line(error)}); declare inputs and outputs in model.yaml"
         ) from error
@@ -164,7 +167,7 @@ def _learn_of_declared(executable: TorchExecutable, spec: ModelSpec, names: list
     executable.batches = all(each.shape[:1] == (-1,) for each in (*inputs, *spec.outputs))
     try:
         outputs = _outputs_of(executable, spec, arrays, [{axis for axis, dim in enumerate(each.shape) if dim == -1} for each in inputs])
-    except (RuntimeError, TypeError, IndexError):
+    except FAILURES:
         if not spec.outputs:
             raise
         # zeros may be no input that works; then the declaration stands, and so do its outputs' names, by position
@@ -188,7 +191,7 @@ def _outputs_of(executable: TorchExecutable, spec: ModelSpec, arrays: list[np.nd
         """Double these dimensions: those of the outputs that change are open too."""
         try:
             grown = executable.compute([_doubled(array, dims) for array, dims in zip(arrays, axes, strict=True)])
-        except (RuntimeError, TypeError, IndexError):
+        except FAILURES:
             return False
         for name, shape in shapes.items():
             shape[:] = [dim if dim == other else -1 for dim, other in zip(shape, grown[name].shape, strict=True)]
@@ -227,6 +230,9 @@ def _carried(member: bytes) -> Tensors:
 
 def _traced(artefact: Path, num_tensors: int) -> Tensors:
     """Zeros like the tensors that the module was traced with: torch keeps their types and shapes in the archive."""
+    with zipfile.ZipFile(artefact) as archive:
+        if not any(member.endswith("/traced_inputs.pkl") for member in archive.namelist()):
+            return {}
     module = torch.jit.load(str(artefact), map_location="cpu", _restore_shapes=True)
     inputs = [value for value in list(module.graph.inputs())[1:] if value.type().kind() == "TensorType"]
     if len(inputs) != num_tensors or any(value.type().sizes() is None or value.type().dtype() not in DATATYPES for value in inputs):

@@ -284,7 +284,7 @@ def _search(folder: Path) -> DemoModel:
     shutil.copy(inspect.getfile(search), folder / "model.py")
     return DemoModel(
         name="search_python",
-        kind="Python, text in, text out",
+        kind="Python, on text",
         data="scikit-learn's manual",
         score=f"{np.mean(hits):.0%} found by their summary",
         question="fill in missing values",
@@ -673,7 +673,7 @@ def show(console: Console, answers: list[Answered]) -> None:
     table.add_column("request")
     table.add_column("answer", overflow="fold")
     table.add_column("latency", justify="right", no_wrap=True)
-    table.add_column("on data it has not seen")
+    table.add_column("unseen data")
     for row in answers:
         truth = f"\n[dim]truly: {escape(row.truth)}[/]" if row.truth else ""
         table.add_row(
@@ -750,7 +750,7 @@ def demo(build_in: Path | None, folder: Path, once: bool, as_json: bool) -> None
         console = Console()
         table = Table(title=f"Built in {build_in}", title_justify="left", header_style="bold")
         table.add_column("model", no_wrap=True)
-        for column in ("kind", "data", "on data it has not seen"):
+        for column in ("kind", "data", "unseen data"):
             table.add_column(column)
         for model in models:
             table.add_row(*map(escape, (model.name, model.kind, model.data, model.score)))

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 import structlog
+from msgspec import structs
 
 from fairlead.backends import Executable, Kind, detect, load_backend
 from fairlead.core.errors import FairleadError, LoadError
 from fairlead.core.specs import Isolation, ModelSpec, TensorSpec
 from fairlead.core.tensors import Tensors
-from fairlead.observe.metrics import Metrics
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.instances import Instance
 from fairlead.runtime.local import LocalInstance
@@ -20,7 +20,7 @@ from fairlead.runtime.version import ModelVersion, samples_of
 log = structlog.get_logger("fairlead.runtime")
 
 
-async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: ForkServer, metrics: Metrics) -> ModelVersion:
+async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: ForkServer) -> ModelVersion:
     """Load every instance and warm it up. Raises LoadError (or ConfigError) with one readable sentence."""
     kind, artefact = await asyncio.to_thread(detect, folder, spec)
     isolation = kind.isolation if spec.instances.isolation is Isolation.AUTO else spec.instances.isolation
@@ -31,27 +31,27 @@ async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: 
         for each in served:
             each.instance_changed()
 
+    if spec.parameters and kind.name != "python":
+        log.warning("parameters have no effect on this kind of model", model=spec.name, backend=kind.name, parameters=sorted(spec.parameters))
+
     instances: list[Instance]
+    processes: list[ProcessInstance] = []
     if isolation is Isolation.PROCESS:
         processes = [ProcessInstance(spec, artefact, kind, threads, forkserver, changed) for _ in range(spec.instances.count)]
-        try:
-            await asyncio.gather(*(process.start() for process in processes))
-        except BaseException:
-            await asyncio.gather(*(process.close() for process in processes))
-            raise
         told: Executable | ProcessInstance = processes[0]
         instances = list(processes)
     else:
         executables = await _load_here(kind, artefact, spec, threads)
         told = executables[0]
         instances = [LocalInstance(executable, spec.name, spec.instances.execution) for executable in executables]
-    complete = complete_spec(spec, kind, told.inputs, told.outputs, batches=told.batches, streams=told.streams)
-    loaded = ModelVersion(complete, version, told.platform or kind.name, instances, metrics)
-    served.append(loaded)
     try:
+        await asyncio.gather(*(process.start() for process in processes))
+        complete = complete_spec(spec, kind, told.inputs, told.outputs, batches=told.batches, streams=told.streams)
+        loaded = ModelVersion(complete, version, told.platform or kind.name, instances)
+        served.append(loaded)
         await _warm_up(loaded, told.example)
     except BaseException:
-        await loaded.drain(0.0)
+        await asyncio.gather(*(instance.close() for instance in instances))
         raise
     return loaded
 
@@ -59,20 +59,13 @@ async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: 
 def complete_spec(
     spec: ModelSpec, kind: Kind, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, batches: bool, streams: bool
 ) -> ModelSpec:
-    """What the operator declared, completed by what the loaded artefact told."""
+    """What the operator declared, completed by what the loaded artefact told. Raises LoadError where they contradict each other."""
+    if spec.streams and not streams:
+        raise LoadError("`streams` is declared but the model gives one response; make its `infer` a generator, or leave `streams` out")
     batching = spec.batching
     whole = all(tensor.shape[:1] == (-1,) for tensor in (*inputs, *outputs))
     if not (batches and whole) or streams:
-        batching = type(batching)(
-            max_batch_size=0,
-            preserve_ordering=batching.preserve_ordering,
-            priority_levels=batching.priority_levels,
-            default_priority=batching.default_priority,
-            queue_policy=batching.queue_policy,
-            priority_queue_policies=batching.priority_queue_policies,
-            max_queue_rows=batching.max_queue_rows,
-            max_queue_bytes=batching.max_queue_bytes,
-        )
+        batching = structs.replace(batching, max_batch_size=0, preferred_batch_sizes=(), max_queue_delay=0.0)
     return spec.replace(backend=kind.name, inputs=inputs, outputs=outputs, batching=batching, streams=streams)
 
 

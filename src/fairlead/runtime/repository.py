@@ -226,7 +226,7 @@ class ModelRepository:
             with suppress(asyncio.CancelledError):
                 await self._poller
         versions = [version for model in self._models.values() for version in model.versions.values()]
-        await asyncio.gather(*(version.drain(timeout) for version in versions), *self._draining)
+        await asyncio.gather(*(self._drain(version, timeout) for version in versions), *self._draining)
         await self._forkserver.close()
         for model in self._models.values():
             if model.overridden is not None:
@@ -384,7 +384,7 @@ class ModelRepository:
         try:
             async with self._loading:
                 folder = await asyncio.to_thread(source.fetch, listing, number)
-                version = await load_version(spec, str(number), folder, self._forkserver, self.metrics)
+                version = await load_version(spec, str(number), folder, self._forkserver)
         except FairleadError as error:
             reason = error.message
         except Exception as error:
@@ -409,7 +409,7 @@ class ModelRepository:
         model.reason = ""
         model.states = dict.fromkeys(versions, (State.UNLOADING, ""))
         self._publish(name, model)
-        await asyncio.gather(*(version.drain(self.settings.drain_timeout) for version in versions.values()))
+        await asyncio.gather(*(self._drain(version, self.settings.drain_timeout) for version in versions.values()))
         model.states = dict.fromkeys(versions, (State.UNAVAILABLE, UNLOADED))
         versions.clear()
         await asyncio.to_thread(_give_memory_back)
@@ -418,13 +418,21 @@ class ModelRepository:
     def _publish(self, name: str, model: _Model) -> None:
         if model.versions:
             by_version = {str(number): model.versions[number] for number in sorted(model.versions)}
+            for number, version in by_version.items():
+                self.metrics.models[name, number] = version.metrics
             self._served[name] = _Served(by_version=by_version, default=model.versions[max(model.versions)])
         else:
             self._served.pop(name, None)
 
+    async def _drain(self, version: ModelVersion, timeout: float) -> None:
+        await version.drain(timeout)
+        key = (version.name, version.version)
+        if self.metrics.models.get(key) is version.metrics:
+            del self.metrics.models[key]
+
     def _retire(self, version: ModelVersion) -> None:
         async def drain() -> None:
-            await version.drain(self.settings.drain_timeout)
+            await self._drain(version, self.settings.drain_timeout)
             await asyncio.to_thread(_give_memory_back)
 
         task = asyncio.create_task(drain(), name=f"drain-{version.name}@{version.version}")

@@ -13,7 +13,7 @@ from fairlead.core.errors import Cancelled, FairleadError, ModelError, ReplicaDi
 from fairlead.core.request import Request, Response, Sink
 from fairlead.core.specs import InputCheck, ModelSpec
 from fairlead.core.tensors import Tensors, nbytes_of
-from fairlead.observe.metrics import Metrics, ModelMetrics
+from fairlead.observe.metrics import ModelMetrics
 from fairlead.runtime.batcher import Batch, Batcher, CloseReason, Entry
 from fairlead.runtime.instances import Instance
 
@@ -60,7 +60,7 @@ class _Slot:
 class ModelVersion:
     """States: serving → draining → closed. Everything is called from the event loop."""
 
-    def __init__(self, spec: ModelSpec, version: str, platform: str, instances: list[Instance], metrics: Metrics) -> None:
+    def __init__(self, spec: ModelSpec, version: str, platform: str, instances: list[Instance]) -> None:
         self.spec = spec
         self.name = spec.name
         self.version = version
@@ -86,8 +86,6 @@ class ModelVersion:
             queue=lambda: (self.batcher.num_requests, self.batcher.num_rows),
             restarts=lambda: sum(slot.instance.restarts for slot in self.slots),
         )
-        metrics.models[spec.name, version] = self.metrics
-        self._registry = metrics.models
 
     @property
     def ready(self) -> bool:
@@ -383,8 +381,6 @@ class ModelVersion:
             assert isinstance(entry, Ticket)
             self._close(entry, Unavailable(f"model '{self.name}' version {self.version} was unloaded before it answered"))
         await asyncio.gather(*(slot.instance.close() for slot in self.slots))
-        if self._registry.get((self.name, self.version)) is self.metrics:
-            del self._registry[self.name, self.version]
 
 
 WARMUP_SECONDS = 120.0

@@ -107,7 +107,7 @@ class Count:
 """,
         "parameters: {closed: FOLDER/closed}\n",
     ),
-    # Answers once its gate is open.
+    # Answers once its gate is open; zeros pass.
     "gated": (
         """
 import numpy as np
@@ -117,9 +117,10 @@ class Gated:
     example = {"x": np.zeros((1, 1), np.float32)}
 
     def infer(self, inputs):
-        GATES.entered.set()
-        if inputs["x"].any() and not GATES.opened.wait(20):
-            raise TimeoutError("nobody opened the gate")
+        if inputs["x"].any():
+            GATES.entered.set()
+            if not GATES.opened.wait(20):
+                raise TimeoutError("nobody opened the gate")
         return {"y": inputs["x"]}
 """,
         "instances: {isolation: thread, execution: thread}\n",

@@ -209,7 +209,7 @@ async def test_messages_of_errors_may_hold_anything(port):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await port.infer(request(name, x=row(1)))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    assert caught.value.details().startswith("Request for unknown model: 'ä %41 \n\t \"quoted\" long")
+    assert caught.value.details().startswith('Request for unknown model: \'ä %41 \n\t "quoted" long')
 
 
 async def test_every_end_of_a_request_is_one_line_in_the_log(port):
@@ -245,5 +245,3 @@ async def test_a_stream_may_be_compressed_too(port):
         answer.body = answer.body[5 + size :]
         seen += 1
     assert seen == 6
-
-

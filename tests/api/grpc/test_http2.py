@@ -321,7 +321,11 @@ async def test_a_rapid_reset_is_stopped(port):
     head = block(peer)
     frames = b""
     for number in range(1, 4001, 2):
-        for kind, flags, payload in ((HEADERS, 4, head if number == 1 else block(peer)), (DATA, 1, framed(gated)), (RST_STREAM, 0, bytes(4))):
+        for kind, flags, payload in (
+            (HEADERS, 4, head if number == 1 else block(peer)),
+            (DATA, 1, framed(gated)),
+            (RST_STREAM, 0, bytes(4)),
+        ):
             frames += len(payload).to_bytes(3, "big") + bytes((kind, flags)) + number.to_bytes(4, "big") + payload
     peer.writer.write(frames)
     goodbye = await peer.goodbye()

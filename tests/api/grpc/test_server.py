@@ -99,12 +99,14 @@ async def test_it_speaks_tls(tmp_path):
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", *subject]
-    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)  # noqa: ASYNC221
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
     async with served(tmp_path / "m", "identity", ssl_context=context) as port:
         credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
-        async with grpc.aio.secure_channel(f"localhost:{port.server.port}", credentials, [("grpc.default_authority", "localhost")]) as channel:
+        async with grpc.aio.secure_channel(
+            f"localhost:{port.server.port}", credentials, [("grpc.default_authority", "localhost")]
+        ) as channel:
             call = channel.unary_unary(INFER)
             assert len(set(await asyncio.gather(*(call(IDENTITY) for _ in range(20))))) == 1
         with pytest.raises(grpc.aio.AioRpcError):

@@ -176,7 +176,7 @@ async def test_statistics(port):
     assert stats[0].inference_count >= 2
     assert stats[0].inference_stats.success.count >= 2
     assert len((await as_triton(port, lambda client: client.get_inference_statistics())).model_stats) == len(NAMES)
-    assert (await refusal(port, lambda client: client.get_inference_statistics("nobody")))[0] == "NOT_FOUND"
+    assert (await refusal(port, lambda client: client.get_inference_statistics("nobody")))[0] == "INVALID_ARGUMENT"
 
 
 # The repository

@@ -28,7 +28,7 @@ IRIS = {
 
 def loaded(**changes: object) -> ModelVersion:
     spec = msgspec.convert({**IRIS, **changes}, ModelSpec)
-    return ModelVersion(spec, "3", "onnxruntime_onnx", [], Metrics())
+    return ModelVersion(spec, "3", "onnxruntime_onnx", [])
 
 
 def parsed(version: ModelVersion) -> model_config_pb2.ModelConfig:

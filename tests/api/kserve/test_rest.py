@@ -135,7 +135,7 @@ async def test_statistics_count_what_was_asked(port):
         ("/v2/models/nobody", 404, "Request for unknown model: 'nobody' is not found"),
         ("/v2/models/nobody/ready", 404, "Request for unknown model: 'nobody' is not found"),
         ("/v2/models/nobody/config", 404, "Request for unknown model: 'nobody' is not found"),
-        ("/v2/models/nobody/stats", 404, "Request for unknown model: 'nobody' is not found"),
+        ("/v2/models/nobody/stats", 400, "requested model 'nobody' is not available"),
         ("/v2/models/a%20b%25", 404, "Request for unknown model: 'a b%' is not found"),
         ("/v2/models/identity/versions/9", 404, "Request for unknown model: 'identity' version 9 is not found"),
         ("/v2/models/identity/versions/9/ready", 404, "Request for unknown model: 'identity' version 9 is not found"),

@@ -29,9 +29,9 @@ SMALL_BYTES = 16_384
 """Up to here a copy costs less than keeping the parts of a message apart."""
 CACHED_BYTES = 512
 """Longer descriptions of tensors are not worth remembering."""
-MAX_STRUCTURE_BYTES = 4 << 20
+MAX_STRUCTURE_BYTES = 1 << 20
 """Of a request, its tensors' values apart: that part is read field by field."""
-SLOW_STRUCTURE_BYTES = 64 << 10
+SLOW_STRUCTURE_BYTES = 16 << 10
 SLOW_CONTENTS_BYTES = 256 << 10
 SLOW_CLASSES = 1 << 16
 """Elements to be sorted for their classes."""

@@ -15,12 +15,11 @@ from enum import IntEnum
 from struct import Struct as Layout
 from typing import Any, Protocol, cast
 
-from hpack import Decoder
-from hpack.exceptions import HPACKError, OversizedHeaderListError
 from msgspec import Struct
 
+from fairlead.api.grpc.headers import HeaderDecoder, Headers, TooLong, Undecodable
+
 Buffer = bytes | memoryview
-Headers = list[tuple[bytes, bytes]]
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 FRAME_HEADER = Layout(">HBBBI")
@@ -224,7 +223,7 @@ class Connection(asyncio.Protocol):
         self.data_left = self.pad_left = 0
         """Of a DATA frame whose payload comes in pieces."""
         self.data_ended = False
-        self.decoder = Decoder(max_header_list_size=limits.max_header_bytes)
+        self.decoder = HeaderDecoder(limits.max_header_bytes)
         self.known: dict[bytes, Any] = {}
         self.receive_left = DEFAULT_WINDOW
         self.buffered_bytes = 0
@@ -477,25 +476,21 @@ class Connection(asyncio.Protocol):
         """What a block means. The same bytes mean the same as long as the dynamic table does not change."""
         if len(block) > self.limits.max_header_bytes:
             raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "a header block that is too long")
-        table = self.decoder.header_table
-        entries = table.dynamic_entries
-        before = (len(entries), entries[0] if entries else None, table.maxsize)
+        generation = self.decoder.generation
         try:
-            headers = cast(Headers, self.decoder.decode(block, raw=True))
-        except OversizedHeaderListError:
+            headers = self.decoder.decode(block)
+        except TooLong:
             raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "a header list that is too long") from None
-        except (HPACKError, IndexError) as error:
+        except Undecodable as error:
             raise Fault(ErrorCode.COMPRESSION_ERROR, f"a header block that does not decode: {error}") from None
         head: Any
         try:
             head = self.door.read_head(headers)
         except Malformed as error:
             head = error
-        if before != (len(entries), entries[0] if entries else None, table.maxsize):
+        if generation != self.decoder.generation or len(self.known) >= KNOWN_BLOCKS:
             self.known.clear()
-        else:
-            if len(self.known) >= KNOWN_BLOCKS:
-                self.known.clear()
+        if generation == self.decoder.generation:
             self.known[block] = head
         return head
 
