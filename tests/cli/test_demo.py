@@ -47,26 +47,36 @@ class Terminal:
         environment = os.environ | {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
         self.process = subprocess.Popen([*map(str, command)], stdin=inside, stdout=inside, stderr=inside, env=environment)
         os.close(inside)
-        self.text = ""
+        self.shown = b""
+        self.ended = False
+        self.changed = threading.Condition()
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
 
-    def read_until(self, words: str, seconds: float = 120) -> str:
-        """Everything shown so far, which ends the wait with `words` or the command's end."""
-        watchdog = threading.Timer(seconds, self.process.kill)
-        watchdog.start()
-        while words not in self.text:
+    def _read(self) -> None:
+        while not self.ended:
             try:
-                shown = os.read(self.screen, 65536)
-            except OSError:  # the command has ended
-                break
-            self.text += shown.decode().replace("\r\n", "\n")
-        watchdog.cancel()
-        assert words in self.text, self.text
-        return self.text
+                part = os.read(self.screen, 65536)
+            except OSError:  # nobody writes to it any more
+                part = b""
+            with self.changed:
+                self.shown += part
+                self.ended = not part
+                self.changed.notify_all()
+
+    def read_until(self, words: str) -> str:
+        """Everything shown so far, once `words` are among it."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.ended or words.encode() in self.shown, timeout=120)
+        text = self.shown.decode(errors="ignore").replace("\r\n", "\n")
+        assert words in text, text
+        return text
 
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(60)
+        self.reader.join()
         os.close(self.screen)
 
 

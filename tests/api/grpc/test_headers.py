@@ -9,7 +9,9 @@ from fairlead.api.grpc.headers import MAX_TABLE_BYTES, HeaderDecoder, TooLong, U
 
 KNOWN = [(b":method", b"POST"), (b":path", b"/"), (b"te", b"trailers"), (b"grpc-timeout", b"20S"), (b"x-request-id", b"a-1")]
 fields = st.one_of(st.sampled_from(KNOWN), st.tuples(st.binary(min_size=1, max_size=12), st.binary(max_size=40)))
-blocks = st.lists(st.tuples(st.lists(st.tuples(fields, st.booleans()), max_size=8), st.booleans(), st.one_of(st.none(), st.integers(0, 4096))), max_size=8)
+blocks = st.lists(
+    st.tuples(st.lists(st.tuples(fields, st.booleans()), max_size=8), st.booleans(), st.one_of(st.none(), st.integers(0, 4096))), max_size=8
+)
 
 
 @given(blocks)

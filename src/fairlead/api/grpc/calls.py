@@ -18,7 +18,8 @@ from msgspec import Struct
 
 from fairlead.api.compression import decompress
 from fairlead.api.grpc import http2
-from fairlead.api.grpc.http2 import Buffer, Connection, Headers, Limits, Stream, literal
+from fairlead.api.grpc.headers import Headers
+from fairlead.api.grpc.http2 import Buffer, Connection, Limits, Stream, literal
 from fairlead.api.offload import Offload
 from fairlead.api.status import GrpcStatus, grpc_status
 from fairlead.core.errors import FairleadError, ShuttingDown
@@ -38,7 +39,8 @@ MAX_INBOX = 16
 INBOX_ENTRY_BYTES = 128
 """What an empty message costs while it waits."""
 MAX_STATUS_MESSAGE = 2_048
-"""Characters; clients refuse header lists above 8 KiB."""
+"""Bytes, which may become three each; clients refuse header lists above 8 KiB."""
+UNQUOTED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 MAX_REQUEST_ID = 126
 MAX_TIMEOUT = 10 * 365 * 86_400.0
 TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
@@ -215,8 +217,9 @@ class Call(Stream):
             return
         self._over()
         self._stop()
-        text = quote(message[:MAX_STATUS_MESSAGE], safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")[: 3 * MAX_STATUS_MESSAGE]
-        trailers = literal(b"grpc-status", b"%d" % status) + literal(b"grpc-message", text.encode())
+        message = message.encode(errors="replace")[:MAX_STATUS_MESSAGE].decode(errors="ignore")
+        self.model = self.model[:MAX_STATUS_MESSAGE]
+        trailers = literal(b"grpc-status", b"%d" % status) + literal(b"grpc-message", quote(message, safe=UNQUOTED).encode())
         if status == GrpcStatus.UNIMPLEMENTED:
             trailers += ACCEPT_ENCODING
         if self.head_sent:

@@ -555,7 +555,7 @@ def encode_stream_response(parts: list[Buffer]) -> list[Buffer]:
 
 def encode_stream_error(message: str, id: str) -> bytes:
     """An error inside a stream that goes on: the client tells by the id which request it was."""
-    return _field(0x0A, message.encode()) + _field(0x12, (_field(0x1A, id.encode()) if id else b"") + _FINAL)
+    return _field(0x0A, message.encode(errors="replace")) + _field(0x12, (_field(0x1A, id.encode()) if id else b"") + _FINAL)
 
 
 def empty_final_response(model: str, version: str, id: str) -> list[Buffer]:
@@ -606,7 +606,7 @@ def _parameter_value(value: Any) -> bytes:
         return (b"\x28" if value > INT64_MAX else b"\x10") + _encode_varint(value & 0xFFFF_FFFF_FFFF_FFFF)
     if isinstance(value, float):
         return b"\x21" + struct.pack("<d", value)
-    return _field(0x1A, str(value).encode())
+    return _field(0x1A, str(value).encode(errors="replace"))
 
 
 _FINAL, _NOT_FINAL = (

@@ -9,6 +9,7 @@ what is a fault of the connection ends it with GOAWAY. A peer that makes no prog
 
 import asyncio
 import re
+import socket
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
@@ -75,8 +76,8 @@ class Limits(Struct, frozen=True, kw_only=True):
     max_pending_bytes: int = 256 << 20
     """Of answers that the peer does not take; beyond, new streams are refused."""
     max_nuisance: int = 10_000
-    """Points per tick for frames that cost the server more than the peer: 1 for PING, SETTINGS, PRIORITY,
-    CONTINUATION and empty DATA, 10 for a reset stream; an answer takes back 10."""
+    """Points per tick for frames that cost the server more than the peer: 1 for PING, PRIORITY, CONTINUATION,
+    empty DATA and frames on closed streams, 10 for SETTINGS and a stream that is reset; an answer takes back 10."""
     stall_seconds: float = 30.0
     """Without progress on something that waits for the peer."""
     idle_seconds: float = 3600.0
@@ -235,7 +236,7 @@ class Connection(asyncio.Protocol):
         """A flush is sure to follow."""
         self.paused = False
         self.blocked: dict[int, Stream] = {}
-        """Streams with something to send that a window, or the transport, does not let pass."""
+        """Streams with something to send that only the connection's window, or the transport, does not let pass."""
         self.pending_bytes = 0
         self.send_left = DEFAULT_WINDOW
         self.peer_window = DEFAULT_WINDOW
@@ -254,6 +255,9 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        if (sock := transport.get_extra_info("socket")) is not None:
+            # Whoever vanishes without a word while a stream is open is noticed at last.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         limits = self.limits
         settings = (
             (MAX_CONCURRENT_STREAMS, limits.max_streams),
@@ -382,8 +386,8 @@ class Connection(asyncio.Protocol):
                 raise Fault(ErrorCode.FRAME_SIZE_ERROR, "a RST_STREAM of a wrong size")
             self._check_not_idle(number)
             stream = self.streams.get(number)
+            self._nuisance(10 if stream is not None else 1)
             if stream is not None:
-                self._nuisance(10)
                 self._forget(stream)
                 stream.lost()
                 self._close_if_done()
@@ -514,8 +518,8 @@ class Connection(asyncio.Protocol):
             self._replenish()
         stream = self.streams.get(number)
         if stream is None:
+            self._nuisance(1)
             if number not in self.resets:
-                self._nuisance(10)
                 self._reset(number, ErrorCode.STREAM_CLOSED)
         else:
             stream.receive_left -= size
@@ -560,7 +564,7 @@ class Connection(asyncio.Protocol):
             raise Fault(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS of a wrong size")
         if flags & ACK:
             return
-        self._nuisance(1)
+        self._nuisance(10)
         for key, value in SETTING.iter_unpack(payload):
             if key == INITIAL_WINDOW_SIZE:
                 if value > MAX_WINDOW:
@@ -571,6 +575,8 @@ class Connection(asyncio.Protocol):
                     stream.send_left += change
                     if stream.send_left > MAX_WINDOW:
                         raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "a window that is too large")
+                    if stream.queue:
+                        self.blocked[stream.number] = stream
             elif key == MAX_FRAME_SIZE:
                 if not 16_384 <= value < 1 << 24:
                     raise Fault(ErrorCode.PROTOCOL_ERROR, "an impossible frame size")
@@ -598,7 +604,8 @@ class Connection(asyncio.Protocol):
             self.reset(stream, ErrorCode.FLOW_CONTROL_ERROR if increment else ErrorCode.PROTOCOL_ERROR)
             return
         stream.send_left += increment
-        if self.blocked.pop(number, None) is not None:
+        if stream.queue:
+            self.blocked.pop(number, None)
             self._pump(stream)
 
     def _check_not_idle(self, number: int) -> None:
@@ -698,7 +705,8 @@ class Connection(asyncio.Protocol):
         while queue:
             room = min(stream.send_left, self.send_left, self.peer_frame)
             if room <= 0 or self.paused:
-                self.blocked[stream.number] = stream
+                if stream.send_left > 0:
+                    self.blocked[stream.number] = stream
                 self._soon()
                 return
             parts: list[Buffer] = []
@@ -734,12 +742,8 @@ class Connection(asyncio.Protocol):
 
     def _unblock(self) -> None:
         """Go on with what waits, each stream in its turn."""
-        for number in list(self.blocked):
-            if self.paused or self.send_left <= 0:
-                break
-            stream = self.blocked.pop(number, None)
-            if stream is not None:
-                self._pump(stream)
+        while self.blocked and not self.paused and self.send_left > 0:
+            self._pump(self.blocked.pop(next(iter(self.blocked))))
 
     # Ends
 

@@ -5,7 +5,8 @@ import socket
 import ssl as tls
 
 from fairlead.api.grpc.calls import Call, Calls, Head, read_head
-from fairlead.api.grpc.http2 import Connection, Headers, Limits
+from fairlead.api.grpc.headers import Headers
+from fairlead.api.grpc.http2 import Connection, Limits
 from fairlead.api.grpc.service import methods_of
 from fairlead.api.offload import Offload
 from fairlead.observe.access import AccessLog
