@@ -201,6 +201,7 @@ def test_a_wrong_answer_names_the_model(write: Write, load: Load) -> None:
     ("source", "says"),
     [
         ("import nothing_of_the_sort\n", ":1: cannot be imported: ModuleNotFoundError: No module named 'nothing_of_the_sort'"),
+        ("import triton_python_backend_utils as pb_utils\n", ": a TritonPythonModel must be ported: write a class Model with `load(self, context)`"),
         ("def f():\n    raise RuntimeError('no licence')\nf()\n", ":2: cannot be imported: RuntimeError: no licence"),
         ("class Model\n    pass\n", ":1: cannot be imported: SyntaxError: expected ':'"),
         ("import sys\nsys.exit(3)\n", ":2: cannot be imported: SystemExit: 3"),

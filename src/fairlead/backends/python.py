@@ -321,6 +321,11 @@ def _explained(artefact: Path, what: str) -> Iterator[None]:
     except LoadError:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton_python_backend_utils":
+            raise LoadError(
+                f"{artefact}: a TritonPythonModel must be ported: write a class Model with `load(self, context)` for `initialize`"
+                " and `infer(self, inputs)`, which takes and returns NumPy arrays by name, for `execute`; without pb_utils"
+            ) from error
         last = traceback.format_exception_only(error)[-1].strip()
         place = str(artefact)
         if isinstance(error, SyntaxError):

@@ -71,6 +71,8 @@ async def test_errors_are_messages_of_a_stream_that_goes_on(port):
 
 
 async def test_errors_are_the_calls_status_for_those_who_ask_so(port):
+    while not port.lines.queue.empty():
+        port.lines.queue.get_nowait()
     call = port.stream(metadata=[("triton_grpc_error", "true")], timeout=20)
     await call.write(request("identity", x=row(1)))
     assert only((await call.read()).infer_response) == [1]
@@ -78,6 +80,9 @@ async def test_errors_are_the_calls_status_for_those_who_ask_so(port):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'nobody' is not found")
+    lines = [await port.lines.next(), await port.lines.next()]
+    assert [(line["model"], line["status"]) for line in lines] == [("identity", 0), ("nobody", 5)]
+    assert port.lines.queue.empty()
 
 
 async def test_a_streaming_model_answers_many_times(port):

@@ -162,7 +162,7 @@ class Call(Stream):
         self.version = ""
         self.rows = 0
         self.quiet = False
-        """The method writes the access log itself, unless the call fails."""
+        """The method writes the access log itself, unless the call fails by itself."""
         self.done = False
         """The answer is complete, or nobody waits for it."""
         self.cancel: Callable[[], object] | None = None
@@ -509,7 +509,7 @@ class Call(Stream):
         return HEAD + bytes((len(id),)) + id
 
     def _log(self, status: GrpcStatus, error: str) -> None:
-        if not self.quiet or error:
+        if not self.quiet or (error and status is not GrpcStatus.CANCELLED):
             self.calls.access_log.add(
                 "grpc", self.request_id, self.trace, self.model, self.version, status, time.perf_counter() - self.arrived, self.rows, error
             )

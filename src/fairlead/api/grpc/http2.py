@@ -11,7 +11,6 @@ import asyncio
 import re
 import socket
 from collections import deque
-from collections.abc import Callable
 from enum import IntEnum
 from struct import Struct as Layout
 from typing import Any, Protocol, cast
@@ -867,6 +866,3 @@ class Connection(asyncio.Protocol):
 
 def _goaway(last: int, code: ErrorCode, reason: str = "") -> bytes:
     return last.to_bytes(4, "big") + code.to_bytes(4, "big") + reason.encode()
-
-
-ConnectionFactory = Callable[[], Connection]

@@ -413,11 +413,13 @@ class _InferStream:
     def error(self, turn: "_Turn", error: FairleadError) -> None:
         """What went wrong with one request."""
         message, status = message_of(error, turn.id), grpc_status(error)
-        self.log(turn, status, message)
-        if self.in_band:
-            self.call.write([encode_stream_error(message, turn.id)])
+        call = self.call
+        if self.in_band or call.done:
+            self.log(turn, status, message)
+            call.write([encode_stream_error(message, turn.id)])
         else:
-            self.call.fail(status, message)
+            call.model, call.version, call.rows = turn.model, turn.version, turn.rows
+            call.fail(status, message)
 
     async def _relay(self, infer: InferCall, turn: "_Turn") -> None:
         """The responses of a streaming model, at the pace of the client's reading."""
