@@ -91,7 +91,21 @@ class Serving:
 
 @contextmanager
 def serving(*arguments: object) -> Iterator[Serving]:
-    command = [sys.executable, "-m", "fairlead", "serve", *map(str, arguments), "--port", "0", "--grpc-port", "0", "--ops-port", "0", "--log-format", "json"]
+    command = [
+        sys.executable,
+        "-m",
+        "fairlead",
+        "serve",
+        *map(str, arguments),
+        "--port",
+        "0",
+        "--grpc-port",
+        "0",
+        "--ops-port",
+        "0",
+        "--log-format",
+        "json",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         server = Serving(process)
         try:

@@ -47,7 +47,12 @@ class Server:
             ForkServer(settings.logs.level, settings.logs.format),
         )
         limit = settings.limits.max_request_bytes
-        self.http = HttpServer(self.repository, data_app(self.repository, access_log=self.access_log, max_body_bytes=limit), self.access_log, max_body_bytes=limit)
+        self.http = HttpServer(
+            self.repository,
+            data_app(self.repository, access_log=self.access_log, max_body_bytes=limit),
+            self.access_log,
+            max_body_bytes=limit,
+        )
         self.grpc = GrpcServer(self.repository, self.access_log, max_message_bytes=limit)
         self.ops = HttpServer(None, ops_app(self.repository, self.metrics.text), AccessLog(None), max_body_bytes=1 << 20)
         self._open: list[HttpServer | GrpcServer] = []

@@ -152,7 +152,11 @@ def test_a_mistake_on_the_command_line_is_one_readable_line(arguments, message):
 def test_models_are_listed_loaded_and_unloaded_from_the_command_line(root):
     with serving(root, "--control", "explicit") as server:
         server.begin()
-        models = lambda *args: subprocess.run([sys.executable, "-m", "fairlead", "models", *args, "--url", server.http], capture_output=True, text=True)  # noqa: E731
+
+        def models(*words: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "fairlead", "models", *words, "--url", server.http]
+            return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
         assert "not loaded" in models("list").stdout
         assert models("load", "identity").stdout == "loaded identity\n"
         assert '"state":"READY"' in models("list", "--json").stdout

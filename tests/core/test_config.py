@@ -17,7 +17,10 @@ from fairlead.core.specs import ModelSpec
         ("inputs:\n- name: x\n  datatype: FP31\n  shape: [1]", "m.yaml:3: Invalid enum value 'FP31' (at inputs[0].datatype)"),
         ("inputs:\n- name: x\n  datatype: FP32\n", "m.yaml:2: Object missing required field `shape` (at inputs[0])"),
         ("batching:\n\n  max_batch_size: no\n", "m.yaml:3: Expected `int`, got `bool` (at batching.max_batch_size)"),
-        ("batching: {queue_policy: {timeout_action: WAIT}}", "m.yaml:1: Invalid enum value 'WAIT' (at batching.queue_policy.timeout_action)"),
+        (
+            "batching: {queue_policy: {timeout_action: WAIT}}",
+            "m.yaml:1: Invalid enum value 'WAIT' (at batching.queue_policy.timeout_action)",
+        ),
         ("inputs: [", "m.yaml:1: not YAML: did not find expected node content"),
         ("- a list", "m.yaml:1: Expected `object`, got `array`"),
         ("instances: {count: 0}", "m.yaml:1: Expected `int` >= 1 (at instances.count)"),

@@ -34,10 +34,16 @@ def test_a_good_request_learns_how_many_rows_it_has():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({}, "expected 1 inputs but got 0 inputs for model 'm'. Got input(s) [], but missing required input(s) ['a']. Please provide all required input(s)."),
+        (
+            {},
+            "expected 1 inputs but got 0 inputs for model 'm'. Got input(s) [], but missing required input(s) ['a']. Please provide all required input(s).",
+        ),
         ({"a": np.zeros((1, 2), F32), "c": np.zeros(1, F32)}, "unexpected inference input 'c' for model 'm', allowed inputs are: a, b"),
         ({"a": np.zeros((1, 2), np.float64)}, "inference input 'a' data-type is 'FP64', but model 'm' expects 'FP32'"),
-        ({"a": np.zeros((1, 3), F32)}, "unexpected shape for input 'a' for model 'm'. Expected [-1,2], got [1,3]. NOTE: Setting a non-zero max_batch_size"),
+        (
+            {"a": np.zeros((1, 3), F32)},
+            "unexpected shape for input 'a' for model 'm'. Expected [-1,2], got [1,3]. NOTE: Setting a non-zero max_batch_size",
+        ),
         ({"a": np.zeros((), F32)}, "unexpected shape for input 'a' for model 'm'. Expected [-1,2], got []"),
         ({"a": np.zeros((5, 2), F32)}, "inference request batch-size must be <= 4 for 'm'"),
         ({"a": np.zeros((0, 2), F32)}, "inference request for 'm' has an empty batch dimension"),

@@ -11,7 +11,7 @@ def test_lines_wait_for_their_neighbours_and_lose_nothing():
     stream, counts = io.StringIO(), Counter()
     log = AccessLog(stream, counts)
     log.add("http", "id-1", "", "m", "1", 200, 0.001234567, 2, "")
-    log.add("grpc", "id-2", "00-abc-01", "m", "", 3, 0.5, 1, "wrong \"input\"\n")
+    log.add("grpc", "id-2", "00-abc-01", "m", "", 3, 0.5, 1, 'wrong "input"\n')
     assert stream.getvalue() == ""
     log.flush()
     good, bad = map(json.loads, stream.getvalue().splitlines())

@@ -228,7 +228,13 @@ class Story(RuleBasedStateMachine):
         assert id(each) not in self.fate, f"{self.fate[id(each)]} and then {fate}"
         self.fate[id(each)] = fate
 
-    @rule(target=waiting, rows=st.integers(1, 6), shape=st.sampled_from("aab"), priority=st.integers(0, 4), timeout=st.sampled_from([0.0, 0.5, 5.0]))
+    @rule(
+        target=waiting,
+        rows=st.integers(1, 6),
+        shape=st.sampled_from("aab"),
+        priority=st.integers(0, 4),
+        timeout=st.sampled_from([0.0, 0.5, 5.0]),
+    )
     def arrive(self, rows, shape, priority, timeout):
         each = Entry(rows=min(rows, self.spec.max_batch_size) or 1, signature=shape, priority=priority, timeout=timeout)
         self.added.append(each)

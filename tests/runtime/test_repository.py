@@ -38,7 +38,9 @@ def put(root: Path, name: str, *versions: int, spec: str = "") -> None:
 
 @asynccontextmanager
 async def repository(root: object, tmp_path: Path, **fields: object):
-    made = ModelRepository(RepositorySettings(sources=(str(root),), cache_folder=tmp_path / "cache", drain_timeout=5.0, **fields), Metrics())  # type: ignore[arg-type]
+    made = ModelRepository(
+        RepositorySettings(sources=(str(root),), cache_folder=tmp_path / "cache", drain_timeout=5.0, **fields), Metrics()
+    )  # type: ignore[arg-type]
     try:
         await made.start()
         yield made

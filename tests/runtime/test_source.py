@@ -37,7 +37,9 @@ def test_a_model_without_version_folders_is_version_1(tmp_path):
 
 
 def test_what_is_not_a_version_number_is_not_a_version(tmp_path):
-    root = write(tmp_path / "models", {"a/1/model.onnx": "", "a/0/model.onnx": "", "a/03/model.onnx": "", "a/labels/x.txt": "", "a/.git/1": ""})
+    root = write(
+        tmp_path / "models", {"a/1/model.onnx": "", "a/0/model.onnx": "", "a/03/model.onnx": "", "a/labels/x.txt": "", "a/.git/1": ""}
+    )
     assert list(scan(root, tmp_path)["a"].versions()) == [1]
 
 

@@ -10,7 +10,9 @@ from fairlead.core.errors import InvalidRequest
 from fairlead.core.request import Request
 from fairlead.core.tensors import DATATYPES, Tensors, datatype_of
 
-Datatype = Literal["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BF16", "BYTES"]
+Datatype = Literal[
+    "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BF16", "BYTES"
+]
 Dimension = Annotated[int, Meta(ge=-1)]
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
@@ -170,7 +172,9 @@ class InputCheck:
         for name, array in inputs.items():
             spec = self.specs[name]
             if DATATYPES.get(array.dtype) != spec.datatype:
-                raise InvalidRequest(f"inference input '{name}' data-type is '{datatype_of(array)}', but model '{self.model}' expects '{spec.datatype}'")
+                raise InvalidRequest(
+                    f"inference input '{name}' data-type is '{datatype_of(array)}', but model '{self.model}' expects '{spec.datatype}'"
+                )
             shape = array.shape
             if self.max_batch_size:
                 if not shape or shape[1:] != self.fixed.get(name):
@@ -189,7 +193,9 @@ class InputCheck:
         request.num_rows = rows
         if request.outputs is not None and not self.outputs.issuperset(request.outputs):
             unknown = next(name for name in request.outputs if name not in self.outputs)
-            raise InvalidRequest(f"unexpected inference output '{unknown}' for model '{self.model}', allowed outputs are: {', '.join(sorted(self.outputs))}")
+            raise InvalidRequest(
+                f"unexpected inference output '{unknown}' for model '{self.model}', allowed outputs are: {', '.join(sorted(self.outputs))}"
+            )
 
     def _check_names(self, inputs: Tensors) -> None:
         missing = [name for name in self.specs if name in self.required and name not in inputs]
@@ -213,7 +219,9 @@ class InputCheck:
                 ". NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each input shape."
                 " If you want to specify the full shape including the batch dim in your input dims config, try setting max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
             )
-        raise InvalidRequest(f"unexpected shape for input '{spec.name}' for model '{self.model}'. Expected {_dims(want)}, got {_dims(shape)}{note}")
+        raise InvalidRequest(
+            f"unexpected shape for input '{spec.name}' for model '{self.model}'. Expected {_dims(want)}, got {_dims(shape)}{note}"
+        )
 
 
 def _quoted(names: Iterable[str]) -> str:

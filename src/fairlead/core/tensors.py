@@ -90,10 +90,14 @@ def decode_bytes(buffer: memoryview, name: str = "", limit: int | None = None) -
     while at < end:
         start = at + 4
         if start > end:
-            raise InvalidRequest(f"incomplete string length indicator for inference input '{name}', expecting 4 bytes but only {end - at} left")
+            raise InvalidRequest(
+                f"incomplete string length indicator for inference input '{name}', expecting 4 bytes but only {end - at} left"
+            )
         at = start + int.from_bytes(buffer[at:start], "little")
         if at > end:
-            raise InvalidRequest(f"incomplete string data for inference input '{name}', expecting string of length {at - start} but only {end - start} bytes left")
+            raise InvalidRequest(
+                f"incomplete string data for inference input '{name}', expecting string of length {at - start} but only {end - start} bytes left"
+            )
         elements.append(bytes(buffer[start:at]))
         if limit is not None and len(elements) > limit:
             raise InvalidRequest(f"unexpected number of string elements for inference input '{name}', expecting {limit}")

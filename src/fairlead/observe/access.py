@@ -34,7 +34,9 @@ class AccessLog:
         self._responses: Counter[tuple[str, int]] = Counter() if responses is None else responses
         self._lines: list[tuple[float, str, str, str, str, str, int, float, int, str]] = []
 
-    def add(self, protocol: str, request_id: str, trace: str, model: str, version: str, status: int, seconds: float, rows: int, error: str) -> None:
+    def add(
+        self, protocol: str, request_id: str, trace: str, model: str, version: str, status: int, seconds: float, rows: int, error: str
+    ) -> None:
         """`protocol`: http or grpc; `status`: that protocol's number; `error`: "" if all went well."""
         self._responses[protocol, status] += 1
         if self._stream is None:

@@ -83,7 +83,11 @@ class BatchDurations:
         self.compute_output = Durations()
 
     def json(self) -> dict[str, dict[str, int]]:
-        return {"compute_input": self.compute_input.json(), "compute_infer": self.compute_infer.json(), "compute_output": self.compute_output.json()}
+        return {
+            "compute_input": self.compute_input.json(),
+            "compute_infer": self.compute_infer.json(),
+            "compute_output": self.compute_output.json(),
+        }
 
 
 class ModelMetrics:
@@ -197,7 +201,12 @@ def _families(models: Iterable[ModelMetrics]) -> Iterator[Metric]:
     }
     for m in models:
         key = [m.model, m.version]
-        for outcome, number in (("success", m.success.count), ("failure", m.fail.count), ("cancelled", m.cancelled), ("refused", m.refused)):
+        for outcome, number in (
+            ("success", m.success.count),
+            ("failure", m.fail.count),
+            ("cancelled", m.cancelled),
+            ("refused", m.refused),
+        ):
             requests.add_metric([*key, outcome], number)
         rows.add_metric(key, m.rows)
         for reason, number in m.close_reasons.items():
@@ -239,5 +248,3 @@ def _triton_families(models: Iterable[ModelMetrics]) -> Iterator[Metric]:
         pending.add_metric([m.model, m.version], m.queue()[0])
     yield failures
     yield pending
-
-

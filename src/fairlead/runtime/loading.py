@@ -32,7 +32,9 @@ async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: 
             each.instance_changed()
 
     if spec.parameters and kind.name != "python":
-        log.warning("parameters have no effect on this kind of model", model=spec.name, backend=kind.name, parameters=sorted(spec.parameters))
+        log.warning(
+            "parameters have no effect on this kind of model", model=spec.name, backend=kind.name, parameters=sorted(spec.parameters)
+        )
 
     instances: list[Instance]
     processes: list[ProcessInstance] = []

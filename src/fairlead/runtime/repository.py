@@ -67,7 +67,9 @@ class RepositorySettings(Struct, frozen=True, kw_only=True):
     """Ready only while every model that should be loaded is."""
     drain_timeout: float = 30.0
     load_concurrency: int = 4
-    cache_folder: Path = field(default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fairlead" / "models")
+    cache_folder: Path = field(
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fairlead" / "models"
+    )
 
 
 class _Model:
@@ -210,7 +212,9 @@ class ModelRepository:
         if settings.control is Control.EXPLICIT and "*" not in settings.load:
             unknown = [name for name in settings.load if name not in self._listings]
             if unknown:
-                raise ConfigError(f"model '{unknown[0]}' is to be loaded but no source has it; there are: {', '.join(sorted(self._listings)) or 'none'}")
+                raise ConfigError(
+                    f"model '{unknown[0]}' is to be loaded but no source has it; there are: {', '.join(sorted(self._listings)) or 'none'}"
+                )
             wanted = list(settings.load)
         await asyncio.gather(*(self._load_quietly(name) for name in wanted))
         self.started = True
@@ -297,7 +301,9 @@ class ModelRepository:
         for source in self._sources:
             for name, listing in (await asyncio.to_thread(source.scan)).items():
                 if name in found:
-                    log.error("model name stands in two sources; the first is served", model=name, first=found[name][0].url, second=source.url)
+                    log.error(
+                        "model name stands in two sources; the first is served", model=name, first=found[name][0].url, second=source.url
+                    )
                 else:
                     found[name] = (source, listing)
         self._listings = found
@@ -343,7 +349,9 @@ class ModelRepository:
                 self.metrics.loads[name, "failure"] += 1
                 log.error("model not loaded", model=name, error=error.message)
 
-    async def _load(self, name: str, model: _Model, source: Source, listing: Listing, *, spec: ModelSpec | None = None, reload: bool = False) -> None:
+    async def _load(
+        self, name: str, model: _Model, source: Source, listing: Listing, *, spec: ModelSpec | None = None, reload: bool = False
+    ) -> None:
         """Bring the loaded versions in line with the listing: load what is new beside what serves, swap, drain the old."""
         model.attempted = model.seen = _stamp(listing.files)
         model.reason = ""
@@ -352,7 +360,11 @@ class ModelRepository:
         there = listing.versions()
         wanted = choose_versions(list(there), spec.version_policy)
         if not wanted:
-            what = f"version_policy wants {list(spec.version_policy.specific)}, there are {sorted(there)}" if there else "its folder holds no artefact"
+            what = (
+                f"version_policy wants {list(spec.version_policy.specific)}, there are {sorted(there)}"
+                if there
+                else "its folder holds no artefact"
+            )
             raise LoadError(f"model '{name}' has no version to serve: {what}")
         stamps = {number: _stamp({**there[number], "spec": repr(spec)}) for number in wanted}
         fresh = [number for number in wanted if reload or number not in model.versions or model.stamps[number] != stamps[number]]
@@ -377,7 +389,9 @@ class ModelRepository:
         for version in retired:
             self._retire(version)
 
-    async def _load_version(self, name: str, model: _Model, source: Source, listing: Listing, number: int, spec: ModelSpec) -> ModelVersion | None:
+    async def _load_version(
+        self, name: str, model: _Model, source: Source, listing: Listing, number: int, spec: ModelSpec
+    ) -> ModelVersion | None:
         if number not in model.versions:
             model.states[number] = (State.LOADING, "")
         began = time.perf_counter()

@@ -81,7 +81,9 @@ class Source:
             self.fs.invalidate_cache()
             if self.fs.isfile(self.root):
                 name = PurePosixPath(self.root).stem
-                return {name: Listing(name=name, files={PurePosixPath(self.root).name: self._stamp(self.fs.info(self.root))}, root=self.root)}
+                return {
+                    name: Listing(name=name, files={PurePosixPath(self.root).name: self._stamp(self.fs.info(self.root))}, root=self.root)
+                }
             if not self.fs.isdir(self.root):
                 raise ConfigError(f"there is no model repository at {self.url}")
             found = self.fs.find(self.root, detail=True)
@@ -104,7 +106,11 @@ class Source:
             for folder in os.scandir(self.root):
                 if folder.is_dir() and not folder.name.startswith((".", "_")):
                     grouped.setdefault(folder.name, {})
-        return {name: Listing(name=name, files=own, root=f"{self.root.rstrip('/')}/{name}") for name, own in grouped.items() if not name.startswith("_")}
+        return {
+            name: Listing(name=name, files=own, root=f"{self.root.rstrip('/')}/{name}")
+            for name, own in grouped.items()
+            if not name.startswith("_")
+        }
 
     def spec(self, listing: Listing) -> ModelSpec:
         """The model's own `model.yaml` or Triton's `config.pbtxt`, empty where it has none. Raises ConfigError, naming the line."""
@@ -119,7 +125,9 @@ class Source:
         text = self.text(listing, found[0])
         spec = read_yaml(text, ModelSpec, path) if found[0] == SPEC_FILE else spec_from_pbtxt(text, path, partial(self.text, listing))
         if spec.name and spec.name != listing.name:
-            raise ConfigError(f"{path}: the model is named '{spec.name}' but its folder '{listing.name}'; they must agree (or leave `name` out)")
+            raise ConfigError(
+                f"{path}: the model is named '{spec.name}' but its folder '{listing.name}'; they must agree (or leave `name` out)"
+            )
         return spec.replace(name=listing.name)
 
     def text(self, listing: Listing, name: str) -> str:
@@ -184,7 +192,9 @@ class Source:
     @staticmethod
     def _stamp(info: dict[str, object]) -> str:
         """What changes when a file changes: its size, and the time or tag that the file system gives."""
-        when = next((info[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created") if info.get(key)), "")
+        when = next(
+            (info[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created") if info.get(key)), ""
+        )
         return f"{info.get('size')} {when} {info.get('ino', '')}"
 
 

@@ -99,7 +99,11 @@ class ModelVersion:
     def submit(self, request: Request, sink: Sink) -> Ticket:
         """Queue a request that has one response. Errors go to the sink, possibly before this returns."""
         if self.spec.streams:
-            sink.close(Unsupported(f"model '{self.name}' answers with several responses: ask for them as a stream (gRPC ModelStreamInfer, or HTTP with Accept: text/event-stream)"))
+            sink.close(
+                Unsupported(
+                    f"model '{self.name}' answers with several responses: ask for them as a stream (gRPC ModelStreamInfer, or HTTP with Accept: text/event-stream)"
+                )
+            )
             ticket = Ticket(self, request, sink)
             ticket.done = True
             return ticket
@@ -132,7 +136,9 @@ class ModelVersion:
         try:
             self.check(request)
             if self.draining:
-                raise ShuttingDown(f"model '{self.name}' version {self.version} is unloading, it has stopped accepting new inference requests")
+                raise ShuttingDown(
+                    f"model '{self.name}' version {self.version} is unloading, it has stopped accepting new inference requests"
+                )
             ticket.rows = request.num_rows
             nbytes = 0
             for array in request.inputs.values():
@@ -264,7 +270,9 @@ class ModelVersion:
         for other in finished:
             self._deliver(other, now)
         if error is None:
-            self.metrics.batch(batch.rows, batch.close_reason, slot.instance.gather_seconds, slot.instance.compute_seconds, time.perf_counter() - now)
+            self.metrics.batch(
+                batch.rows, batch.close_reason, slot.instance.gather_seconds, slot.instance.compute_seconds, time.perf_counter() - now
+            )
         self._schedule()
 
     def _wrong(self, batch: Batch, outputs: Tensors) -> ModelError | None:
@@ -275,7 +283,9 @@ class ModelVersion:
         if self._batches:
             for name, array in outputs.items():
                 if array.ndim == 0 or array.shape[0] != batch.rows:
-                    return ModelError(f"model '{self.name}' gave output '{name}' of shape {list(array.shape)} for a batch of {batch.rows} rows")
+                    return ModelError(
+                        f"model '{self.name}' gave output '{name}' of shape {list(array.shape)} for a batch of {batch.rows} rows"
+                    )
         return None
 
     def _deliver(self, batch: Batch, now: float) -> None:
