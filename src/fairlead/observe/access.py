@@ -1,21 +1,21 @@
 """One JSON line per finished request, whatever its end, and their count.
 
-A line is kept as a tuple and encoded with its neighbours a moment later: formatting each at once
-would cost more than parsing the request.
+Lines are encoded and written with their neighbours a moment later.
 """
 
 import os
-import time
 from collections import Counter
 from itertools import count
+from time import time
 from typing import IO
 
 import msgspec
+from msgspec import Struct
 
-ENCODER = msgspec.json.Encoder()
-FLUSH_LINES = 512
+FLUSH_LINES = 64
 FLUSH_SECONDS = 0.2
 
+_encoder = msgspec.json.Encoder()
 _prefix = os.urandom(6).hex()
 _numbers = count(1)
 
@@ -25,6 +25,23 @@ def new_request_id() -> str:
     return f"{_prefix}-{next(_numbers):x}"
 
 
+class Line(Struct, omit_defaults=True):
+    """A finished request, as it is logged."""
+
+    time: float
+    level: str
+    event: str
+    protocol: str
+    request_id: str
+    model: str
+    version: str
+    status: int
+    seconds: float
+    rows: int
+    traceparent: str = ""
+    error: str = ""
+
+
 class AccessLog:
     """Collects finished requests; the owner calls `flush` every FLUSH_SECONDS and at the end."""
 
@@ -32,7 +49,7 @@ class AccessLog:
         """`stream`: None for no lines; `responses`: counts (protocol, status)."""
         self._stream = stream
         self._responses: Counter[tuple[str, int]] = Counter() if responses is None else responses
-        self._lines: list[tuple[float, str, str, str, str, str, int, float, int, str]] = []
+        self._lines: list[Line] = []
 
     def add(
         self, protocol: str, request_id: str, trace: str, model: str, version: str, status: int, seconds: float, rows: int, error: str
@@ -41,7 +58,10 @@ class AccessLog:
         self._responses[protocol, status] += 1
         if self._stream is None:
             return
-        self._lines.append((time.time(), protocol, request_id, trace, model, version, status, seconds, rows, error))
+        level = "warning" if error else "info"
+        self._lines.append(
+            Line(time(), level, "request", protocol, request_id, model, version, status, round(seconds, 6), rows, trace, error)
+        )
         if len(self._lines) >= FLUSH_LINES:
             self.flush()
 
@@ -49,25 +69,5 @@ class AccessLog:
         if not self._lines or self._stream is None:
             return
         lines, self._lines = self._lines, []
-        parts = []
-        for at, protocol, request_id, trace, model, version, status, seconds, rows, error in lines:
-            line: dict[str, object] = {
-                "time": round(at, 6),
-                "level": "info" if not error else "warning",
-                "event": "request",
-                "protocol": protocol,
-                "request_id": request_id,
-                "model": model,
-                "version": version,
-                "status": status,
-                "seconds": round(seconds, 6),
-                "rows": rows,
-            }
-            if trace:
-                line["traceparent"] = trace
-            if error:
-                line["error"] = error
-            parts.append(ENCODER.encode(line))
-        parts.append(b"")
-        self._stream.write(b"\n".join(parts).decode())
+        self._stream.write(_encoder.encode_lines(lines).decode())
         self._stream.flush()
