@@ -269,15 +269,14 @@ async def test_grpc_health_checks(port):
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_whoever_watches_health_sees_it_change(port, monkeypatch):
-    monkeypatch.setattr("fairlead.api.grpc.service.WATCH_SECONDS", 0.02)
+async def test_whoever_watches_health_sees_it_change(port):
     method = port.channel.unary_stream("/grpc.health.v1.Health/Watch", HealthRequest.SerializeToString, HealthResponse.FromString)
     watch = method(HealthRequest(service=""))
     assert (await watch.read()).status == HealthResponse.SERVING
-    port.repository.started = False
+    port.repository.stopping = True
     assert (await watch.read()).status == HealthResponse.NOT_SERVING
     assert await check(port, "") == HealthResponse.NOT_SERVING
-    port.repository.started = True
+    port.repository.stopping = False
     assert (await watch.read()).status == HealthResponse.SERVING
     watch.cancel()
     unknown = method(HealthRequest(service="other"))

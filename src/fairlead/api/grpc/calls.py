@@ -270,10 +270,14 @@ class Call(Stream):
             self.connection.replenish(self)
         return await self._inflate(message) if flag else message
 
-    async def pause(self, seconds: float) -> None:
-        """Sleep in a streaming call that takes no further message, not longer than the server runs."""
+    async def pause(self, event: asyncio.Event) -> None:
+        """Wait for an event in a streaming call that takes no further message, not longer than the server runs."""
         self._wake = self.loop.create_future()
-        await asyncio.wait((self._wake,), timeout=seconds)
+        waiting = asyncio.ensure_future(event.wait())
+        try:
+            await asyncio.wait((self._wake, waiting), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
 
     def write(self, parts: list[Buffer]) -> None:
         """Send one message of a streaming call without waiting; for those who await `room` before they take on more."""

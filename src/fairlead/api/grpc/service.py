@@ -34,8 +34,6 @@ INFERENCE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
 MAX_STREAM_REQUESTS = 128
 """Requests of one ModelStreamInfer call under way at once."""
-WATCH_SECONDS = 1.0
-"""Between two looks at the server's health for Watch."""
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
 FILE = re.compile(r"file:([0-9]+(?:/[^/\\\0]+)+)")
 NOT_OFFERED = {
@@ -254,11 +252,12 @@ class Service:
         service = parse(self.HealthRequest, message).service
         last = 0
         while not call.leaving:
+            changed = self.repository.readiness_changed
             status = self._health(service)
             if status != last:
                 await call.send([self.HealthResponse(status=status).SerializeToString()])
                 last = status
-            await call.pause(WATCH_SECONDS)
+            await call.pause(changed)
         await call.send([self.HealthResponse(status=NOT_SERVING).SerializeToString()])
 
     def _health(self, service: str) -> int:
