@@ -124,6 +124,20 @@ def test_no_replica_process_outlives_the_server(tmp_path):
         _until(lambda: not any(_alive(pid) for pid in pids))
 
 
+def test_a_model_that_kills_its_process_fails_its_own_request_and_comes_back(tmp_path):
+    code = IDENTITY.replace('return {"output"', 'if inputs["input"][0, 0] == 13: __import__("os").abort()\n        return {"output"')
+    write_model(tmp_path / "models", "mortal", code, spec="")
+    write_model(tmp_path / "models", "steady", IDENTITY)
+    with serving(tmp_path / "models") as server:
+        server.begin()
+        status, body = server.infer("mortal", [13, 0, 0, 0])
+        assert (status, body["error"].split(" while ")[0]) == (500, "model 'mortal' died (signal 6)")
+        assert server.infer("steady", [1, 2, 3, 4])[0] == 200
+        server.wait_for("replica started again")
+        assert server.infer("mortal", [1, 2, 3, 4])[1]["outputs"][0]["data"] == [1, 2, 3, 4]
+        assert 'fairlead_instance_restarts_total{model="mortal",version="1"} 1.0' in server.get("/metrics", url=server.ops)[1]
+
+
 def test_a_port_that_is_taken_is_one_readable_line(root):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -135,6 +135,43 @@ def test_a_changed_remote_file_gets_a_copy_of_its_own(tmp_path, memory):
     assert (after / "model.py").read_bytes() == b"three"
 
 
+@pytest.fixture
+def bucket(monkeypatch):
+    """A real S3 server on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    fs.mkdir("shelf")
+    yield fs
+    server.stop()
+
+
+def test_models_are_served_from_s3(tmp_path, bucket):
+    bucket.pipe("shelf/models/a/2/model.py", b"one")
+    bucket.pipe("shelf/models/a/model.yaml", b"batching: {max_batch_size: 3}")
+    source = Source("s3://shelf/models", tmp_path / "cache")
+    listing = source.scan()["a"]
+    assert source.spec(listing).batching.max_batch_size == 3
+    assert (source.fetch(listing, 2) / "model.py").read_bytes() == b"one"
+    before = listing.files
+    bucket.pipe("shelf/models/a/2/model.py", b"two!")
+    changed = source.scan()["a"]
+    assert changed.files != before
+    assert (source.fetch(changed, 2) / "model.py").read_bytes() == b"two!"
+    with pytest.raises(ConfigError, match="there is no model repository at s3://shelf/elsewhere"):
+        Source("s3://shelf/elsewhere", tmp_path / "cache").scan()
+
+
 @pytest.mark.parametrize(
     ("policy", "chosen"),
     [

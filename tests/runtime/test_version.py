@@ -175,6 +175,17 @@ async def test_a_spoiled_row_fails_its_own_request_and_not_its_neighbours():
     assert [len(batch) for batch in instance.batches] == [3, 1, 1, 1]
 
 
+async def test_where_order_is_promised_a_failed_batch_fails_as_a_whole_and_in_its_place():
+    model, (first, second) = version(num_instances=2, max_batch_size=2, preserve_ordering=True)
+    spoiled, bad, later = ask(model, 1.0), ask(model, -1.0), ask(model, 3.0)
+    await turn()
+    second.step()
+    assert later.responses == []
+    first.step()
+    assert [type(sink.error) for sink in (spoiled, bad)] == [ModelError, ModelError]
+    assert later.answer == [6.0]
+
+
 async def test_a_crash_is_not_tried_again_and_fails_only_the_batch_that_ran():
     model, (instance,) = version()
     hit = [ask(model, 1.0), ask(model, 2.0)]

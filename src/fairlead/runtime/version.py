@@ -256,17 +256,13 @@ class ModelVersion:
         now = time.perf_counter()
         if outputs is not None and (error := self._wrong(batch, outputs)) is not None:
             outputs = None
-        if error is not None and len(batch.entries) > 1 and not isinstance(error, ReplicaDied):
-            # One request's values may have spoiled its neighbours': each gets a try of its own.
-            for entry in batch.entries:
-                assert isinstance(entry, Ticket)
-                self._retries.append(entry)
-            finished = self.batcher.finish(batch)
+        if error is not None and len(batch.entries) > 1 and not isinstance(error, ReplicaDied) and not self.batcher.preserve_ordering:
+            # One request's values may have spoiled its neighbours': each gets a try of its own. Not where order is
+            # promised: the tries would overtake, or hold up, what came after.
+            self._retries.extend(batch.entries)  # type: ignore[arg-type]
             batch.entries = []
-            finished = [other for other in finished if other is not batch]
-        else:
-            batch.outputs, batch.error = outputs, error
-            finished = self.batcher.finish(batch) if batch.number >= 0 else [batch]
+        batch.outputs, batch.error = outputs, error
+        finished = self.batcher.finish(batch) if batch.number >= 0 else [batch]
         for other in finished:
             self._deliver(other, now)
         if error is None:
