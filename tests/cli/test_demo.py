@@ -166,6 +166,14 @@ def test_what_it_says_to_try_works_as_it_stands(terminal: Terminal, tool: str) -
             assert re.match(r"\[\[b'0\.9\d+:4:4' b'0\.0\d+:\d:\d' b'0\.0\d+:\d:\d'\]\]", done.stdout)
 
 
+def test_run_once_it_still_shows_what_to_try(built: tuple[Path, list[DemoModel]]) -> None:
+    done = subprocess.run([*COMMAND, "--models", built[0], "--once"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"fairlead serve {built[0]}" in done.stdout
+    assert things_to_try(done.stdout).keys() == {"curl", "curl, a stream", "tritonclient, HTTP", "tritonclient, gRPC", "Python"}
+    assert "curl -s http://127.0.0.1:8000/v2/models/diabetes_sklearn/infer" in done.stdout
+
+
 def test_ctrl_c_drains_the_server_and_ends_well(terminal: Terminal) -> None:
     text = terminal.read_until("Ctrl-C ends it")
     found = re.search(r"Serving at http://([\d.]+):(\d+)", text)

@@ -620,9 +620,9 @@ def _first(outputs: Tensors) -> float:
 # Tell
 
 
-def things_to_try(client: Client, server: ServerProcess, models: dict[str, DemoModel]) -> dict[str, str]:
-    """Lines for a terminal that work as they stand, by what they use."""
-    url = f"http://{server.http}"
+def things_to_try(client: Client, http: str, grpc: str, models: dict[str, DemoModel]) -> dict[str, str]:
+    """Lines for a terminal that work as they stand while a server is at `http` and `grpc` (host:port), by what they use."""
+    url = f"http://{http}"
     patient = models["diabetes_sklearn"]
     (tensor,) = client.metadata(patient.name)["inputs"]
     row = json.dumps(
@@ -655,8 +655,8 @@ END"""
     return {
         "curl": f"curl -s {url}/v2/models/{patient.name}/infer -d {shlex.quote(row)}",
         "curl, a stream": f"curl -sN {url}/v2/models/confidence_python/generate_stream -d {shlex.quote(stream)}",
-        "tritonclient, HTTP": triton.format(python=python, protocol="http", address=server.http),
-        "tritonclient, gRPC": triton.format(python=python, protocol="grpc", address=server.grpc),
+        "tritonclient, HTTP": triton.format(python=python, protocol="http", address=http),
+        "tritonclient, gRPC": triton.format(python=python, protocol="grpc", address=grpc),
         "Python": plain,
     }
 
@@ -696,17 +696,21 @@ def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, con
         server.wait()
         with closing(Client(server.http)) as client:
             answers = [ask(client, model) for model in models]
-            lines = things_to_try(client, server, {model.name: model for model in models})
+            # Once this server has ended, the lines are for one at its usual ports
+            http, grpc = ("127.0.0.1:8000", "127.0.0.1:8001") if once and not as_json else (server.http, server.grpc)
+            lines = things_to_try(client, http, grpc, {model.name: model for model in models})
         if as_json:
             click.echo(msgspec.json.encode({"http": server.http, "grpc": server.grpc, "models": answers, "try": lines}).decode())
             return
         show(console, answers)
         if once:
-            console.print(f"Serve them with: fairlead serve {shlex.quote(str(folder))}", markup=False, soft_wrap=True)
-            return
+            console.print("\nServe them, and try these from another terminal:")
+            click.echo(f"fairlead serve {shlex.quote(str(folder))}")
         for tool, text in lines.items():
             console.print(f"\n[bold]# {tool}[/]")
             click.echo(text)
+        if once:
+            return
         console.print(
             f"\nServing at http://{server.http} and gRPC {server.grpc}; the log is {escape(str(server.log))}. Ctrl-C ends it.",
             soft_wrap=True,
