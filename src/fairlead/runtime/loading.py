@@ -15,7 +15,8 @@ from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.instances import Instance
 from fairlead.runtime.local import LocalInstance
 from fairlead.runtime.process import ProcessInstance
-from fairlead.runtime.version import ModelVersion, samples_of
+from fairlead.runtime.version import ModelVersion
+from fairlead.runtime.warmup import samples_of
 
 log = structlog.get_logger("fairlead.runtime")
 

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Hashable
 from contextlib import suppress
 
-import numpy as np
 import structlog
 
 from fairlead.core.errors import Cancelled, FairleadError, ModelError, ReplicaDied, ShuttingDown, TimeoutExpired, Unavailable, Unsupported
@@ -453,33 +452,3 @@ class _Channel:
             self._changed.clear()
             await self._changed.wait()
         return self._responses.popleft()
-
-
-def samples_of(spec: ModelSpec, example: Tensors | None) -> list[Tensors]:
-    """Inputs for warm-up: the declared samples, else the model's example, else zeros where every other dimension is known."""
-    from fairlead.core.tensors import DTYPES, canonical, object_array
-
-    random = np.random.default_rng(0)
-    if spec.warmup:
-        samples = []
-        for warmup in spec.warmup:
-            sample = {}
-            for tensor_name, declared in warmup.inputs.items():
-                tensor = spec.input(tensor_name)
-                if tensor is None:
-                    raise ModelError(f"warmup names an unknown input '{tensor_name}'")
-                shape = declared.shape or tuple(1 if d == -1 else d for d in tensor.shape)
-                dtype = DTYPES[tensor.datatype]
-                if declared.data is not None:
-                    sample[tensor_name] = canonical(np.asarray(declared.data, dtype=None if dtype.kind == "O" else dtype).reshape(shape))
-                elif dtype.kind == "O":
-                    sample[tensor_name] = object_array([b""] * int(np.prod(shape)), shape)
-                elif declared.fill == "random":
-                    sample[tensor_name] = random.random(shape).astype(dtype)
-                else:
-                    sample[tensor_name] = np.zeros(shape, dtype)
-            samples.extend([sample] * warmup.count)
-        return samples
-    if example is not None:
-        return [example]
-    return []
