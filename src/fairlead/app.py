@@ -11,7 +11,7 @@ from contextlib import suppress
 import structlog
 
 from fairlead.api.grpc.server import GrpcServer
-from fairlead.api.http1 import HttpServer
+from fairlead.api.http_server import HttpServer
 from fairlead.api.kserve.rest import data_app
 from fairlead.api.ops import ops_app
 from fairlead.core.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fairlead.api.http1 import HttpServer
+from fairlead.api.http_server import HttpServer
 from fairlead.backends import Executable
 from fairlead.core.errors import InvalidRequest, NotFound
 from fairlead.core.request import Request, Sink

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 from msgspec import Struct
 
-from fairlead.api.http1 import HttpServer
+from fairlead.api.http_server import HttpServer
 from fairlead.api.kserve.rest import data_app
 from fairlead.observe.access import AccessLog
 from fairlead.observe.metrics import Metrics

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import uvloop
 
-from fairlead.api.http1 import HttpServer
+from fairlead.api.http_server import HttpServer
 from tests.api.http_fake import Lines, Models, echo_app, post, question, serving, until, wire, zoo
 
 GET = b"GET /some/path HTTP/1.1\r\nhost: test\r\n\r\n"

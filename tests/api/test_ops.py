@@ -6,7 +6,7 @@ import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fairlead.api.http1 import HttpServer
+from fairlead.api.http_server import HttpServer
 from fairlead.api.ops import ops_app
 from fairlead.observe.access import AccessLog
 from fairlead.observe.metrics import Metrics

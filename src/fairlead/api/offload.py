@@ -1,6 +1,6 @@
 """Work that would hold up the event loop, done elsewhere.
 
-Parsing JSON holds the GIL, so large JSON goes to a helper process; zlib and copying give it up, so they go to threads.
+Parsing JSON holds the GIL, so large JSON goes to another process; zlib and copying give it up, so they go to threads.
 """
 
 import asyncio
@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import structlog
 
-from fairlead.core.errors import FairleadError, ModelError, Unavailable
+from fairlead.api.status import INTERNAL
+from fairlead.core.errors import FairleadError, Unavailable
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -31,7 +32,7 @@ class Offload:
         self.max_in_flight = max_in_flight
         self.num_in_flight = 0
         self.num_broken = 0
-        """Helper processes that died and were replaced."""
+        """Processes that died and were replaced."""
         self._num_processes = num_processes
         self._num_threads = num_threads
         self._processes: ProcessPoolExecutor | None = None
@@ -42,12 +43,12 @@ class Offload:
         if self._processes is None:
             # a fork of a process with threads may deadlock
             context = multiprocessing.get_context("spawn")
-            self._processes = ProcessPoolExecutor(self._num_processes, mp_context=context, initializer=_start_helper)
+            self._processes = ProcessPoolExecutor(self._num_processes, mp_context=context, initializer=_start_process)
         try:
             self._start(self._processes, done, function, args)
         except BrokenExecutor:
             self._replace(self._processes)
-            raise Unavailable("the helper process for large JSON ended unexpectedly; a new one starts") from None
+            raise _broken() from None
 
     def in_thread(self, done: Callable[[T | None, FairleadError | None], None], function: Callable[..., T], *args: Any) -> None:
         """Raises Unavailable when too much is in flight."""
@@ -82,10 +83,10 @@ class Offload:
                 done(None, error)
             elif isinstance(error, BrokenExecutor):
                 self._replace(executor)
-                done(None, Unavailable("the helper process for large JSON ended unexpectedly; a new one starts"))
+                done(None, _broken())
             else:
                 log.error("offload_failed", exc_info=error)
-                done(None, ModelError("internal error"))
+                done(None, INTERNAL)
 
         executor.submit(function, *args).add_done_callback(finished)
         self.num_in_flight += 1
@@ -99,8 +100,12 @@ class Offload:
             broken.shutdown(wait=False)
 
 
-def _start_helper() -> None:
-    """Runs in the helper: leave Ctrl-C to the server, and do not outlive it."""
+def _broken() -> Unavailable:
+    return Unavailable("the process for large JSON ended unexpectedly; a new one starts")
+
+
+def _start_process() -> None:
+    """Runs in the new process: leave Ctrl-C to the server, and do not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.responses import Response
-from uvicorn._types import ASGI3Application
+from starlette.types import ASGIApp
 
 from fairlead.api.web import Readiness, health_response, json_app, live_response, ready_response
 
@@ -12,7 +12,7 @@ MetricsText = Callable[[str], tuple[str, bytes]]
 """Takes an Accept header; returns the content type and the text: OpenMetrics where it is asked for, else Prometheus's own."""
 
 
-def ops_app(repository: Readiness, metrics_text: MetricsText) -> ASGI3Application:
+def ops_app(repository: Readiness, metrics_text: MetricsText) -> ASGIApp:
     async def metrics(request: Request) -> Response:
         content_type, text = metrics_text(request.headers.get("accept", ""))
         return Response(text, headers={"Content-Type": content_type})

@@ -1,4 +1,4 @@
-"""One table: what each kind of error is called in HTTP and in gRPC."""
+"""One table: what each kind of error is called in HTTP and in gRPC; and what has no kind."""
 
 from enum import IntEnum
 
@@ -38,6 +38,11 @@ STATUS: dict[type[errors.FairleadError], tuple[int, GrpcStatus]] = {
     errors.ConfigError: (400, GrpcStatus.INVALID_ARGUMENT),
     errors.FairleadError: (500, GrpcStatus.INTERNAL),
 }
+
+CLIENT_LEFT = 499
+"""What HTTP's access log says where nobody waited for the answer."""
+INTERNAL = errors.ModelError("internal error")
+"""All that a caller reads of a bug of ours."""
 
 
 def _entry(error: errors.FairleadError) -> tuple[int, GrpcStatus]:

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -13,12 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
-from uvicorn._types import ASGI3Application
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fairlead.api.compression import content_encoding, decompress
-from fairlead.api.http1 import CLIENT_LEFT
-from fairlead.api.status import http_status
+from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status
 from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge, Unavailable, Unsupported
 
 T = TypeVar("T")
@@ -26,7 +24,6 @@ Serve = Callable[[Request], Awaitable[Any]]
 """Answers one request with a Starlette response, or anything else that is an ASGI app."""
 
 log = structlog.get_logger(__name__)
-INTERNAL = FairleadError("internal error")
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -43,14 +40,14 @@ def error_response(error: FairleadError, headers: Mapping[str, str] | None = Non
     return json_response({"error": error.message}, http_status(error), headers)
 
 
-def json_app(routes: list[tuple[str, str, Serve]]) -> ASGI3Application:
+def json_app(routes: list[tuple[str, str, Serve]]) -> ASGIApp:
     """An app of (method, path, serve) whose every error is JSON `{"error": ...}`."""
     app = Starlette(
         routes=[Route(path, _no_surprises(serve), methods=[method]) for method, path, serve in routes],
         exception_handlers={HTTPException: _http_error},
     )
     app.router.redirect_slashes = False
-    return cast(ASGI3Application, app)
+    return app
 
 
 def _http_error(_: Request, error: Exception) -> Response:
@@ -213,7 +210,7 @@ class Readiness(Protocol):
     def stopping(self) -> bool: ...
 
 
-def not_ready(state: Readiness) -> str:
+def _not_ready(state: Readiness) -> str:
     return "Server exiting" if state.stopping else "Server is not ready"
 
 
@@ -222,11 +219,11 @@ def live_response() -> Response:
 
 
 def ready_response(state: Readiness) -> Response:
-    return json_response({"ready": True}) if state.ready else json_response({"ready": False, "error": not_ready(state)}, 503)
+    return json_response({"ready": True}) if state.ready else json_response({"ready": False, "error": _not_ready(state)}, 503)
 
 
 def health_response(state: Readiness) -> Response:
     """Live and ready in one."""
     if state.ready:
         return json_response({"live": True, "ready": True})
-    return json_response({"live": True, "ready": False, "error": not_ready(state)}, 503)
+    return json_response({"live": True, "ready": False, "error": _not_ready(state)}, 503)

@@ -21,7 +21,7 @@ from fairlead.api.grpc import http2
 from fairlead.api.grpc.headers import Headers
 from fairlead.api.grpc.http2 import Buffer, Connection, Limits, Stream, literal
 from fairlead.api.offload import Offload
-from fairlead.api.status import GrpcStatus, grpc_status
+from fairlead.api.status import INTERNAL, GrpcStatus, grpc_status
 from fairlead.core.errors import FairleadError, ShuttingDown
 from fairlead.observe.access import AccessLog, new_request_id
 
@@ -41,12 +41,12 @@ INBOX_ENTRY_BYTES = 128
 MAX_STATUS_MESSAGE = 2_048
 """Bytes, which may become three each; clients refuse header lists above 8 KiB."""
 UNQUOTED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
-MAX_REQUEST_ID = 126
+MAX_REQUEST_ID_BYTES = 126
 MAX_TIMEOUT = 10 * 365 * 86_400.0
 TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 SECONDS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 ENCODINGS = frozenset({b"gzip", b"deflate"})
-REQUEST_ID = re.compile(rb"[!-~]{1,%d}" % MAX_REQUEST_ID)
+REQUEST_ID = re.compile(rb"[!-~]{1,%d}" % MAX_REQUEST_ID_BYTES)
 
 _CONTENT_TYPE = b"\x0f\x10\x10application/grpc"
 HEAD = b"\x88" + _CONTENT_TYPE + b"\x00\x0cx-request-id"
@@ -133,11 +133,12 @@ class Calls(Struct, kw_only=True):
 
 
 class Call(Stream):
-    """One RPC. Services use the methods down to `send`; `model`, `version` and `rows` are for the access log."""
+    """One RPC. Services use the methods down to `send`; `model`, `version` and `num_rows` are for the access log."""
 
     __slots__ = (
         "_have", "_inbox", "_message", "_need", "_parts", "_prefix", "_room", "_streaming", "_task", "_timer", "_wake",
-        "arrived", "calls", "cancel", "done", "head", "head_sent", "leaving", "loop", "model", "quiet", "request_id", "rows", "trace", "version",
+        "arrived", "calls", "cancel", "done", "head", "head_sent", "leaving", "loop", "model", "num_rows", "quiet",
+        "request_id", "trace", "version",
     )  # fmt: skip
 
     def __init__(self, calls: Calls, connection: Connection, number: int, head: Head, loop: asyncio.AbstractEventLoop) -> None:
@@ -160,7 +161,7 @@ class Call(Stream):
         self.trace = head.trace
         self.model = ""
         self.version = ""
-        self.rows = 0
+        self.num_rows = 0
         self.quiet = False
         """The method writes the access log itself, unless the call fails by itself."""
         self.done = False
@@ -236,7 +237,7 @@ class Call(Stream):
             self.fail(grpc_status(error), error.message)
         else:
             log.error("request_failed", request_id=self.request_id, model=self.model, exc_info=error)
-            self.fail(GrpcStatus.INTERNAL, "internal error")
+            self.fail(GrpcStatus.INTERNAL, INTERNAL.message)
 
     def in_thread(self, function: Callable[..., T], *arguments: Any, **named: Any) -> "asyncio.Future[T]":
         """Work that would hold up the event loop. Raises Unavailable if there is too much of it."""
@@ -514,9 +515,8 @@ class Call(Stream):
 
     def _log(self, status: GrpcStatus, error: str) -> None:
         if not self.quiet or (error and status is not GrpcStatus.CANCELLED):
-            self.calls.access_log.add(
-                "grpc", self.request_id, self.trace, self.model, self.version, status, time.perf_counter() - self.arrived, self.rows, error
-            )
+            access_log, seconds = self.calls.access_log, time.perf_counter() - self.arrived
+            access_log.add("grpc", self.request_id, self.trace, self.model, self.version, status, seconds, self.num_rows, error)
 
 
 class Broken(Exception):

@@ -27,7 +27,7 @@ INT64_MAX = 2**63 - 1
 MAX_GROUP_DEPTH = 100
 SMALL_BYTES = 16_384
 """Up to here a copy costs less than keeping the parts of a message apart."""
-CACHED_BYTES = 512
+KNOWN_BYTES = 512
 """Longer descriptions of tensors are not worth remembering."""
 MAX_STRUCTURE_BYTES = 1 << 20
 """Of a request, its tensors' values apart: that part is read field by field."""
@@ -111,7 +111,7 @@ def decode_request(data: Buffer, *, patient: bool = False) -> InferCall:
                 if at > end:
                     raise _truncated()
                 if tag == 0x2A:
-                    if size <= CACHED_BYTES:
+                    if size <= KNOWN_BYTES:
                         block: Buffer = bytes(data[start:at])
                         spec = _known_input(block)
                     else:

@@ -84,7 +84,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class Fault(Exception):
-    """The peer broke the rules; `stream` is None if that ends the connection."""
+    """The peer broke the rules in a way that ends the connection."""
 
     def __init__(self, code: ErrorCode, reason: str) -> None:
         super().__init__(reason)

@@ -1,7 +1,6 @@
 """What is behind the methods of `inference.GRPCInferenceService` and `grpc.health.v1.Health`."""
 
 import asyncio
-import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,9 +21,10 @@ from fairlead.api.grpc.codec import (
 )
 from fairlead.api.grpc.messages import from_dict, message_class, parse
 from fairlead.api.kserve.codec import Form, TooSlow, message_of, with_labels
-from fairlead.api.kserve.metadata import model_config, model_metadata, server_metadata
+from fairlead.api.kserve.metadata import model_config, model_metadata, model_ready, server_metadata
+from fairlead.api.kserve.parameters import file_path
 from fairlead.api.status import GrpcStatus, grpc_status
-from fairlead.core.errors import FairleadError, InvalidRequest, ModelError, NotFound, ShuttingDown, Unavailable, Unsupported
+from fairlead.core.errors import FairleadError, InvalidRequest, ModelError, NotFound, ShuttingDown, Unsupported
 from fairlead.core.request import Request, Response
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
@@ -35,7 +35,6 @@ HEALTH = "grpc.health.v1.Health"
 MAX_STREAM_REQUESTS = 128
 """Requests of one ModelStreamInfer call under way at once."""
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
-FILE = re.compile(r"file:([0-9]+(?:/[^/\\\0]+)+)")
 NOT_OFFERED = {
     "shared-memory regions: they would let clients read the server's memory. Send tensors in the request": (
         *(f"{kind}SharedMemory{verb}" for kind in ("System", "Cuda") for verb in ("Status", "Register", "Unregister")),
@@ -174,16 +173,7 @@ class Service:
         return self.ServerMetadataResponse(**server_metadata())
 
     def model_ready(self, request: Any) -> Any:
-        name, version = request.name, request.version
-        try:
-            ready = self.repository.find(name, version).ready
-        except Unavailable:
-            ready = False
-        except NotFound:
-            if not any(entry.name == name and (not version or entry.version == version) for entry in self.repository.index()):
-                raise
-            ready = False
-        return self.ModelReadyResponse(ready=ready)
+        return self.ModelReadyResponse(ready=model_ready(self.repository, request.name, request.version))
 
     def model_metadata(self, request: Any) -> Any:
         version = self.repository.find(request.name, request.version)
@@ -217,7 +207,7 @@ class Service:
                     raise InvalidRequest("load parameter 'config' must be a string_param")
                 config = parameter.string_param
             else:
-                path = _file_path(name)
+                path = file_path(name)
                 if kind != "bytes_param":
                     raise InvalidRequest(f"load parameter '{name}' must be a bytes_param")
                 files[path] = parameter.bytes_param
@@ -271,16 +261,6 @@ def _refuse_named(request: Any) -> None:
         raise Unsupported("this server does not offer named repositories: leave 'repository_name' empty")
 
 
-def _file_path(parameter: str) -> str:
-    """VERSION/NAME of a load parameter `file:VERSION/NAME`."""
-    match = FILE.fullmatch(parameter)
-    if match is None:
-        raise InvalidRequest(f"unrecognized load parameter '{parameter}', expecting 'config' or 'file:VERSION/NAME'")
-    if not {".", ".."}.isdisjoint(match[1].split("/")):
-        raise InvalidRequest(f"load parameter '{parameter}' must name a file inside a version's folder")
-    return match[1]
-
-
 class _Answer:
     """The sink of a ModelInfer call."""
 
@@ -298,7 +278,7 @@ class _Answer:
         self.answered = True
         call.cancel = None
         call.version = response.version
-        call.rows = request.num_rows
+        call.num_rows = request.num_rows
         if call.done:
             return
         try:
@@ -367,10 +347,6 @@ class _InferStream:
             await self.changed
         await self.call.room()
 
-    def notify(self) -> None:
-        if self.changed is not None and not self.changed.done():
-            self.changed.set_result(None)
-
     async def _begin(self, message: Buffer) -> None:
         turn = _Turn(self)
         try:
@@ -417,7 +393,7 @@ class _InferStream:
             self.log(turn, status, message)
             call.write([encode_stream_error(message, turn.id)])
         else:
-            call.model, call.version, call.rows = turn.model, turn.version, turn.rows
+            call.model, call.version, call.num_rows = turn.model, turn.version, turn.num_rows
             call.fail(status, message)
 
     async def _relay(self, infer: InferCall, turn: "_Turn") -> None:
@@ -449,7 +425,7 @@ class _InferStream:
 
     def log(self, turn: "_Turn", status: GrpcStatus, error: str) -> None:
         call, seconds = self.call, time.perf_counter() - turn.arrived
-        self.service.access_log.add("grpc", call.request_id, call.trace, turn.model, turn.version, status, seconds, turn.rows, error)
+        self.service.access_log.add("grpc", call.request_id, call.trace, turn.model, turn.version, status, seconds, turn.num_rows, error)
 
 
 class _Turn:
@@ -471,7 +447,7 @@ class _Turn:
         self.complete = False
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         return self.request.num_rows if self.request is not None else 0
 
     def take(self, infer: InferCall) -> Request:

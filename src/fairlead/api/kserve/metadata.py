@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import msgspec
 
 from fairlead import __version__
+from fairlead.core.errors import NotFound, Unavailable
 from fairlead.core.specs import BatchingSpec, InstancesSpec, ModelSpec, QueuePolicy, Sample, TensorSpec, VersionPolicy, WarmupSpec
 from fairlead.runtime.repository import ModelRepository
 from fairlead.runtime.version import ModelVersion
@@ -46,6 +47,18 @@ class ModelMetadata(TypedDict):
 
 def server_metadata() -> ServerMetadata:
     return {"name": "fairlead", "version": __version__, "extensions": list(EXTENSIONS)}
+
+
+def model_ready(repository: ModelRepository, model: str, version: str) -> bool:
+    """Raises NotFound for what no repository has."""
+    try:
+        return repository.find(model, version).ready
+    except Unavailable:
+        return False
+    except NotFound:
+        if not any(entry.name == model and (not version or entry.version == version) for entry in repository.index()):
+            raise
+        return False
 
 
 def model_metadata(repository: ModelRepository, version: ModelVersion) -> ModelMetadata:

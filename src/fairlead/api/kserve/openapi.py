@@ -42,9 +42,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "version": {"description": "One version instead of the default one.", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
     "repository": {"description": "A repository's name.", "schema": {"type": "string", "minLength": 1}},
     "region": {"description": "A shared-memory region's name.", "schema": {"type": "string", "minLength": 1}},
-    "kind": {"description": "Of the system or of CUDA.", "schema": {"enum": ["systemsharedmemory", "cudasharedmemory"]}},
 }
-
 
 EVENT: dict[str, Any] = {
     "description": "One server-sent event.",

@@ -1,5 +1,6 @@
-"""Request parameters that have a meaning of their own; the others go to the model."""
+"""Parameters that have a meaning of their own; the others of a request go to the model."""
 
+import re
 from typing import Any
 
 from msgspec import Struct
@@ -8,6 +9,7 @@ from fairlead.core.errors import InvalidRequest, Unsupported
 from fairlead.core.request import Request
 
 SEQUENCE = frozenset({"sequence_id", "sequence_start", "sequence_end"})
+FILE = re.compile(r"file:([0-9]+(?:/[^/\\\0]+)+)")
 
 
 class Wishes(Struct):
@@ -44,6 +46,16 @@ def take_parameters(request: Request, parameters: dict[str, Any]) -> Wishes:
         else:
             raise InvalidRequest(f"parameter '{name}' must be a string, a number or a boolean")
     return wishes
+
+
+def file_path(parameter: str) -> str:
+    """VERSION/NAME of a load parameter `file:VERSION/NAME`."""
+    match = FILE.fullmatch(parameter)
+    if match is None:
+        raise InvalidRequest(f"unrecognized load parameter '{parameter}', expecting 'config' or 'file:VERSION/NAME'")
+    if not {".", ".."}.isdisjoint(match[1].split("/")):
+        raise InvalidRequest(f"load parameter '{parameter}' must name a file inside a version's folder")
+    return match[1]
 
 
 def _unsigned(name: str, value: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from msgspec.structs import asdict, replace
 from starlette.requests import Request
 from starlette.responses import Response
-from uvicorn._types import ASGI3Application
+from starlette.types import ASGIApp
 
 from fairlead.api.kserve.bodies import (
     Health,
@@ -25,11 +25,12 @@ from fairlead.api.kserve.bodies import (
     UnloadRequest,
 )
 from fairlead.api.kserve.codec import RequestJson
-from fairlead.api.kserve.metadata import ModelMetadata, ServerMetadata, model_config, model_metadata, server_metadata
+from fairlead.api.kserve.metadata import ModelMetadata, ServerMetadata, model_config, model_metadata, model_ready, server_metadata
 from fairlead.api.kserve.openapi import Operation, document, examples_of
+from fairlead.api.kserve.parameters import file_path
 from fairlead.api.kserve.streaming import Streaming
 from fairlead.api.web import Serve, decode_json, health_response, json_app, json_response, live_response, place, read_body, ready_response
-from fairlead.core.errors import InvalidRequest, NotFound, Unavailable, Unsupported
+from fairlead.core.errors import InvalidRequest, Unsupported
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
 
@@ -40,10 +41,9 @@ MAX_EXAMPLES = 16
 """Models that the OpenAPI document shows bodies for."""
 MODEL_PATHS = (("/v2/models/{model}", "model"), ("/v2/models/{model}/versions/{version}", "modelVersion"))
 MEMORY_KINDS = ("systemsharedmemory", "cudasharedmemory")
-FILE = re.compile(r"file:([0-9]+(?:/[^/\\\0]+)+)")
 
 
-def data_app(repository: ModelRepository, *, access_log: AccessLog | None = None, max_body_bytes: int = 64 << 20) -> ASGI3Application:
+def data_app(repository: ModelRepository, *, access_log: AccessLog | None = None, max_body_bytes: int = 64 << 20) -> ASGIApp:
     """The ASGI app of port 8000. `infer` answers with server-sent events only: plain answers are the server's own business."""
     operations = Rest(repository, access_log or AccessLog(None), max_body_bytes).operations
     return json_app([(operation.method, operation.path, operation.serve) for operation in operations])
@@ -152,15 +152,7 @@ class Rest:
 
     async def model_ready(self, request: Request) -> Response:
         model, version = place(request)
-        try:
-            ready = self.repository.find(model, version).ready
-        except Unavailable:
-            ready = False
-        except NotFound:
-            if not any(entry.name == model and (not version or entry.version == version) for entry in self.repository.index()):
-                raise
-            ready = False
-        if not ready:
+        if not model_ready(self.repository, model, version):
             raise InvalidRequest("Model version not ready")
         return json_response({"name": model, "ready": True})
 
@@ -189,7 +181,7 @@ class Rest:
     async def load(self, request: Request) -> Response:
         parameters = (await _body(request, LoadRequest, self.max_body_bytes)).parameters
         config = parameters.pop("config", None)
-        files = {_file_path(name): _file_content(name, content) for name, content in parameters.items()}
+        files = {file_path(name): _file_content(name, content) for name, content in parameters.items()}
         if files and config is None:
             raise InvalidRequest("load parameter 'config' must be given where files are")
         await self.repository.load(request.path_params["model"], config, files or None)
@@ -254,16 +246,6 @@ def _refuse(what: str) -> Serve:
 async def _body(request: Request, type_: type[T], limit: int) -> T:
     """The JSON body; all its fields' defaults where it is empty."""
     return decode_json(await read_body(request, limit) or b"{}", type_)
-
-
-def _file_path(parameter: str) -> str:
-    """VERSION/NAME of a load parameter `file:VERSION/NAME`."""
-    match = FILE.fullmatch(parameter)
-    if match is None:
-        raise InvalidRequest(f"unrecognized load parameter '{parameter}', expecting 'config' or 'file:VERSION/NAME'")
-    if not {".", ".."}.isdisjoint(match[1].split("/")):
-        raise InvalidRequest(f"load parameter '{parameter}' must name a file inside a version's folder")
-    return match[1]
 
 
 def _file_content(parameter: str, content: str) -> bytes:

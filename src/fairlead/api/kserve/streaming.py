@@ -12,12 +12,12 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
-from fairlead.api.http1 import CLIENT_LEFT, SANE_ID, SANE_TRACE
+from fairlead.api.exchange import SANE_ID, SANE_TRACE
 from fairlead.api.kserve import codec
 from fairlead.api.kserve.generate import decode_flat, encode_flat
 from fairlead.api.kserve.openapi import EVENTS, HEADER_LENGTH, JSON
-from fairlead.api.status import http_status
-from fairlead.api.web import INTERNAL, EventStream, error_response, place, read_body, while_connected
+from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status
+from fairlead.api.web import EventStream, error_response, place, read_body, while_connected
 from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import ModelSpec

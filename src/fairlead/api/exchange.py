@@ -1,0 +1,408 @@
+"""One `infer` request over HTTP/1.1 and its answer, on a path of its own: no scope, no task, no coroutine.
+
+head → [body] → decode → repository.submit → respond → written
+"""
+
+import math
+import re
+from http import HTTPStatus
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import structlog
+
+from fairlead.api.compression import Inflater, accepted_encoding, compress, content_encoding
+from fairlead.api.kserve.codec import (
+    JSON_FORM,
+    LARGE_JSON_BYTES,
+    Data,
+    Form,
+    Pace,
+    TooSlow,
+    decode,
+    decode_raw,
+    encode,
+    head_size,
+    message_of,
+    pace,
+    with_labels,
+)
+from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status
+from fairlead.core.errors import Cancelled, FairleadError, ModelError, Unavailable, Unsupported
+from fairlead.core.request import Request, Response
+from fairlead.core.specs import ModelSpec
+from fairlead.observe.access import new_request_id
+
+if TYPE_CHECKING:
+    from fairlead.api.http1 import DataProtocol
+    from fairlead.api.http_server import Ticket
+
+log = structlog.get_logger("fairlead.http")
+
+SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+SANE_TRACE = re.compile(rb"[\x21-\x7e]{1,256}")
+DIRECT_BYTES = 64 << 10
+"""Of a body still to come: from here on it pays to read them past the parser."""
+ALIGNMENT = 64
+SMALL_INFLATED_BYTES = 256 << 10
+COMPRESS_BYTES = 1 << 10
+"""Smaller answers are not worth compressing."""
+INLINE_COMPRESS_BYTES = 32 << 10
+"""From here on a thread compresses."""
+JOIN_BYTES = 64 << 10
+"""From here on answers are written from their parts, without a copy."""
+
+_json = msgspec.json.Encoder()
+_reasons = {status.value: status.phrase for status in HTTPStatus}
+
+
+class Exchange:
+    """One infer request and its answer; the sink of the former is the latter."""
+
+    # Defaults stand on the class: setting two dozen attributes per request would cost more than reading its headers.
+    request_id = ""
+    trace = ""
+    id = ""
+    head = ""
+    encoding = ""
+    accept_encoding = ""
+    extra = ""
+    body: Data | None = None
+    num_body_bytes = 0
+    """As announced; 0 when it comes in chunks."""
+    pad = 0
+    """Bytes before the body so that the first tensor after its JSON is aligned."""
+    held_bytes = 0
+    request: Request | None = None
+    form = JSON_FORM
+    ticket: "Ticket | None" = None
+    error: FairleadError | None = None
+    status = 0
+    continue_expected = False
+    waiting = False
+    """Others on this connection are answered first."""
+    complete = False
+    """The whole body is here."""
+    answered = False
+    response_complete = False
+    disconnected = False
+
+    def __init__(self, protocol: "DataProtocol", model: str, version: str, *, keep_alive: bool) -> None:
+        self.protocol = protocol
+        self.server = protocol.http
+        self.model = model
+        self.version = version
+        self.keep_alive = keep_alive
+        self.arrived = protocol.heard
+
+    # Coming in
+
+    def read_headers(self, headers: dict[bytes, bytes]) -> None:
+        """The few that matter. Raises FairleadError."""
+        if b"x-request-id" in headers and SANE_ID.fullmatch(headers[b"x-request-id"]):
+            self.request_id = headers[b"x-request-id"].decode("ascii")
+        if b"traceparent" in headers and SANE_TRACE.fullmatch(headers[b"traceparent"]):
+            self.trace = headers[b"traceparent"].decode("ascii")
+        if b"inference-header-content-length" in headers:
+            self.head = headers[b"inference-header-content-length"].decode("latin-1")
+        if b"accept-encoding" in headers:
+            self.accept_encoding = headers[b"accept-encoding"].decode("latin-1")
+        if b"content-encoding" in headers:
+            try:
+                self.encoding = content_encoding(headers[b"content-encoding"].decode("latin-1"))
+            except Unsupported:
+                self.extra = "accept-encoding: gzip, deflate\r\n"
+                raise
+        if b"expect" in headers:
+            self.continue_expected = headers[b"expect"].lower() == b"100-continue"
+
+    def extend(self, part: bytes) -> None:
+        """One more part of a body that comes in several."""
+        body = self.body
+        size = len(part)
+        if type(body) is not bytearray:
+            assert body is not None
+            self.pad = self._padding()
+            self.body = body = bytearray(self.pad) + body
+            size += len(body) - self.pad
+        if self.waiting:
+            self.protocol.flow.pause_reading()
+        if self.hold(size):
+            body += part
+
+    def hold(self, size: int) -> bool:
+        """Count so many more bytes; false if that was too much, and the request refused."""
+        server = self.server
+        if self.held_bytes + size > server.max_body_bytes:
+            self.refuse(server.too_large())
+        elif server.receiving_bytes + size > server.max_receiving_bytes:
+            self.refuse(server.too_much())
+        else:
+            server.receiving_bytes += size
+            self.held_bytes += size
+            return True
+        return False
+
+    def room_for_rest(self) -> memoryview | None:
+        """Where to read what is still to come of a body that announced its length; None where that does not pay."""
+        body = self.body or b""
+        if type(body) is not bytes or self.num_body_bytes - len(body) < DIRECT_BYTES or not self.hold(len(body)):
+            return None
+        pad = self.pad = self._padding()
+        # not a bytearray, whose zeros would be written first
+        self.body = buffer = memoryview(np.empty(pad + self.num_body_bytes, np.uint8))  # type: ignore[arg-type]
+        start = pad + len(body)
+        buffer[pad:start] = body
+        return buffer[start:]
+
+    def _padding(self) -> int:
+        return -int(self.head) % ALIGNMENT if self.head.isdigit() and len(self.head) < 20 else 0
+
+    def refuse(self, error: FairleadError, status: int = 0) -> None:
+        """Answer with an error without reading what is left of the body; the connection ends with it."""
+        self.error, self.status = error, status
+        self.keep_alive = False
+        self.protocol.deaf = True
+        self.protocol.read_again()
+        self._release()
+        if not self.waiting:
+            self._fail(error)
+
+    def start(self) -> None:
+        """The requests before this one are answered."""
+        self.waiting = False
+        self.protocol.running = self
+        if self.error is not None:
+            self._fail(self.error)
+        elif self.complete:
+            self.run()
+        elif self.continue_expected:
+            self.protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def run(self) -> None:
+        """The whole request is here."""
+        body = self.body
+        if body is None:
+            body = b""
+        try:
+            if len(body) > self.server.max_body_bytes + self.pad:
+                raise self.server.too_large()
+            data: Data = body if type(body) is bytes else memoryview(body).toreadonly()[self.pad :]
+            if self.encoding:
+                self._inflate(data)
+            else:
+                self._decode(data)
+        except FairleadError as error:
+            self._fail(error)
+        except Exception:
+            log.exception("request_failed", model=self.model)
+            self._fail(INTERNAL)
+
+    def _inflate(self, data: Data) -> None:
+        inflater = Inflater(data, self.encoding, self.server.max_body_bytes)
+        if inflater.step(SMALL_INFLATED_BYTES):
+            self._decode(inflater.finish())
+        else:
+            self.server.offload.in_thread(self._inflated, inflater.finish)
+
+    def _inflated(self, body: bytes | None, error: FairleadError | None) -> None:
+        if self.response_complete:
+            return
+        if error is not None:
+            self._fail(error)
+            return
+        assert body is not None
+        self.body, self.pad, self.encoding = body, 0, ""
+        self.run()
+
+    def _decode(self, data: Data) -> None:
+        head = head_size(self.head, len(data)) if self.head else None
+        model, version = self.model, self.version
+        if head == 0:
+            self._submit(*decode_raw(data, model, version, self._spec()))
+        elif (len(data) if head is None else head) > LARGE_JSON_BYTES:
+            self.server.offload.in_process(self._decoded, decode, bytes(data), head, model, version, True)
+        else:
+            try:
+                request, form = decode(data, head, model, version)
+            except TooSlow:
+                self.server.offload.in_thread(self._decoded, decode, data, head, model, version, True)
+            else:
+                self._submit(request, form)
+
+    def _spec(self) -> ModelSpec:
+        repository = self.server.repository
+        assert repository is not None
+        return repository.find(self.model, self.version).spec
+
+    def _decoded(self, decoded: tuple[Request, Form] | None, error: FairleadError | None) -> None:
+        if self.response_complete:
+            return
+        try:
+            if error is not None:
+                raise error
+            assert decoded is not None
+            self._submit(*decoded)
+        except FairleadError as failure:
+            self._fail(failure)
+        except Exception:
+            log.exception("request_failed", model=self.model)
+            self._fail(INTERNAL)
+
+    def _submit(self, request: Request, form: Form) -> None:
+        self.id = request.id
+        if form.classes:
+            form = with_labels(form, self._spec())
+        self.form = form
+        self.request = request
+        request.trace = self.trace
+        request.arrived = self.arrived
+        self._release()
+        repository = self.server.repository
+        assert repository is not None
+        ticket = repository.submit(request, self)
+        if not self.response_complete:
+            self.ticket = ticket
+
+    # Going out: the sink
+
+    def respond(self, response: Response) -> None:
+        if self.response_complete or self.answered:
+            return
+        self.answered = True
+        self.version = response.version
+        form = self.form
+        assert self.request is not None
+        names = self.request.outputs
+        try:
+            where = pace(response, form)
+            if where is Pace.LOOP:
+                self._encoded(encode(response, form, names), None)
+            elif where is Pace.THREAD:
+                self.server.offload.in_thread(self._encoded, encode, response, form, names)
+            else:
+                self.server.offload.in_process(self._encoded, encode, response, form, names)
+        except FairleadError as error:
+            self._fail(error)
+        except Exception:
+            log.exception("response_failed", model=self.model)
+            self._fail(INTERNAL)
+
+    def close(self, error: FairleadError | None) -> None:
+        if self.response_complete:
+            return
+        if error is not None:
+            self._fail(error)
+        elif not self.answered:
+            self._fail(ModelError(f"model '{self.model}' gave no response"))
+
+    def _encoded(self, encoded: tuple[list[Data], int | None] | None, error: FairleadError | None) -> None:
+        if self.response_complete:
+            return
+        if error is not None:
+            self._fail(error)
+            return
+        assert encoded is not None
+        parts, head = encoded
+        size = 0
+        for part in parts:
+            size += len(part)
+        if self.accept_encoding and size >= COMPRESS_BYTES and (encoding := accepted_encoding(self.accept_encoding)):
+            self._compress(parts, size, head, encoding)
+        else:
+            self._write(parts, size, head, "")
+
+    def _compress(self, parts: list[Data], size: int, head: int | None, encoding: str) -> None:
+        if size < INLINE_COMPRESS_BYTES:
+            body = compress(parts, encoding)
+            self._write([body], len(body), head, encoding)
+            return
+
+        def compressed(body: bytes | None, error: FairleadError | None) -> None:
+            if self.response_complete:
+                return
+            if body is None:
+                assert error is not None
+                self._fail(error)
+            else:
+                self._write([body], len(body), head, encoding)
+
+        try:
+            self.server.offload.in_thread(compressed, compress, parts, encoding)
+        except Unavailable:
+            self._write(parts, size, head, "")  # it is only a wish
+
+    def _write(self, parts: list[Data], size: int, head: int | None, encoding: str) -> None:
+        if not self.request_id:
+            self.request_id = new_request_id()
+        if head is None:
+            kind = "content-type: application/json\r\n"
+        else:
+            kind = f"content-type: application/octet-stream\r\ninference-header-content-length: {head}\r\n"
+        if encoding:
+            kind += f"content-encoding: {encoding}\r\nvary: accept-encoding\r\n"
+        start = self._head(200, kind, size)
+        transport = self.protocol.transport
+        if size < JOIN_BYTES:
+            transport.write(b"".join((start, *parts)))
+        else:
+            transport.writelines((start, *parts))
+        self._finish(200, "")
+
+    def _head(self, status: int, kind: str, size: int) -> bytes:
+        if self.trace:
+            kind += f"traceparent: {self.trace}\r\n"
+        protocol = self.protocol
+        if not self.keep_alive or (self.server.draining and not protocol.pipeline and not protocol.stage):
+            self.keep_alive = False
+            kind += "connection: close\r\n"
+        line = self.server.ok_line if status == 200 else f"HTTP/1.1 {status} {_reasons.get(status, '')}\r\ndate: {self.server.date}\r\n"
+        return f"{line}x-request-id: {self.request_id}\r\n{kind}content-length: {size}\r\n\r\n".encode("latin-1")
+
+    def _fail(self, error: FairleadError) -> None:
+        if self.disconnected:
+            self._finish(CLIENT_LEFT, error.message)
+            return
+        if not self.request_id:
+            self.request_id = new_request_id()
+        message = message_of(error, self.id)
+        body = _json.encode({"error": message})
+        kind = f"content-type: application/json\r\n{self.extra}"
+        if isinstance(error, Unavailable):
+            kind += f"retry-after: {math.ceil(error.retry_after)}\r\n"
+        status = self.status or http_status(error)
+        self.protocol.transport.write(self._head(status, kind, len(body)) + body)
+        self._finish(status, message)
+
+    def disconnect(self) -> None:
+        """The client left."""
+        self.disconnected = True
+        if self.ticket is not None:
+            self.ticket.cancel()
+        if not self.response_complete:
+            self._fail(Cancelled("the client left"))
+
+    def _finish(self, status: int, error: str) -> None:
+        self.response_complete = True
+        self.ticket = None
+        rows = self.request.num_rows if self.request is not None else 0
+        self.request = None  # an idle connection keeps no tensors
+        protocol = self.protocol
+        protocol.idle_since = now = perf_counter()
+        self.server.access_log.add("http", self.request_id, self.trace, self.model, self.version, status, now - self.arrived, rows, error)
+        self._release()
+        if self.disconnected:
+            return
+        if not self.keep_alive:
+            protocol.part(linger=not self.complete)
+        elif protocol.pipeline or protocol.flow.read_paused:
+            protocol.proceed()
+
+    def _release(self) -> None:
+        """Let go of the body; the request's arrays hold what they need of it."""
+        self.body = None
+        if self.held_bytes:
+            self.server.receiving_bytes -= self.held_bytes
+            self.held_bytes = 0
