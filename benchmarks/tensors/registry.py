@@ -37,6 +37,7 @@ RAY = "python -m peers.ray_app {http}"
 
 PEERS = {
     "fairlead": Peer(FAIRLEAD_PYTHON.parent, SERVE, V2),  # validation, batching, metrics, access log and request ids on
+    "fairlead-thread": Peer(FAIRLEAD_PYTHON.parent, SERVE.replace("repository", "repository-thread"), V2),  # never inline
     "triton": peer("pytriton", "python -m peers.triton_start {w} {http} {grpc} {metrics} 64", V2),
     "pytriton": peer("pytriton", "python -m peers.pytriton_app {w} {http} {grpc} {metrics} 64", V2),
     "mlserver": mlserver(workers=1, batch=64),  # its default process layout, adaptive batching on
@@ -51,5 +52,5 @@ PEERS = {
 }
 MAIN = ("fairlead", "triton", "pytriton", "mlserver", "kserve", "fastapi", "bentoml", "litserve", "ray")
 """Without the variants."""
-NAMES_PROBABILITIES = {"fairlead", "mlserver", "mlserver-w0", "mlserver-nobatch"}
+NAMES_PROBABILITIES = {"fairlead", "fairlead-thread", "mlserver", "mlserver-w0", "mlserver-nobatch"}
 """Servers whose XGBoost model answers probabilities only when asked for `predict_proba`."""

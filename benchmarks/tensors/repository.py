@@ -1,4 +1,8 @@
-"""Lay out the workloads' models as a Fairlead model repository: models/repository (base environment)."""
+"""Lay out the workloads' models as Fairlead model repositories (base environment).
+
+models/repository         as users have it
+models/repository-thread  every batch in a thread, never in the event loop: what `execution: auto` buys
+"""
 
 import shutil
 
@@ -10,12 +14,16 @@ ARTEFACTS = {
     "w3": ("identity.onnx", "model.onnx"),
     "w4": ("cnn.onnx", "model.onnx"),
 }
-ONE_THREAD = "instances: {threads: 1}\n"
-"""As every other server here."""
+SPECS = {
+    "repository": "instances: {threads: 1}\n",
+    "repository-thread": "instances: {threads: 1, execution: thread}\n",
+}
+"""One intra-op thread, as every other server here."""
 
 if __name__ == "__main__":
-    for workload, (source, target) in ARTEFACTS.items():
-        folder = MODELS / "repository" / workload
-        (folder / "1").mkdir(parents=True, exist_ok=True)
-        shutil.copy(MODELS / source, folder / "1" / target)
-        (folder / "model.yaml").write_text(ONE_THREAD)
+    for repository, spec in SPECS.items():
+        for workload, (source, target) in ARTEFACTS.items():
+            folder = MODELS / repository / workload
+            (folder / "1").mkdir(parents=True, exist_ok=True)
+            shutil.copy(MODELS / source, folder / "1" / target)
+            (folder / "model.yaml").write_text(spec)

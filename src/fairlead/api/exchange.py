@@ -4,7 +4,6 @@ head → [body] → decode → repository.submit → respond → written
 """
 
 import math
-import re
 from http import HTTPStatus
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -33,7 +32,7 @@ from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status
 from fairlead.core.errors import Cancelled, FairleadError, ModelError, Unavailable, Unsupported
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import ModelSpec
-from fairlead.observe.access import new_request_id
+from fairlead.observe.access import SANE_ID, SANE_TRACE, new_request_id
 
 if TYPE_CHECKING:
     from fairlead.api.http1 import DataProtocol
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("fairlead.http")
 
-SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-SANE_TRACE = re.compile(rb"[\x21-\x7e]{1,256}")
 DIRECT_BYTES = 64 << 10
 """Of a body still to come: from here on it pays to read them past the parser."""
 ALIGNMENT = 64

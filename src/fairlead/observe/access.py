@@ -4,6 +4,7 @@ Lines are encoded and written with their neighbours a moment later.
 """
 
 import os
+import re
 from collections import Counter
 from itertools import count
 from time import time
@@ -12,6 +13,10 @@ from typing import IO
 import msgspec
 from msgspec import Struct
 
+SANE_ID = re.compile(rb"[\x21-\x7e]{1,126}")
+"""A caller's request id that is taken over; others are replaced by one of ours. Its length fits one byte of HPACK."""
+SANE_TRACE = re.compile(rb"[\x21-\x7e]{1,256}")
+"""A traceparent that is passed through."""
 FLUSH_LINES = 64
 FLUSH_SECONDS = 0.2
 

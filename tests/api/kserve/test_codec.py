@@ -270,6 +270,7 @@ def test_known_parameters_become_fields_and_others_reach_the_model():
             lambda: ask([1, 2], outputs=[{"name": "y", "parameters": {"classification": -1}}]),
         ),
         ("parameter 'priority' must be an unsigned integer", lambda: ask([1, 2], parameters={"priority": "high"})),
+        ("is for streams over gRPC", lambda: ask([1, 2], parameters={"triton_enable_empty_final_response": True})),
         ("parameter 'deep' must be a string, a number or a boolean", lambda: ask([1, 2], parameters={"deep": [[[1]]]})),
     ],
 )

@@ -23,7 +23,7 @@ from fairlead.api.grpc.http2 import Buffer, Connection, Limits, Stream, literal
 from fairlead.api.offload import Offload
 from fairlead.api.status import INTERNAL, GrpcStatus, grpc_status
 from fairlead.core.errors import FairleadError, ShuttingDown
-from fairlead.observe.access import AccessLog, new_request_id
+from fairlead.observe.access import SANE_ID, SANE_TRACE, AccessLog, new_request_id
 
 T = TypeVar("T")
 log = structlog.get_logger("fairlead.grpc")
@@ -41,12 +41,10 @@ INBOX_ENTRY_BYTES = 128
 MAX_STATUS_MESSAGE = 2_048
 """Bytes, which may become three each; clients refuse header lists above 8 KiB."""
 UNQUOTED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
-MAX_REQUEST_ID_BYTES = 126
 MAX_TIMEOUT = 10 * 365 * 86_400.0
 TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 SECONDS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 ENCODINGS = frozenset({b"gzip", b"deflate"})
-REQUEST_ID = re.compile(rb"[!-~]{1,%d}" % MAX_REQUEST_ID_BYTES)
 
 _CONTENT_TYPE = b"\x0f\x10\x10application/grpc"
 HEAD = b"\x88" + _CONTENT_TYPE + b"\x00\x0cx-request-id"
@@ -102,9 +100,11 @@ def read_head(methods: dict[bytes, Method], headers: Headers) -> Head:
     elif pseudo[b":method"] != b"POST":
         head.refusal = literal(b":status", b"405") + literal(b"allow", b"POST")
     request_id = fields.get(b"x-request-id", b"")
-    if REQUEST_ID.fullmatch(request_id):
+    if SANE_ID.fullmatch(request_id):
         head.request_id = request_id.decode()
-    head.trace = fields.get(b"traceparent", b"").decode("ascii", "replace")
+    trace = fields.get(b"traceparent", b"")
+    if SANE_TRACE.fullmatch(trace):
+        head.trace = trace.decode()
     encoding = fields.get(b"grpc-encoding", b"identity")
     timeout = fields.get(b"grpc-timeout")
     if timeout is not None:

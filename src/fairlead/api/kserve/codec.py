@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field, structs
 
 from fairlead.api.kserve.classification import classify
-from fairlead.api.kserve.parameters import take_parameters
+from fairlead.api.kserve.parameters import NO_WISHES, take_parameters
 from fairlead.core.errors import FairleadError, InvalidRequest, ModelError, QueueFull, TimeoutExpired, TooLarge, Unsupported
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import ModelSpec
@@ -207,7 +207,10 @@ def _plan(head: Data) -> _Plan:
                 raise InvalidRequest(f"{_ONE_SOURCE} But both 'data' and 'binary_data_size' are set for input '{name}'")
             inputs[name] = tensor, dtype, count, size
         wanted = Request(model="", inputs={})
-        binary = bool(message.parameters) and take_parameters(wanted, message.parameters or {}).binary_data_output
+        wishes = take_parameters(wanted, message.parameters) if message.parameters else NO_WISHES
+        if wishes.empty_final_response:
+            raise InvalidRequest("parameter 'triton_enable_empty_final_response' is for streams over gRPC")
+        binary = wishes.binary_data_output
         form = _form(wanted, message.outputs, binary) if message.outputs else BINARY_FORM if binary else JSON_FORM
     except InvalidRequest as error:
         raise _about(error, request_id) from None

@@ -12,7 +12,6 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
-from fairlead.api.exchange import SANE_ID, SANE_TRACE
 from fairlead.api.kserve import codec
 from fairlead.api.kserve.generate import decode_flat, encode_flat
 from fairlead.api.kserve.openapi import EVENTS, HEADER_LENGTH, JSON
@@ -21,7 +20,7 @@ from fairlead.api.web import EventStream, error_response, place, read_body, whil
 from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import ModelSpec
-from fairlead.observe.access import AccessLog, new_request_id
+from fairlead.observe.access import SANE_ID, SANE_TRACE, AccessLog, new_request_id
 from fairlead.runtime.repository import ModelRepository
 
 MAX_JSON_BYTES = 1 << 20
