@@ -20,6 +20,8 @@ log = structlog.get_logger("fairlead.runtime")
 
 CREDIT = 16
 """Responses that a streaming model may be ahead of its client."""
+WARMUP_SECONDS = 120.0
+"""How long one warm-up request may take."""
 
 
 class Ticket(Entry):
@@ -153,15 +155,13 @@ class ModelVersion:
             self._close(ticket, error)
             return ticket
         self._idle.clear()
-        if not self._pumping:
-            # At the end of this turn of the loop, so that every request already read joins the batch.
-            self._pumping = True
-            self._loop.call_soon(self._pump)
+        self._schedule()
         return ticket
 
     # The loop that acts
 
     def _schedule(self) -> None:
+        """Act at the end of this turn of the loop, so that every request already read joins the batch."""
         if not self._pumping:
             self._pumping = True
             self._loop.call_soon(self._pump)
@@ -332,8 +332,7 @@ class ModelVersion:
         ticket.slot = None
         self._running -= 1
         now = time.perf_counter()
-        for _ in self.batcher.finish(batch):
-            pass
+        self.batcher.finish(batch)
         if not ticket.done:
             self.metrics.latency.observe(now - ticket.arrived)
             self.metrics.queued.observe(batch.started - ticket.arrived)
@@ -386,9 +385,6 @@ class ModelVersion:
             assert isinstance(entry, Ticket)
             self._close(entry, Unavailable(f"model '{self.name}' version {self.version} was unloaded before it answered"))
         await asyncio.gather(*(slot.instance.close() for slot in self.slots))
-
-
-WARMUP_SECONDS = 120.0
 
 
 class _StreamSink:
