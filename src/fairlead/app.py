@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
@@ -107,7 +106,7 @@ class Server:
             self.access_log.flush()
 
 
-async def serve(settings: Settings, started: Callable[[Server], None] | None = None) -> None:
+async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT, then drain. A second signal ends at once."""
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
@@ -126,8 +125,6 @@ async def serve(settings: Settings, started: Callable[[Server], None] | None = N
         await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            if started is not None:
-                started(server)
             await waiting
         else:
             starting.cancel()

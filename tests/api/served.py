@@ -127,7 +127,13 @@ async def served(folder: Path, *names: str, control: Control = Control.EXPLICIT,
         (folder / name / "1").mkdir(parents=True)
         (folder / name / "1" / "model.py").write_text(code)
         (folder / name / "model.yaml").write_text(spec)
-    settings = RepositorySettings(sources=(str(folder),), control=control, load=("*",), cache_folder=folder / ".cache", drain_timeout=5.0)
+    settings = RepositorySettings(
+        sources=(str(folder),),
+        control=control,
+        load=("*",) if control is Control.EXPLICIT else (),
+        cache_folder=folder / ".cache",
+        drain_timeout=5.0,
+    )
     metrics = Metrics()
     repository, lines = ModelRepository(settings, metrics), Lines(metrics)
     server = HttpServer(repository, data_app(repository, access_log=lines, max_body_bytes=max_body_bytes), lines)

@@ -23,6 +23,26 @@ from fairlead.core.specs import ModelSpec
         ),
         ("inputs: [", "m.yaml:1: not YAML: did not find expected node content"),
         ("- a list", "m.yaml:1: Expected `object`, got `array`"),
+        (
+            "batching:\n  max_batch_size: 4\n  preferred_batch_sizes: [8]",
+            "m.yaml:2: `preferred_batch_sizes` must be at most `max_batch_size`, 4 (at batching)",
+        ),
+        (
+            "batching: {default_priority: 2}",
+            "m.yaml:1: `default_priority` must be one of the `priority_levels`, of which there are 0 (at batching)",
+        ),
+        (
+            "batching: {priority_levels: 2, priority_queue_policies: {3: {}}}",
+            "m.yaml:1: `priority_queue_policies` must be of the `priority_levels`, of which there are 2 (at batching)",
+        ),
+        (
+            "version_policy: {latest: 2, all: true}",
+            "m.yaml:1: only one of `latest`, `all` and `specific` can be wanted (at version_policy)",
+        ),
+        (
+            "warmup: [{inputs: {x: {data: [1], fill: random}}}]",
+            "m.yaml:1: `data` and `fill` cannot both be given (at warmup[0].inputs[...])",
+        ),
         ("instances: {count: 0}", "m.yaml:1: Expected `int` >= 1 (at instances.count)"),
     ],
 )

@@ -211,7 +211,7 @@ class Story(RuleBasedStateMachine):
     def begin(self, max_batch_size, preferred, delay, ordering, levels, action, timeout):
         self.spec = BatchingSpec(
             max_batch_size=max_batch_size,
-            preferred_batch_sizes=tuple(preferred),
+            preferred_batch_sizes=tuple(size for size in preferred if size <= max_batch_size),
             max_queue_delay=delay,
             preserve_ordering=ordering,
             priority_levels=levels,

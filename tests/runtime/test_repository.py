@@ -201,6 +201,22 @@ async def test_an_explicit_load_may_bring_its_own_config_and_files(root, tmp_pat
             await models.load("fresh", files={"1/model.py": b""})
 
 
+async def test_given_files_are_kept_while_they_serve_and_no_longer(root, tmp_path):
+    root.mkdir()
+    async with repository(root, tmp_path, control=Control.EXPLICIT) as models:
+        await models.load("fresh", config=IN_A_THREAD, files={"3/model.py": MODEL.format(add=30).encode()})
+        (serving,) = models._models["fresh"].given
+        with pytest.raises(LoadError, match="no good"):
+            await models.load("fresh", config=IN_A_THREAD, files={"3/model.py": b"raise ValueError('no good')"})
+        assert await ask(models, "fresh") == 30
+        assert (serving / "3/model.py").exists()
+        await models.load("fresh", config=IN_A_THREAD, files={"3/model.py": MODEL.format(add=31).encode()})
+        assert not serving.exists()
+        (serving,) = models._models["fresh"].given
+        await models.unload("fresh")
+        assert not serving.exists()
+
+
 async def test_a_failing_explicit_load_says_why_and_keeps_the_old_one(root, tmp_path):
     put(root, "add", 1)
     async with repository(root, tmp_path, control=Control.EXPLICIT, load=("*",)) as models:
@@ -247,6 +263,13 @@ async def test_a_model_to_load_that_no_source_has_is_a_configuration_error(root,
     put(root, "add", 1)
     with pytest.raises(ConfigError, match="model 'sub' is to be loaded but no source has it; there are: add"):
         async with repository(root, tmp_path, control=Control.EXPLICIT, load=("sub",)):
+            pass
+
+
+async def test_naming_models_to_load_where_nobody_heeds_it_is_a_configuration_error(root, tmp_path):
+    put(root, "add", 1)
+    with pytest.raises(ConfigError, match=r"models to load are named \(add\), which only `--control explicit` heeds"):
+        async with repository(root, tmp_path, load=("add",)):
             pass
 
 

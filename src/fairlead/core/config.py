@@ -1,7 +1,6 @@
 """Typed YAML: unknown keys and wrong types are errors that name the line."""
 
 import re
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -33,10 +32,6 @@ def read_yaml(text: str, type_: type[T], source: str) -> T:
         line = _line_of(node, path.strip("`"), unknown[1] if unknown else None)
         place = path.strip("`").removeprefix("$").removeprefix(".")
         raise ConfigError(f"{source}:{line}: {message}{f' (at {place})' if place else ''}") from None
-
-
-def read_yaml_file(path: Path, type_: type[T]) -> T:
-    return read_yaml(path.read_text(encoding="utf-8"), type_, str(path))
 
 
 def _line_of(node: yaml.Node | None, path: str, key: str | None) -> int:

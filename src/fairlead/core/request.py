@@ -7,8 +7,6 @@ from msgspec import Struct, field
 from fairlead.core.errors import FairleadError
 from fairlead.core.tensors import Tensors
 
-Parameter = bool | int | float | str
-
 
 class Request(Struct, kw_only=True):
     """One question to one model.

@@ -63,6 +63,14 @@ class BatchingSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_queue_rows: Positive = 65_536
     max_queue_bytes: Positive = 1 << 30
 
+    def __post_init__(self) -> None:
+        if any(size > self.max_batch_size for size in self.preferred_batch_sizes):
+            raise ValueError(f"`preferred_batch_sizes` must be at most `max_batch_size`, {self.max_batch_size}")
+        if self.default_priority > self.priority_levels:
+            raise ValueError(f"`default_priority` must be one of the `priority_levels`, of which there are {self.priority_levels}")
+        if any(not 1 <= level <= self.priority_levels for level in self.priority_queue_policies):
+            raise ValueError(f"`priority_queue_policies` must be of the `priority_levels`, of which there are {self.priority_levels}")
+
 
 class Isolation(StrEnum):
     AUTO = "auto"
@@ -97,6 +105,10 @@ class VersionPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     all: bool = False
     specific: tuple[Positive, ...] = ()
 
+    def __post_init__(self) -> None:
+        if (self.latest > 0) + self.all + bool(self.specific) > 1:
+            raise ValueError("only one of `latest`, `all` and `specific` can be wanted")
+
 
 class Sample(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Data for one warm-up request: an array of zeros or random numbers, or the values themselves."""
@@ -104,6 +116,10 @@ class Sample(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     shape: tuple[Positive, ...] = ()
     fill: Literal["zeros", "random"] = "zeros"
     data: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.data is not None and self.fill != "zeros":
+            raise ValueError("`data` and `fill` cannot both be given")
 
 
 class WarmupSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

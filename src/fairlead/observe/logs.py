@@ -8,7 +8,6 @@ import msgspec
 import structlog
 
 LogFormat = Literal["auto", "json", "console"]
-LEVELS = ("debug", "info", "warning", "error")
 
 
 def configure_logs(level: str = "info", style: LogFormat = "auto", stream: TextIO | None = None) -> None:

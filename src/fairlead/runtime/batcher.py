@@ -102,7 +102,7 @@ class Batcher:
     def __init__(self, spec: BatchingSpec) -> None:
         self.max_batch_size = spec.max_batch_size
         self.max_queue_delay = spec.max_queue_delay
-        self.preferred = frozenset(size for size in spec.preferred_batch_sizes if size <= spec.max_batch_size)
+        self.preferred = frozenset(spec.preferred_batch_sizes)
         self.largest_preferred = max(self.preferred, default=0)
         self.preserve_ordering = spec.preserve_ordering
         self.max_queue_rows = spec.max_queue_rows

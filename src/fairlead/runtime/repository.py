@@ -86,8 +86,8 @@ class _Model:
         self.attempted: str | None = None
         """The listing that was last loaded or tried, for polling."""
         self.seen: str | None = None
-        self.overridden: Path | None = None
-        """The folder of files that came with an explicit load."""
+        self.given: list[Path] = []
+        """Folders of files that came with explicit loads; a replica that is started again reads its artefact anew."""
 
 
 class _Served(Struct):
@@ -222,6 +222,8 @@ class ModelRepository:
     async def start(self) -> None:
         """Load what the control mode asks for. Raises ConfigError where a source cannot be read at all."""
         settings = self.settings
+        if settings.load and settings.control is not Control.EXPLICIT:
+            raise ConfigError(f"models to load are named ({', '.join(settings.load)}), which only `--control explicit` heeds")
         self._sources = [Source(url, settings.cache_folder) for url in settings.sources]
         await self._scan()
         wanted = list(self._listings)
@@ -251,8 +253,7 @@ class ModelRepository:
         await asyncio.gather(*(self._drain(version, timeout) for version in versions), *self._draining)
         await self._forkserver.close()
         for model in self._models.values():
-            if model.overridden is not None:
-                shutil.rmtree(model.overridden, ignore_errors=True)
+            _remove_given(model)
 
     async def load(self, name: str, config: str | None = None, files: dict[str, bytes] | None = None) -> None:
         """Load, or load again, one model (explicit mode). `config`: a model.yaml (JSON is YAML too), or
@@ -264,13 +265,13 @@ class ModelRepository:
         if files and config is None:
             raise InvalidRequest("files can be given only together with a `config`")
         await self._scan()
-        overridden = None
+        given = None
         if files:
-            overridden = await asyncio.to_thread(_write_files, files)
-            source, listing = Source(str(overridden), self.settings.cache_folder), None
-            found = await asyncio.to_thread(source.scan)
-            listing = next(iter(found.values()), None)
+            given = await asyncio.to_thread(_write_files, files)
+            source = Source(str(given), self.settings.cache_folder)
+            listing = next(iter((await asyncio.to_thread(source.scan)).values()), None)
             if listing is None:
+                shutil.rmtree(given, ignore_errors=True)
                 raise InvalidRequest("the given files hold no version folder; name them `1/model.onnx`")
             entry = (source, Listing(name=name, files=listing.files, root=listing.root))
         elif name in self._listings:
@@ -278,6 +279,8 @@ class ModelRepository:
         else:
             raise NotFound(f"failed to load '{name}', failed to poll from model repository")
         model = self._models.setdefault(name, _Model())
+        if given is not None:
+            model.given.append(given)
         spec = None
         if config is not None:
             triton = triton_config(config)
@@ -289,13 +292,10 @@ class ModelRepository:
             spec = spec.replace(name=name)
         async with model.lock:
             await self._load(name, model, *entry, spec=spec, reload=config is not None)
-            if overridden is not None:
-                model.overridden, overridden = overridden, model.overridden
-                if overridden is not None:
-                    shutil.rmtree(overridden, ignore_errors=True)
         failed = [reason for _, reason in model.states.values() if reason and reason != UNLOADED]
         if model.reason or failed:
             raise LoadError(f"failed to load '{name}': {model.reason or failed[0]}")
+        _remove_given(model, keep=given)
 
     async def unload(self, name: str) -> None:
         """Unload every version (explicit mode); returns once they are drained. Raises FairleadError."""
@@ -444,6 +444,7 @@ class ModelRepository:
         await asyncio.gather(*(self._drain(version, self.settings.drain_timeout) for version in versions.values()))
         model.states = dict.fromkeys(versions, (State.UNAVAILABLE, UNLOADED))
         versions.clear()
+        _remove_given(model)
         await asyncio.to_thread(_settle_memory)
         log.info("model unloaded", model=name)
 
@@ -502,6 +503,13 @@ def _write_files(files: dict[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return folder
+
+
+def _remove_given(model: _Model, keep: Path | None = None) -> None:
+    for folder in model.given:
+        if folder != keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    model.given = [] if keep is None else [keep]
 
 
 def _settle_memory() -> None:

@@ -193,7 +193,13 @@ async def served(
         (folder / name / "model.yaml").write_text(spec.replace("FOLDER", str(folder)))
     folder.mkdir(exist_ok=True)
     os.mkfifo(folder / "closed")
-    settings = RepositorySettings(sources=(str(folder),), control=control, load=("*",), cache_folder=folder / ".cache", drain_timeout=5.0)
+    settings = RepositorySettings(
+        sources=(str(folder),),
+        control=control,
+        load=("*",) if control is Control.EXPLICIT else (),
+        cache_folder=folder / ".cache",
+        drain_timeout=5.0,
+    )
     metrics = Metrics()
     repository, lines = ModelRepository(settings, metrics), Lines(metrics)
     server = GrpcServer(repository, lines, max_message_bytes=max_message_bytes, limits=limits)
