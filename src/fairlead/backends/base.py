@@ -1,13 +1,15 @@
 """The contract between a kind of model and the runtime."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from msgspec import Struct
 
+from fairlead.core.errors import FairleadError
+from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
 from fairlead.core.specs import Isolation, ModelSpec, TensorSpec
 from fairlead.core.tensors import Tensors
 
@@ -72,6 +74,47 @@ class Backend(ABC):
         """
 
 
+Deliver = Callable[[list[tuple[int, Delta | FairleadError]]], None]
+"""Takes what one step produced: (work, piece of its answer, or what it failed with). Called from the engine's thread."""
+
+
+class Engine(Protocol):
+    """A loaded model with a loop of its own over the sequences of many requests (continuous batching).
+
+    All methods but `run` are called from the replica's event loop; `run` has a thread to itself. A work is a number that
+    the caller chose for one request; it ends with a Delta that carries `usage`, or with an error, exactly once, unless it
+    was cancelled.
+    """
+
+    info: EngineInfo
+
+    def submit(self, work: int, prompt: Prompt, *, priority: int, arrived: float, deadline: float) -> None:
+        """Queue a request; whatever is wrong with it is delivered as its error. Times are of `time.perf_counter`;
+        it is given up with TimeoutExpired if it has not started by `deadline` (0: never)."""
+
+    def cancel(self, work: int) -> None:
+        """Nothing more is delivered for it, its memory is free after the running step."""
+
+    def run(self, deliver: Deliver) -> None:
+        """Compute steps until `close`; wait without computing while there is no work."""
+
+    def stats(self) -> EngineStats: ...
+
+    def step_seconds(self) -> float:
+        """How long the running step takes already; 0 between steps."""
+
+    def close(self) -> None:
+        """Make `run` return after its step; requests that are left get ShuttingDown."""
+
+
+class EngineBackend(ABC):
+    """Loads engines of one kind. Stateless."""
+
+    @abstractmethod
+    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int) -> Engine:
+        """`artefact`: the checkpoint's folder. Raises LoadError with one readable sentence that names the file."""
+
+
 class Kind(Struct, frozen=True, kw_only=True):
     """A row of the backends' table: all that can be known of a kind without importing its library."""
 
@@ -86,5 +129,7 @@ class Kind(Struct, frozen=True, kw_only=True):
     """What `isolation: auto` means for this kind."""
     files: tuple[str, ...]
     """Names or suffixes of its artefacts, by preference."""
+    engine: bool = False
+    """It generates: its backend has `load_engine`, and its requests carry a prompt, not tensors."""
     preload: tuple[str, ...] = ()
     """Modules that the fork server imports once for all its processes of this kind."""

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from msgspec import Struct, field
 
 from fairlead.core.errors import FairleadError
+from fairlead.core.generation import Delta, Prompt
 from fairlead.core.tensors import Tensors
 
 
@@ -15,7 +16,9 @@ class Request(Struct, kw_only=True):
     """
 
     model: str
-    inputs: Tensors
+    inputs: Tensors = field(default_factory=dict)
+    prompt: Prompt | None = None
+    """In place of `inputs`, for models that generate or embed."""
     id: str = ""
     """The caller's id, echoed in the answer; "" when it gave none."""
     version: str = ""
@@ -40,7 +43,9 @@ class Response(Struct, kw_only=True):
 
     model: str
     version: str
-    outputs: Tensors
+    outputs: Tensors = field(default_factory=dict)
+    delta: Delta | None = None
+    """In place of `outputs`: a piece of the answer to a `prompt`."""
     id: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
 

@@ -127,12 +127,42 @@ class WarmupSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     count: Positive = 1
 
 
+class LlmSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `llm` section: how a language model's engine runs. Every default suits a small machine."""
+
+    task: Literal["auto", "generate", "embed"] = "auto"
+    """auto: what the checkpoint's architecture and files say."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: the checkpoint's own; float16 becomes bfloat16 on CPU."""
+    max_model_len: Count = 0
+    """Tokens of prompt and answer together; 0: the checkpoint's context, as far as KV memory holds it."""
+    kv_cache_bytes: Count = 0
+    """KV memory; 0: enough for `max_num_seqs` sequences of 2,048 tokens, at most a quarter of the memory that is free."""
+    block_size: Literal[16, 32, 64, 128] = 32
+    """Tokens of one KV block."""
+    max_num_seqs: Positive = 64
+    """Sequences that compute at once."""
+    max_batch_tokens: Positive = 512
+    """Tokens that one step computes: longer prompts are cut into chunks."""
+    max_waiting: Positive = 1024
+    """Requests that may wait; more get 429."""
+    prefix_caching: bool = True
+    decoder: Literal["auto", "graph", "lean"] = "auto"
+    """lean: Fairlead's own decoder; graph: transformers' model; auto: lean where a probe at load shows the same logits."""
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """native: C++ kernels; torch: stock operators; auto: native where a compiler is found or a built copy is cached."""
+    chat_template: str = ""
+    """A file in the model's folder to use in place of the checkpoint's own template."""
+    step_timeout: Annotated[float, Meta(gt=0)] = 60.0
+    """Seconds after which a step counts as hung: its process is started again."""
+
+
 class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`model.yaml`: every key is optional where the artefact or the folder tells it."""
 
     name: str = ""
     backend: str = ""
-    """onnx, xgboost, lightgbm, catboost, sklearn, torchscript, torch_export or python; "" to detect it."""
+    """onnx, xgboost, lightgbm, catboost, sklearn, torchscript, torch_export, llm or python; "" to detect it."""
     file: str = ""
     """The artefact's name inside the version folder; "" to detect it."""
     inputs: tuple[TensorSpec, ...] = ()
@@ -145,6 +175,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The operator vouches for an artefact whose loading runs code of its own (joblib, pickle)."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """Passed to the backend, or to a Python model's `load`."""
+    llm: LlmSpec = LlmSpec()
+    """Of language models and embedders."""
     streams: bool = False
     """Several responses may answer one request (Triton: decoupled). Told by the artefact."""
 

@@ -1,0 +1,202 @@
+"""Words of generation: what a language model is asked, and what it answers piece by piece.
+
+These cross from the doors to the replica and back; every one is a msgspec Struct, so the wire needs no other form.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field, structs
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+
+
+class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen, and when to stop. None: what the model's generation_config says, else the neutral value."""
+
+    max_tokens: Positive | None = None
+    """None: until the model's context is full."""
+    min_tokens: Count = 0
+    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
+    """0: the most likely token."""
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    """0 and -1: all."""
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
+    logit_bias: dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]] = field(default_factory=dict)
+    seed: int | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[Count, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    """How many alternatives to tell beside each chosen token; 0 tells the chosen one alone."""
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"`min_tokens` ({self.min_tokens}) must be at most `max_tokens` ({self.max_tokens})")
+        if any(not text for text in self.stop):
+            raise ValueError("`stop` must not hold an empty string")
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "Sampling":
+        """The fields that are None filled in, by the model's own defaults first."""
+        neutral: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        changes = {name: defaults.get(name, value) for name, value in neutral.items() if getattr(self, name) is None}
+        return structs.replace(self, **changes) if changes else self
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One turn of a chat, as chat templates want it."""
+
+    role: str
+    content: str | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class Chat(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A conversation that the model's chat template turns into text."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] = []
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: dict[str, Any] = {}
+
+
+class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
+    """Continue a text, token ids or a chat: exactly one of the three."""
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+    chat: Chat | None = None
+    add_special_tokens: bool = True
+    sampling: Sampling = Sampling()
+    stream: bool = False
+    """Deltas as tokens come; otherwise one Delta for each choice, when it is complete."""
+    salt: str = ""
+    """Prefix-cache blocks are shared only among requests of the same salt: the tenant's."""
+
+
+class Embed(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="embed"):
+    """One vector for a text or token ids."""
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+    dimensions: Positive | None = None
+    """Only so many leading components, normalised again (Matryoshka embeddings)."""
+
+
+class Tokenize(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokenize"):
+    text: str | None = None
+    chat: Chat | None = None
+    add_special_tokens: bool = True
+
+
+class Detokenize(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="detokenize"):
+    token_ids: list[int]
+
+
+Prompt = Generate | Embed | Tokenize | Detokenize
+"""What goes down in `Request.prompt`."""
+
+FinishReason = Literal["", "stop", "length", "abort"]
+
+
+class TokenLogprob(Struct, frozen=True, array_like=True):
+    token_id: int
+    token: str
+    """As text; bytes that are no whole character show as U+FFFD."""
+    data: bytes
+    """The token's own bytes."""
+    logprob: float
+    rank: int
+    """1 is the most likely."""
+    top: list["TokenLogprob"] = []
+
+
+class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt's, those that the prefix cache held."""
+
+
+class Delta(Struct, kw_only=True, omit_defaults=True):
+    """A piece of one answer: what comes up in `Response.delta`. The last one of a request carries `usage`."""
+
+    index: int = 0
+    """Which of the n choices."""
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of `token_ids`, where asked for."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """One for each token of the prompt, None for the first; in the request's first Delta."""
+    finish_reason: FinishReason = ""
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended it; None for the end-of-sequence token."""
+    usage: Usage | None = None
+    vector: bytes = b""
+    """An embedding: float32, little-endian."""
+    tokens: list[str] | None = None
+    """Of Tokenize: the tokens as the vocabulary spells them."""
+
+
+class EngineInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a loaded engine tells of itself."""
+
+    tasks: tuple[Literal["generate", "embed", "tokenize"], ...]
+    max_model_len: int
+    """Tokens of prompt and answer together."""
+    vocab_size: int
+    architecture: str = ""
+    has_chat_template: bool = False
+    num_kv_blocks: int = 0
+    block_size: int = 0
+    embedding_size: int = 0
+    explain: tuple[str, ...] = ()
+    """What was chosen at load, and why, one readable line each."""
+
+
+class EngineStats(Struct, kw_only=True):
+    """Counted since the engine was loaded; histograms over `observe.metrics.SECONDS`."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    """Free, or holding nothing but prefix cache."""
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_prefix_queried_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    num_failed_steps: int = 0
+    num_quarantined: int = 0
+    """Requests that failed a step on their own."""
+    finished: dict[str, int] = field(default_factory=dict)
+    """Sequences by finish reason (stop, length, abort, error)."""
+    time_to_first_token: tuple[list[int], float] = ([], 0.0)
+    """(counts by bucket, sum)."""
+    inter_token: tuple[list[int], float] = ([], 0.0)
+    queue_time: tuple[list[int], float] = ([], 0.0)
+    step_time: tuple[list[int], float] = ([], 0.0)
+    recovering: bool = False
