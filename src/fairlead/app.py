@@ -9,9 +9,9 @@ from contextlib import suppress
 
 import structlog
 
+from fairlead.api.data import data_app
 from fairlead.api.grpc.server import GrpcServer
 from fairlead.api.http_server import HttpServer
-from fairlead.api.kserve.rest import data_app
 from fairlead.api.ops import ops_app
 from fairlead.core.errors import ConfigError
 from fairlead.core.settings import Settings, check_exposure

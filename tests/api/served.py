@@ -9,8 +9,8 @@ from typing import Any
 import httpx2
 from msgspec import Struct
 
+from fairlead.api.data import data_app
 from fairlead.api.http_server import HttpServer
-from fairlead.api.kserve.rest import data_app
 from fairlead.observe.access import AccessLog
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.repository import Control, ModelRepository, RepositorySettings

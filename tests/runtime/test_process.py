@@ -16,7 +16,8 @@ from fairlead.core.specs import ModelSpec
 from fairlead.core.tensors import object_array
 from fairlead.runtime import process
 from fairlead.runtime.forkserver import ForkServer
-from fairlead.runtime.process import ProcessInstance, restart_delay
+from fairlead.runtime.lives import restart_delay
+from fairlead.runtime.process import ProcessInstance
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 MODELS = Path(__file__).parent / "process_models"

@@ -50,8 +50,11 @@ def json_app(routes: list[tuple[str, str, Serve]]) -> ASGIApp:
     return app
 
 
-def _http_error(_: Request, error: Exception) -> Response:
+def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if request.url.path.startswith("/v1/"):
+        shaped = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
+        return json_response({"error": shaped}, error.status_code, error.headers)
     return json_response({"error": error.detail}, error.status_code, error.headers)
 
 
@@ -134,6 +137,25 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T |
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
+class ErrorShape(Protocol):
+    """How a protocol says that something went wrong."""
+
+    def response(self, error: FairleadError, headers: Mapping[str, str]) -> Response: ...
+
+    def event(self, error: FairleadError) -> bytes:
+        """As the data of a server-sent event."""
+
+
+class PlainErrors:
+    """KServe's: `{"error": "..."}`."""
+
+    def response(self, error: FairleadError, headers: Mapping[str, str]) -> Response:
+        return error_response(error, headers)
+
+    def event(self, error: FairleadError) -> bytes:
+        return msgspec.json.encode({"error": error.message})
+
+
 Ended = Callable[[int, str], None]
 """Told once how an answer ended: its status (CLIENT_LEFT where nobody waited for it) and what went wrong, "" if nothing."""
 
@@ -145,10 +167,13 @@ class EventStream:
     The events' generator is closed at the end, and when the client leaves.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], ended: Ended, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], ended: Ended, headers: Mapping[str, str], errors: ErrorShape | None = None
+    ) -> None:
         self.events = events
         self.ended = ended
         self.headers = headers
+        self.errors = errors or PlainErrors()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, message = 503, "the server stopped"
@@ -183,8 +208,9 @@ class EventStream:
             await send({"type": "http.response.body", "body": b""})
             return 200, "", None
         if not started:
-            return http_status(failure), failure.message, error_response(failure, self.headers)
-        await send({"type": "http.response.body", "body": b"data: " + msgspec.json.encode({"error": failure.message}) + b"\n\n"})
+            answer = self.errors.response(failure, self.headers)
+            return answer.status_code, failure.message, answer
+        await send({"type": "http.response.body", "body": b"data: " + self.errors.event(failure) + b"\n\n"})
         return http_status(failure), failure.message, None
 
     async def _start(self, send: Send) -> None:

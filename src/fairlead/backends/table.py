@@ -5,7 +5,7 @@ import importlib.util
 import zipfile
 from pathlib import Path
 
-from fairlead.backends.base import Backend, Kind
+from fairlead.backends.base import Backend, EngineBackend, Kind
 from fairlead.core.errors import ConfigError, LoadError
 from fairlead.core.specs import Isolation, ModelSpec
 
@@ -83,16 +83,22 @@ BACKENDS: dict[str, Kind] = {
 
 
 def load_backend(name: str) -> Backend:
-    """The backend of a kind. Raises ConfigError where the kind is unknown or a module it needs is not installed."""
-    kind = _kind(name)
+    """The backend of a kind of tensor models. Raises ConfigError where the kind is unknown or a module it needs is not installed."""
+    backend = import_backend(_kind(name))
+    assert isinstance(backend, Backend)
+    return backend
+
+
+def import_backend(kind: Kind) -> Backend | EngineBackend:
+    """Raises ConfigError where a module that the kind needs is not installed."""
     for module in kind.requires:
         if importlib.util.find_spec(module) is None:
-            raise ConfigError(f"model kind {name!r} needs {module}: pip install 'fairlead[{kind.extra}]'")
+            raise ConfigError(f"model kind {kind.name!r} needs {module}: pip install 'fairlead[{kind.extra}]'")
     try:
         backend = importlib.import_module(kind.module).BACKEND
     except (ImportError, OSError) as error:  # installed, but broken: a missing shared library, versions that do not fit
-        raise ConfigError(f"model kind {name!r} cannot be used: {error}") from error
-    assert isinstance(backend, Backend)
+        raise ConfigError(f"model kind {kind.name!r} cannot be used: {error}") from error
+    assert isinstance(backend, EngineBackend if kind.engine else Backend)
     return backend
 
 

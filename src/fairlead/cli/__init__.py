@@ -11,6 +11,7 @@ from fairlead.core.errors import FairleadError
 
 COMMANDS = {
     "serve": "fairlead.cli.serve:serve",
+    "chat": "fairlead.cli.chat:chat",
     "models": "fairlead.cli.models:models",
     "demo": "fairlead.cli.demo:demo",
     "doctor": "fairlead.cli.doctor:doctor",

@@ -2,7 +2,8 @@
 
 FairleadError
 ├── InvalidRequest          the caller's input is wrong
-│   └── TooLarge            ... because it exceeds a size limit
+│   ├── TooLarge            ... because it exceeds a size limit
+│   └── ContextExceeded     ... because prompt and answer are longer than the model's context
 ├── NotFound                no such model, version or route
 ├── Unsupported             a valid wish that this server does not grant
 ├── Unavailable             not now: worth a retry
@@ -32,6 +33,10 @@ class InvalidRequest(FairleadError):
 
 
 class TooLarge(InvalidRequest):
+    pass
+
+
+class ContextExceeded(InvalidRequest):
     pass
 
 

@@ -19,8 +19,8 @@ MAX_CHOICES = 128
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen, and when to stop. None: what the model's generation_config says, else the neutral value."""
 
-    max_tokens: Positive | None = None
-    """None: until the model's context is full."""
+    max_tokens: Count | None = None
+    """None: until the model's context is full; 0: nothing but the prompt's log-probabilities."""
     min_tokens: Count = 0
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     """0: the most likely token."""

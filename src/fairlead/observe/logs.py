@@ -20,7 +20,7 @@ def configure_logs(level: str = "info", style: LogFormat = "auto", stream: TextI
         structlog.processors.TimeStamper(fmt=None if not pretty else "%H:%M:%S", key="time"),
     ]
     last: list[Any] = (
-        [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+        [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback)]
         if pretty
         else [
             structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),

@@ -8,26 +8,40 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
 import uvloop
 from threadpoolctl import threadpool_limits
 
-from fairlead.backends import load_backend
-from fairlead.backends.base import Executable, requests
-from fairlead.core import errors
+from fairlead.backends import import_backend
+from fairlead.backends.base import Backend, Executable, requests
 from fairlead.core.errors import Cancelled, FairleadError, ModelError
 from fairlead.core.tensors import Tensors
+from fairlead.runtime.engine_replica import load_engine, serve_engine
 from fairlead.runtime.slab import Slab
-from fairlead.runtime.wire import Buffer, Connection, Frame, Kind, Load, Ready, Receiver, WireError, encode_frame, pack, unpack
+from fairlead.runtime.wire import (
+    MAX_MESSAGE_CHARS,
+    Buffer,
+    Connection,
+    Frame,
+    Kind,
+    Load,
+    Ready,
+    Receiver,
+    WireError,
+    encode_frame,
+    name_of,
+    pack,
+    unpack,
+)
 
 log = structlog.get_logger("fairlead.replica")
 
-MAX_MESSAGE_CHARS = 4096
 END_SECONDS = 5.0
 """How long a running computation may take to notice that it is no longer wanted."""
+T = TypeVar("T")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -47,7 +61,10 @@ def serve(descriptors: Sequence[int]) -> int:
     if load is None:
         return 0
     # No event loop yet: loading may run one of its own, for the dry run of a coroutine
-    executable = _load(load, sock, outputs)
+    if load.backend.engine:
+        engine = _load(load, sock, load_engine)
+        return 1 if engine is None else serve_engine(load, engine, sock)
+    executable = _load(load, sock, lambda load: _load_executable(load, outputs))
     if executable is None:
         return 1
     loop = uvloop.new_event_loop()
@@ -69,8 +86,8 @@ def _first_frame(sock: socket.socket) -> Load | None:
     return None
 
 
-def _load(load: Load, sock: socket.socket, slab: Slab | None) -> Executable | None:
-    """Load and say so, or say why not."""
+def _load(load: Load, sock: socket.socket, load_it: Callable[[Load], tuple[T, Frame, list[Buffer]]]) -> T | None:
+    """Load and say so, or say why not. `load_it` gives what was loaded, and the READY that tells of it."""
     name = load.spec.name
     with suppress(OSError):
         Path("/proc/self/comm").write_text(f"fl {name}"[:15])
@@ -79,21 +96,23 @@ def _load(load: Load, sock: socket.socket, slab: Slab | None) -> Executable | No
     threadpool_limits(load.threads)
     np.random.seed()  # not the fork server's, which its siblings have too
     body: list[Buffer] = []
-    executable: Executable | None = None
+    loaded: T | None = None
     try:
-        executable = load_backend(load.backend).load(Path(load.artefact), load.spec, load.threads)
+        loaded, answer, body = load_it(load)
         threadpool_limits(load.threads)  # the libraries that came with the model
-        answer, body = _describe_executable(executable, slab)
     except FairleadError as error:
         answer = Frame(Kind.ERROR, error="LoadError", message=error.message)
     except Exception as error:
         log.exception("model failed to load", model=name)
         answer = Frame(Kind.ERROR, error="LoadError", message=f"model '{name}' failed to load: {_describe(error)}")
     sock.sendall(b"".join(encode_frame(answer, body)))
-    return executable if answer.kind is Kind.READY else None
+    return loaded
 
 
-def _describe_executable(executable: Executable, slab: Slab | None) -> tuple[Frame, list[Buffer]]:
+def _load_executable(load: Load, slab: Slab | None) -> tuple[Executable, Frame, list[Buffer]]:
+    backend = import_backend(load.backend)
+    assert isinstance(backend, Backend)
+    executable = backend.load(Path(load.artefact), load.spec, load.threads)
     example = executable.example
     tensors, body = pack([example], slab) if example is not None else ([], [])
     told = Ready(
@@ -104,7 +123,7 @@ def _describe_executable(executable: Executable, slab: Slab | None) -> tuple[Fra
         streams=executable.streams,
         has_example=example is not None,
     )
-    return Frame(Kind.READY, tensors=tensors, ready=told), body
+    return executable, Frame(Kind.READY, tensors=tensors, ready=told), body
 
 
 def _describe(error: BaseException) -> str:
@@ -240,9 +259,8 @@ class Replica:
         if not isinstance(error, FairleadError):
             log.error("model failed", model=self.name, exc_info=error)
             error = ModelError(f"model '{self.name}' failed: {_describe(error)}")
-        kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in vars(errors))  # the model may have classes of its own
         message = error.message[:MAX_MESSAGE_CHARS]
-        self._connection.send(Frame(Kind.ERROR, work=work, error=kind, message=message, freed=self._freed()))
+        self._connection.send(Frame(Kind.ERROR, work=work, error=name_of(error), message=message, freed=self._freed()))
 
     def _freed(self) -> int:
         return self._inputs.received if self._inputs is not None else 0

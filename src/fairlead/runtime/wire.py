@@ -13,6 +13,10 @@ socket or TCP; only the slab needs one host. A peer that breaks these rules is h
 | INFER | gateway | compute one batch; answered by one RESPONSE or ERROR |
 | STREAM | gateway | compute one request; answered by RESPONSEs, at most `credit` of them, and END or ERROR |
 | GRANT, CANCEL | gateway | more credit for the running stream; stop it (an END or ERROR still follows) |
+| GENERATE | gateway | one request to an engine, which has any number at once |
+| DELTAS | replica | what one step of the engine gave: pieces of answers, and errors |
+| STATS | replica | the engine's counts: now and then while it is busy, and when it has become idle |
+| CANCEL | gateway | the caller of an engine's request left: nothing more is said of it |
 | CLOSE | gateway | finish what runs and exit |
 | SPAWN, KILL | gateway | to the fork server: a process for these descriptors; end one |
 | SPAWNED, EXITED | fork server | its pid; how a process ended |
@@ -30,8 +34,11 @@ import numpy as np
 import structlog
 from msgspec import Meta, Struct
 
+from fairlead.backends.base import Kind as BackendKind
 from fairlead.backends.base import RequestContext
-from fairlead.core.errors import InvalidRequest
+from fairlead.core import errors
+from fairlead.core.errors import FairleadError, InvalidRequest, ModelError
+from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
 from fairlead.core.specs import ModelSpec, TensorSpec
 from fairlead.core.tensors import DATATYPES, DTYPES, Tensors, datatype_of, decode_bytes, encode_bytes, object_array
 from fairlead.runtime.slab import Slab, StaleRange
@@ -47,6 +54,13 @@ INLINE_BYTES = 64 << 10
 """Larger tensors go through the slab where there is one."""
 BUFFER_BYTES = 256 << 10
 """Frames up to this size are received through one lasting buffer, larger ones into memory of their own."""
+
+MAX_MESSAGE_CHARS = 4096
+"""Of an error's message."""
+HUNG_EXIT = 70
+"""How a replica process ends whose engine's step took too long ..."""
+BROKEN_EXIT = 71
+"""... or whose engine gave itself up."""
 
 Buffer = bytes | memoryview
 Count = Annotated[int, Meta(ge=0)]
@@ -67,6 +81,9 @@ class Kind(IntEnum):
     GRANT = 8
     CANCEL = 9
     CLOSE = 10
+    GENERATE = 11
+    DELTAS = 12
+    STATS = 13
     SPAWN = 20
     SPAWNED = 21
     KILL = 22
@@ -86,19 +103,42 @@ class TensorPlace(Struct, array_like=True):
 class Load(Struct):
     spec: ModelSpec
     artefact: str
-    backend: str
+    backend: BackendKind
     threads: int
 
 
-class Ready(Struct):
+class Ready(Struct, omit_defaults=True):
     """What the loaded artefact told of itself."""
 
-    platform: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    batches: bool
-    streams: bool
-    has_example: bool
+    platform: str = ""
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    batches: bool = False
+    streams: bool = False
+    has_example: bool = False
+    engine: EngineInfo | None = None
+    """Of an engine, in place of the others."""
+
+
+class Generation(Struct, omit_defaults=True):
+    """A request to an engine. Times are spans: clocks of two processes need not agree."""
+
+    prompt: Prompt
+    priority: int = 0
+    age: float = 0.0
+    """Seconds since it arrived."""
+    timeout: float = 0.0
+    """Seconds from now within which it must have started; 0: none."""
+
+
+class Answer(Struct, array_like=True):
+    """Of one request: a piece of what it asked for, or why there is none."""
+
+    work: int
+    delta: Delta | None = None
+    error: str = ""
+    """Name of a class of `core.errors`; then there is no delta."""
+    message: str = ""
 
 
 class Frame(Struct, omit_defaults=True):
@@ -118,6 +158,9 @@ class Frame(Struct, omit_defaults=True):
     message: str = ""
     load: Load | None = None
     ready: Ready | None = None
+    generation: Generation | None = None
+    answers: list[Answer] = []
+    stats: EngineStats | None = None
     modules: list[str] = []
     """To import before forking."""
     num_fds: Count = 0
@@ -125,6 +168,17 @@ class Frame(Struct, omit_defaults=True):
     pid: int = 0
     status: int = 0
     """Exit code, or the negative number of the signal."""
+
+
+def name_of(error: FairleadError) -> str:
+    """What `error_of` makes the same kind of error of; a model may have classes of its own."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in vars(errors))
+
+
+def error_of(name: str, message: str) -> FairleadError:
+    """An error of the replica's, here."""
+    kind = getattr(errors, name, None)
+    return (kind if isinstance(kind, type) and issubclass(kind, FairleadError) else ModelError)(message)
 
 
 ENCODER = msgspec.msgpack.Encoder()
@@ -286,7 +340,8 @@ class Receiver:
 class Connection(asyncio.BufferedProtocol):
     """One end of the wire in an event loop.
 
-    Writes are not bounded here: both ends have at most one batch, or a stream's credit, under way.
+    Writes are not bounded here: both ends have at most one batch, a stream's credit, or an engine's bounded number of
+    requests under way.
     """
 
     def __init__(self, peer: str, on_frame: Callable[[Frame, Buffer], None], on_lost: Callable[[], None]) -> None:

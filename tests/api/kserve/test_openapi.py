@@ -13,8 +13,8 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from fairlead.api.data import data_app
 from fairlead.api.kserve.openapi import examples_of
-from fairlead.api.kserve.rest import data_app
 from fairlead.core.specs import ModelSpec
 from fairlead.runtime.repository import Control
 from tests.api.served import Served, served

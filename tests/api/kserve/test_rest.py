@@ -13,7 +13,7 @@ import pytest_asyncio
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from fairlead.api.kserve.rest import data_app
+from fairlead.api.data import data_app
 from fairlead.runtime.repository import Control
 from tests.api.served import FOREVER, Served, served
 

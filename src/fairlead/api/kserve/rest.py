@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from msgspec.structs import asdict, replace
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
 
 from fairlead.api.kserve.bodies import (
     Health,
@@ -29,7 +28,7 @@ from fairlead.api.kserve.metadata import ModelMetadata, ServerMetadata, model_co
 from fairlead.api.kserve.openapi import Operation, document, examples_of
 from fairlead.api.kserve.parameters import file_path
 from fairlead.api.kserve.streaming import Streaming
-from fairlead.api.web import Serve, decode_json, health_response, json_app, json_response, live_response, place, read_body, ready_response
+from fairlead.api.web import Serve, decode_json, health_response, json_response, live_response, place, read_body, ready_response
 from fairlead.core.errors import InvalidRequest, Unsupported
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
@@ -41,12 +40,6 @@ MAX_EXAMPLES = 16
 """Models that the OpenAPI document shows bodies for."""
 MODEL_PATHS = (("/v2/models/{model}", "model"), ("/v2/models/{model}/versions/{version}", "modelVersion"))
 MEMORY_KINDS = ("systemsharedmemory", "cudasharedmemory")
-
-
-def data_app(repository: ModelRepository, *, access_log: AccessLog | None = None, max_body_bytes: int = 64 << 20) -> ASGIApp:
-    """The ASGI app of port 8000. `infer` answers with server-sent events only: plain answers are the server's own business."""
-    operations = Rest(repository, access_log or AccessLog(None), max_body_bytes).operations
-    return json_app([(operation.method, operation.path, operation.serve) for operation in operations])
 
 
 class Rest:

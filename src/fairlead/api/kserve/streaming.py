@@ -1,8 +1,6 @@
 """Inference that answers with server-sent events, and Triton's generate."""
 
 import asyncio
-import re
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -15,40 +13,19 @@ from starlette.responses import Response as HttpResponse
 from fairlead.api.kserve import codec
 from fairlead.api.kserve.generate import decode_flat, encode_flat
 from fairlead.api.kserve.openapi import EVENTS, HEADER_LENGTH, JSON
+from fairlead.api.line import AccessLine
 from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status
 from fairlead.api.web import EventStream, error_response, place, read_body, while_connected
 from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import ModelSpec
-from fairlead.observe.access import SANE_ID, SANE_TRACE, AccessLog, new_request_id
+from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
 
 MAX_JSON_BYTES = 1 << 20
 """Nobody else is served while JSON is parsed; larger tensors have the binary extension."""
 
 Encode = Callable[[Response], Awaitable[bytes]]
-
-
-class AccessLine:
-    """What the access log will say of one request; `end` says it."""
-
-    def __init__(self, access_log: AccessLog, http: HttpRequest) -> None:
-        self.access_log = access_log
-        self.arrived = time.perf_counter()
-        self.model, self.version = place(http)
-        self.id = _sane(SANE_ID, http.headers.get("x-request-id", "")) or new_request_id()
-        self.trace = _sane(SANE_TRACE, http.headers.get("traceparent", ""))
-        self.request: Request | None = None
-        """Once it is decoded."""
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What the answer says of it."""
-        return {"x-request-id": self.id} | ({"traceparent": self.trace} if self.trace else {})
-
-    def end(self, status: int, error: str) -> None:
-        rows = self.request.num_rows if self.request else 0
-        self.access_log.add("http", self.id, self.trace, self.model, self.version, status, time.perf_counter() - self.arrived, rows, error)
 
 
 class Streaming:
@@ -73,7 +50,7 @@ class Streaming:
 
     async def _logged(self, http: HttpRequest, serve: Callable[[HttpRequest, AccessLine], Awaitable[Any]]) -> Any:
         """Every end that comes before the answer has begun is logged here."""
-        line = AccessLine(self.access_log, http)
+        line = AccessLine(self.access_log, http, *place(http))
         try:
             return await serve(http, line)
         except FairleadError as failure:
@@ -171,10 +148,6 @@ async def _encode_flat(response: Response) -> bytes:
 def _named(error: FairleadError, request_id: str) -> FairleadError:
     """The error, saying which request it is about."""
     return type(error)(codec.message_of(error, request_id))
-
-
-def _sane(pattern: re.Pattern[bytes], value: str) -> str:
-    return value if pattern.fullmatch(value.encode("latin-1")) else ""
 
 
 def _left(line: AccessLine) -> HttpResponse:

@@ -1,0 +1,1 @@
+"""The OpenAI API, as its SDK and its users' programs speak it."""

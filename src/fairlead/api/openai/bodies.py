@@ -1,0 +1,270 @@
+"""What comes in: the bodies of the OpenAI API and, among their fields, the ones that vLLM's users know.
+
+A field that this server would not heed is not here: it is refused by name. The ones that are here and mean nothing
+(`user`, `metadata`, ...) are labels, which OpenAI defines to have no effect on the answer; those with one meaning that
+can be served (`store: false`) allow only that.
+"""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+from msgspec.structs import replace
+
+from fairlead.api.openai.errors import BadParameter
+from fairlead.core.generation import MAX_CHOICES, MAX_LOGPROBS, Chat, Message, Penalty, Sampling
+
+Count = Annotated[int, Meta(ge=0)]
+Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
+MAX_STOPS = 16
+MAX_PROMPTS = 2048
+"""Texts in one request."""
+_DIRECT = (
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "n",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "prompt_logprobs",
+    "skip_special_tokens",
+)
+
+
+class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class Body(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What chats and completions share."""
+
+    model: str
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
+    seed: int | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # vLLM's
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Probability | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
+    min_tokens: Count | None = None
+    stop_token_ids: Annotated[list[Count], Meta(max_length=MAX_STOPS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    priority: Count | None = None
+    """1 is the highest."""
+
+    def sampling(self, max_tokens: int | None, logprobs: int | None) -> Sampling:
+        """Raises BadParameter."""
+        if self.stream_options is not None and not self.stream:
+            raise BadParameter("'stream_options' is only allowed when 'stream' is set.", "stream_options", "invalid_value")
+        given: dict[str, Any] = {name: value for name in _DIRECT if (value := getattr(self, name)) is not None}
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        try:
+            return Sampling(
+                max_tokens=max_tokens,
+                logprobs=logprobs,
+                stop=stop,
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                logit_bias=_bias(self.logit_bias),
+                **given,
+            )
+        except ValueError as error:
+            raise BadParameter(str(error), str(error).partition("`")[2].partition("`")[0] or None, "invalid_value") from None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _bias(given: dict[str, float] | None) -> dict[int, float]:
+    try:
+        return {int(token_id): bias for token_id, bias in (given or {}).items()}
+    except ValueError:
+        raise BadParameter("Invalid value for 'logit_bias': its keys must be token ids.", "logit_bias", "invalid_value") from None
+
+
+class TextPart(Struct, kw_only=True, forbid_unknown_fields=True):
+    type: str
+    text: str | None = None
+    image_url: Any = None
+    input_audio: Any = None
+    file: Any = None
+    refusal: Any = None
+
+
+class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    # What other servers' answers hold, which clients send back as they came
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    reasoning_content: str | None = None
+
+    def plain(self, place: str) -> Message:
+        """For the chat template. Raises BadParameter."""
+        content = self.content
+        if isinstance(content, list):
+            texts = []
+            for number, part in enumerate(content):
+                if part.type != "text" or part.text is None:
+                    where = f"{place}.content[{number}].type"
+                    raise BadParameter(
+                        f"Invalid value for '{where}': this model reads text only, not {part.type!r}.", where, "invalid_value"
+                    )
+                texts.append(part.text)
+            content = "".join(texts)
+        if content is None and not (self.role == "assistant" and self.tool_calls):
+            where = f"{place}.content"
+            raise BadParameter(f"Missing required parameter: '{where}'.", where, "missing_required_parameter")
+        if self.tool_calls and self.role != "assistant":
+            raise BadParameter("'tool_calls' belong to messages of the assistant.", f"{place}.tool_calls", "invalid_value")
+        if self.role == "tool" and self.tool_call_id is None:
+            where = f"{place}.tool_call_id"
+            raise BadParameter(f"Missing required parameter: '{where}'.", where, "missing_required_parameter")
+        role = "system" if self.role == "developer" else self.role
+        return Message(role=role, content=content, name=self.name, tool_calls=self.tool_calls, tool_call_id=self.tool_call_id)
+
+
+class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+
+
+def chat_of(body: "ChatBody | TokenizeBody") -> Chat:
+    """Raises BadParameter."""
+    if not body.messages:
+        raise BadParameter("Invalid 'messages': empty array. Expected an array with minimum length 1.", "messages", "empty_array")
+    if body.add_generation_prompt and body.continue_final_message:
+        message = "'continue_final_message' needs 'add_generation_prompt' to be false."
+        raise BadParameter(message, "continue_final_message", "invalid_value")
+    messages = [message.plain(f"messages[{number}]") for number, message in enumerate(body.messages)]
+    arguments = dict(body.chat_template_kwargs or {})
+    tools = arguments.pop("tools", None) or []
+    return Chat(
+        messages=messages,
+        tools=tools,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        template_kwargs=arguments,
+    )
+
+
+class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
+    messages: list[ChatMessage]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Handed to the chat template as they are, `tools` among them."""
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    parallel_tool_calls: bool | None = None
+    tools: list[Any] | None = None
+    tool_choice: Literal["none"] | None = None
+
+    def complete(self) -> Sampling:
+        """Raises BadParameter."""
+        if self.tools:
+            message = "'tools' is not supported: the answer's tool calls would not be parsed. `chat_template_kwargs: {tools: [...]}` shows tools to the model and returns its text as it is."
+            raise BadParameter(message, "tools", "unsupported_parameter")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            message = "'max_tokens' and 'max_completion_tokens' are the same: give one of them."
+            raise BadParameter(message, "max_completion_tokens", "invalid_value")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise BadParameter("'top_logprobs' is only allowed when 'logprobs' is true.", "top_logprobs", "invalid_value")
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        if limit == 0:
+            name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+            raise BadParameter(f"Invalid value for '{name}': expected at least 1.", name, "invalid_value")
+        return self.sampling(limit, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+class CompletionBody(Body, kw_only=True, forbid_unknown_fields=True):
+    prompt: str | list[str | int | list[int]]
+    add_special_tokens: bool = True
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Annotated[int, Meta(ge=1)] | None = None
+
+    def complete(self) -> Sampling:
+        """Raises BadParameter."""
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise BadParameter("'best_of' is not supported: it must equal 'n'.", "best_of", "unsupported_value")
+        if self.echo and self.stream:
+            raise BadParameter("'echo' is not supported with 'stream'.", "echo", "unsupported_value")
+        if self.max_tokens == 0 and not self.echo:
+            raise BadParameter("Invalid value for 'max_tokens': 0 needs 'echo'.", "max_tokens", "invalid_value")
+        sampling = self.sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+        if self.echo and self.logprobs is not None:
+            return replace(sampling, prompt_logprobs=self.logprobs)
+        return sampling
+
+
+class EmbeddingBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+    user: str | None = None
+    priority: Count | None = None
+
+
+class TokenizeBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str
+    tokens: list[Count]
+
+
+def texts_of(given: str | list[Any], name: str) -> list[str | list[int]]:
+    """One prompt or many, each a text or token ids. Raises BadParameter."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise BadParameter(f"Invalid '{name}': empty array. Expected an array with minimum length 1.", name, "empty_array")
+    if all(isinstance(each, int) for each in given):
+        return [given]
+    if len(given) > MAX_PROMPTS:
+        raise BadParameter(f"Invalid '{name}': at most {MAX_PROMPTS} texts in one request.", name, "array_above_max_length")
+    if all(isinstance(each, str) for each in given) or all(isinstance(each, list) for each in given):
+        return given
+    raise BadParameter(
+        f"Invalid '{name}': expected a string, an array of strings, of token ids, or of arrays of token ids.", name, "invalid_type"
+    )

@@ -1,0 +1,210 @@
+"""`fairlead chat MODEL`: talk to a language model in the terminal."""
+
+import http.client
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+
+from fairlead.core.errors import FairleadError, Unavailable
+from fairlead.core.generation import Chat, Delta, Message, Sampling, Usage
+from fairlead.core.specs import LlmSpec
+
+HELP = """Talk to a language model.
+
+MODEL is the name of a model that a running server has, or a checkpoint's folder, which is then computed right here.
+In the conversation: /reset forgets it, /system TEXT sets the system message, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
+"""
+TIMEOUT_SECONDS = 300.0
+
+Talk = Callable[[list[dict[str, str]]], Iterator[str | Usage]]
+"""From the messages so far to the pieces of the answer's text, and what it used."""
+
+
+@click.command(help=HELP)
+@click.argument("model")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server's HTTP address.")
+@click.option("--prompt", help="Ask this and leave.")
+@click.option("--system", default="", help="The system message.")
+@click.option("--temperature", type=click.FloatRange(0.0, 2.0), help="0: always the most likely token.  [default: the model's own]")
+@click.option("--max-tokens", type=click.IntRange(1), help="Longest answer.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="With --prompt: the answer and its numbers as JSON.")
+def chat(
+    model: str,
+    url: str,
+    prompt: str | None,
+    system: str,
+    temperature: float | None,
+    max_tokens: int | None,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    if as_json and prompt is None:
+        raise click.UsageError("--json needs --prompt")
+    given = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    options = {name: value for name, value in given.items() if value is not None}
+    talk = _here(Path(model), options) if Path(model).is_dir() else _served(url, model, options)
+    messages = [{"role": "system", "content": system}] if system else []
+    if prompt is not None:
+        answer = _answer(talk, [*messages, {"role": "user", "content": prompt}], quiet=as_json)
+        if as_json:
+            click.echo(msgspec.json.encode(answer).decode())
+        return
+    _converse(talk, messages, model)
+
+
+def _converse(talk: Talk, messages: list[dict[str, str]], model: str) -> None:
+    console = Console(highlight=False)
+    console.print(f"[dim]{model}. /reset, /system TEXT, /exit; Ctrl-C stops an answer.[/]")
+    while True:
+        try:
+            line = console.input("[bold]> [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages[:] = [message for message in messages if message["role"] == "system"]
+            console.print("[dim]forgotten[/]")
+        elif line.startswith("/system"):
+            text = line.removeprefix("/system").strip()
+            messages[:] = [{"role": "system", "content": text}] * bool(text)
+            console.print("[dim]a new conversation[/]")
+        elif line.startswith("/"):
+            console.print("[red]unknown command[/]: /reset, /system TEXT, /exit")
+        elif line:
+            messages.append({"role": "user", "content": line})
+            try:
+                answer = _answer(talk, messages)
+            except FairleadError as error:
+                messages.pop()
+                console.print(f"[red]{error.message}[/]")
+            else:
+                messages.append({"role": "assistant", "content": answer["content"]})
+
+
+def _answer(talk: Talk, messages: list[dict[str, str]], *, quiet: bool = False) -> dict[str, Any]:
+    """Print one answer as it comes. Returns its text and numbers."""
+    started = time.perf_counter()
+    first = 0.0
+    texts: list[str] = []
+    usage = Usage()
+    pieces = talk(messages)
+    try:
+        for piece in pieces:
+            if isinstance(piece, Usage):
+                usage = piece
+                continue
+            first = first or time.perf_counter()
+            texts.append(piece)
+            if not quiet:
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        if not quiet:
+            click.echo(" ...", nl=False)
+    finally:
+        pieces.close()  # type: ignore[attr-defined]
+    now = time.perf_counter()
+    numbers: dict[str, Any] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "tokens": usage.completion_tokens,
+    }
+    numbers["first_token_seconds"] = round((first or now) - started, 4)
+    if usage.completion_tokens > 1 and first:
+        numbers["tokens_per_second"] = round((usage.completion_tokens - 1) / max(now - first, 1e-9), 1)
+    if not quiet:
+        click.echo()
+        if sys.stdout.isatty():
+            rate = f", {numbers['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in numbers else ""
+            Console(highlight=False).print(
+                f"[dim]{usage.completion_tokens} tokens, first after {1000 * numbers['first_token_seconds']:.0f} ms{rate}[/]"
+            )
+    return {"content": "".join(texts), **numbers}
+
+
+def _served(url: str, model: str, options: dict[str, Any]) -> Talk:
+    """Ask a server, as any client would."""
+    parsed = urllib.parse.urlsplit(url)
+    if parsed.scheme not in ("http", "https") or not parsed.hostname:
+        raise FairleadError(f"--url must look like http://127.0.0.1:8000, not {url!r}")
+    connect = http.client.HTTPSConnection if parsed.scheme == "https" else http.client.HTTPConnection
+    host, port, path = parsed.hostname, parsed.port, parsed.path.rstrip("/") + "/v1/chat/completions"
+
+    def talk(messages: list[dict[str, str]]) -> Iterator[str | Usage]:
+        body = {"model": model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
+        with closing(connect(host, port, timeout=TIMEOUT_SECONDS)) as connection:
+            try:
+                connection.request("POST", path, msgspec.json.encode(body), {"content-type": "application/json"})
+                response = connection.getresponse()
+                if response.status != 200:
+                    raise FairleadError(_message(response.read(), f"{response.status} {response.reason}"))
+                for line in response:
+                    if line.startswith(b"data: {"):
+                        yield from _pieces(msgspec.json.decode(line[6:]))
+            except OSError as error:
+                raise Unavailable(f"no answer from {url}: {error.strerror or error}. Is `fairlead serve` running there?") from None
+
+    return talk
+
+
+def _pieces(chunk: dict[str, Any]) -> Iterator[str | Usage]:
+    if "error" in chunk:
+        raise FairleadError(chunk["error"]["message"])
+    for choice in chunk["choices"]:
+        if text := choice["delta"].get("content"):
+            yield text
+    if usage := chunk.get("usage"):
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        yield Usage(prompt_tokens=usage["prompt_tokens"], completion_tokens=usage["completion_tokens"], cached_tokens=cached)
+
+
+def _message(body: bytes, otherwise: str) -> str:
+    try:
+        return str(msgspec.json.decode(body)["error"]["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return otherwise
+
+
+def _here(folder: Path, options: dict[str, Any]) -> Talk:
+    """Compute in this process."""
+    import logging
+
+    import structlog
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    with Console(stderr=True).status(f"loading {folder}"):
+        from fairlead.llm.build import build_generator
+
+        engine, tokenizer, _ = build_generator(folder, LlmSpec())
+
+    def talk(messages: list[dict[str, str]]) -> Iterator[str | Usage]:
+        prompt = Chat(messages=[Message(role=each["role"], content=each["content"]) for each in messages])
+        engine.add(0, tokenizer.encode_chat(prompt), Sampling(**options))
+        try:
+            while engine.has_work:
+                for _, answer in engine.step():
+                    if isinstance(answer, FairleadError):
+                        raise answer
+                    yield from _told(answer)
+        finally:
+            engine.abort(0)
+
+    return talk
+
+
+def _told(delta: Delta) -> Iterator[str | Usage]:
+    if delta.text:
+        yield delta.text
+    if delta.usage is not None:
+        yield delta.usage

@@ -1,0 +1,138 @@
+"""From a checkpoint's folder to an engine that has computed its first steps."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from fairlead.core.errors import LoadError
+from fairlead.core.generation import EngineInfo, Sampling
+from fairlead.core.specs import LlmSpec
+from fairlead.llm.blocks import BlockPool
+from fairlead.llm.checkpoint import open_checkpoint
+from fairlead.llm.embedder import EmbeddingEngine
+from fairlead.llm.engine import Engine
+from fairlead.llm.load import Decoder, load_decoder
+from fairlead.llm.runner import Runner
+from fairlead.llm.sampler import Sampler
+from fairlead.llm.scheduler import Chunk, Scheduler
+from fairlead.llm.sequence import Sequence
+from fairlead.llm.tokenizer import Tokenizer
+
+USUAL_TOKENS = 2048
+"""Of one sequence, where KV memory is sized for `max_num_seqs` of them."""
+SHARE_OF_FREE = 0.25
+
+
+def task_of(folder: Path, spec: LlmSpec) -> Literal["generate", "embed"]:
+    """What the checkpoint is for: as `llm.task` says, else as its files do. Raises LoadError."""
+    if spec.task != "auto":
+        return spec.task
+    if (folder / "modules.json").is_file():  # of sentence-transformers
+        return "embed"
+    generates = open_checkpoint(folder).architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    return "generate" if generates else "embed"
+
+
+def build_generator(folder: Path, spec: LlmSpec, *, clock: Callable[[], float] = time.perf_counter) -> tuple[Engine, Tokenizer, EngineInfo]:
+    """Raises LoadError with one readable sentence."""
+    loaded = load_decoder(folder, spec)
+    tokenizer = Tokenizer.load(folder, spec.chat_template)
+    tokenizer.check_fits(loaded.decoder.vocab_size)
+    num_blocks, max_model_len, reason = size_pool(loaded.decoder, spec, loaded.max_model_len)
+    runner = Runner(
+        loaded.decoder,
+        num_blocks=num_blocks,
+        block_size=spec.block_size,
+        max_num_seqs=spec.max_num_seqs,
+        max_batch_tokens=spec.max_batch_tokens,
+        max_model_len=max_model_len,
+    )
+    warm_up(runner, spec.max_batch_tokens, max_model_len)
+    scheduler = Scheduler(
+        BlockPool(num_blocks, spec.block_size, prefix_caching=spec.prefix_caching),
+        max_num_seqs=spec.max_num_seqs,
+        max_batch_tokens=spec.max_batch_tokens,
+        max_waiting=spec.max_waiting,
+        max_model_len=max_model_len,
+    )
+    engine = Engine(
+        runner,
+        scheduler,
+        Sampler(loaded.decoder.vocab_size),
+        tokenizer,
+        max_model_len=max_model_len,
+        eos_ids=loaded.eos_ids,
+        defaults=loaded.defaults,
+        clock=clock,
+    )
+    info = EngineInfo(
+        tasks=("generate", "tokenize"),
+        max_model_len=max_model_len,
+        vocab_size=loaded.decoder.vocab_size,
+        architecture=loaded.architecture,
+        has_chat_template=tokenizer.has_chat_template,
+        num_kv_blocks=num_blocks,
+        block_size=spec.block_size,
+        explain=(*loaded.explain, reason),
+    )
+    return engine, tokenizer, info
+
+
+def build_embedder(
+    folder: Path, spec: LlmSpec, *, clock: Callable[[], float] = time.perf_counter
+) -> tuple[EmbeddingEngine, Tokenizer, EngineInfo]:
+    """Raises LoadError with one readable sentence."""
+    from fairlead.llm.pooling import load_pooling  # a generator has no use for the encoders' modules
+
+    model = load_pooling(folder, spec)
+    tokenizer = Tokenizer.load(folder, spec.chat_template)
+    tokenizer.check_fits(model.vocab_size)
+    engine = EmbeddingEngine(
+        model, max_batch_tokens=max(spec.max_batch_tokens, model.max_length), max_waiting=spec.max_waiting, clock=clock
+    )
+    info = EngineInfo(
+        tasks=("embed", "tokenize"),
+        max_model_len=model.max_length,
+        vocab_size=model.vocab_size,
+        architecture=model.architecture,
+        embedding_size=model.dimensions,
+        explain=model.explain,
+    )
+    return engine, tokenizer, info
+
+
+def size_pool(decoder: Decoder, spec: LlmSpec, context: int) -> tuple[int, int, str]:
+    """(blocks, longest sequence, why): KV memory from a budget in bytes. Raises LoadError where it cannot hold one sequence."""
+    block_bytes = spec.block_size * sum(shape.nbytes(decoder.dtype) for shape in decoder.layers)
+    if spec.kv_cache_bytes:
+        budget, source = spec.kv_cache_bytes, "`kv_cache_bytes`"
+    else:
+        usual = spec.max_num_seqs * min(context, USUAL_TOKENS) // spec.block_size * block_bytes
+        free = int(psutil.virtual_memory().available * SHARE_OF_FREE)
+        budget, source = min(usual, free), f"{spec.max_num_seqs} sequences of {min(context, USUAL_TOKENS)} tokens"
+        if free < usual:
+            source = f"{SHARE_OF_FREE:.0%} of the free memory"
+        budget = max(budget, min(free, -(-context // spec.block_size) * block_bytes))  # one whole sequence, where that fits
+    num_blocks = budget // block_bytes
+    longest = min(context, num_blocks * spec.block_size)
+    if longest < 2 or (spec.max_model_len and longest < spec.max_model_len):
+        need = -(-(spec.max_model_len or 2) // spec.block_size) * block_bytes
+        raise LoadError(
+            f"KV memory of {budget} bytes ({source}) cannot hold one sequence of {spec.max_model_len or 2} tokens, which takes {need}: raise `llm.kv_cache_bytes` or lower `llm.max_model_len`"
+        )
+    reason = f"KV memory {num_blocks * block_bytes / 2**20:.0f} MiB: {num_blocks} blocks of {spec.block_size} tokens ({source})"
+    if longest < context:
+        reason += f"; sequences are bounded to {longest} of the checkpoint's {context} tokens"
+    return num_blocks, longest, reason
+
+
+def warm_up(runner: Runner, max_batch_tokens: int, max_model_len: int) -> None:
+    """Compute a prompt and a token before anybody waits for an answer: memory is touched and kernels are chosen."""
+    num = max(1, min(max_batch_tokens, max_model_len - 1, 64))
+    sequence = Sequence(-1, [0] * (num + 1), Sampling())
+    sequence.row, sequence.blocks = 0, list(range(-(-(num + 1) // runner.block_size)))
+    runner.run([Chunk(sequence, 0, num, samples=False)])
+    runner.run([Chunk(sequence, num, 1, samples=True)])

@@ -1,0 +1,379 @@
+"""The engine: requests in, pieces of their answers out, one `step` at a time.
+
+plan → run → sample → commit → advance. It has no thread and no clock of its own, so that a test drives it step by step;
+`fairlead.backends.llm` gives it a thread.
+"""
+
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+
+import structlog
+
+from fairlead.core.errors import ContextExceeded, FairleadError, InvalidRequest, ModelError, TimeoutExpired
+from fairlead.core.generation import Delta, EngineStats, Sampling, TokenLogprob, Usage
+from fairlead.llm.output import OutputStream
+from fairlead.llm.runner import Runner, wants_prompt_logits
+from fairlead.llm.sampler import Sampled, Sampler, SampleRow
+from fairlead.llm.scheduler import Chunk, Plan, Scheduler
+from fairlead.llm.sequence import Sequence
+from fairlead.llm.tokenizer import Tokenizer
+from fairlead.observe.metrics import SECONDS, Histogram
+
+log = structlog.get_logger("fairlead.llm")
+
+MAX_FAILURES = 16
+"""Failed steps with no good one between them after which the engine gives itself up: it is not the requests' fault."""
+
+Answer = tuple[int, Delta | FairleadError]
+
+
+class EngineBroken(Exception):
+    """Step after step failed, whatever was computed."""
+
+
+class _Choice:
+    """One of the n answers to a request."""
+
+    __slots__ = ("delta", "finished", "index", "last_at", "output", "row", "sequence")
+
+    def __init__(self, index: int, sequence: Sequence, output: OutputStream, row: SampleRow) -> None:
+        self.index = index
+        self.sequence = sequence
+        self.output = output
+        self.row = row
+        self.delta = Delta(index=index)
+        """What was not delivered yet."""
+        self.finished = False
+        self.last_at = 0.0
+        """When its last token came; 0 before the first."""
+
+
+class _Generation:
+    """One request: its choices, which share the prompt."""
+
+    __slots__ = ("choices", "id", "prompt_logprobs", "stream", "waiting")
+
+    def __init__(self, id: int, *, stream: bool) -> None:
+        self.id = id
+        self.stream = stream
+        self.choices: list[_Choice] = []
+        self.waiting: list[_Choice] = []
+        """Choices that start when the first has computed the prompt, whose blocks they then find in the prefix cache."""
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    def usage(self) -> Usage:
+        sequences = [choice.sequence for choice in self.choices]
+        return Usage(
+            prompt_tokens=sequences[0].num_prompt,
+            completion_tokens=sum(sequence.num_generated for sequence in sequences),
+            cached_tokens=sequences[0].cached_tokens,
+        )
+
+
+class Engine:
+    """Continuous batching over one decoder. Not thread-safe: one caller at a time."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        *,
+        max_model_len: int,
+        eos_ids: Iterable[int] = (),
+        defaults: dict[str, float] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`defaults`: of the model's generation_config; `clock`: seconds."""
+        self.runner = runner
+        self.scheduler = scheduler
+        self.sampler = sampler
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self.eos_ids = frozenset(eos_ids)
+        self.defaults = defaults or {}
+        self.clock = clock
+        self._generations: dict[int, _Generation] = {}
+        self._choices: dict[int, tuple[_Generation, _Choice]] = {}  # by sequence
+        self._next_sequence = 0
+        self._suspects: deque[set[Sequence]] = deque()
+        """While not empty: groups of sequences of a step that failed, tried one group after another."""
+        self._failures = 0
+        self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._num_steps = self._num_failed_steps = self._num_quarantined = 0
+        self._finished: Counter[str] = Counter()
+        self._first_token, self._inter_token = Histogram(SECONDS), Histogram(SECONDS)
+        self._queue_time, self._step_time = Histogram(SECONDS), Histogram(SECONDS)
+
+    # Requests
+
+    def add(
+        self,
+        id: int,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        *,
+        arrived: float | None = None,
+        priority: int = 0,
+        deadline: float = 0.0,
+        salt: str = "",
+        stream: bool = True,
+    ) -> None:
+        """Queue a request. Its answer comes out of `step` as Deltas under `id`, the last with `usage`, or as one error.
+
+        `arrived`, `deadline`: on the engine's clock; 0 is no deadline. `priority`: smaller goes first.
+        Raises InvalidRequest, or QueueFull.
+        """
+        sampling = self._check(prompt_ids, sampling)
+        generation = _Generation(id, stream=stream)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        stop_ids = frozenset(sampling.stop_token_ids)
+        for index in range(sampling.n):
+            sequence = Sequence(
+                self._next_sequence,
+                prompt_ids,
+                sampling,
+                arrived=self.clock() if arrived is None else arrived,
+                priority=priority,
+                deadline=deadline or float("inf"),
+                salt=salt,
+            )
+            self._next_sequence += 1
+            output = OutputStream(self.tokenizer, prompt_ids, sampling, eos_ids=self.eos_ids, max_model_len=self.max_model_len)
+            row = SampleRow(sampling, prompt_ids, seed=seed, index=index, stop_ids=stop_ids | self.eos_ids)
+            generation.waiting.append(_Choice(index, sequence, output, row))
+        self._start_choice(generation, bounded=True)
+        self._generations[id] = generation
+
+    def _check(self, prompt_ids: list[int], sampling: Sampling) -> Sampling:
+        """Raises InvalidRequest. Returns the sampling with nothing left open."""
+        vocab_size, num = self.runner.decoder.vocab_size, len(prompt_ids)
+        if not prompt_ids:
+            raise InvalidRequest("the prompt is empty: it must have at least one token")
+        if max(prompt_ids) >= vocab_size or min(prompt_ids) < 0:
+            raise InvalidRequest(f"the prompt holds token ids outside the vocabulary of {vocab_size}")
+        for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            if any(not 0 <= token_id < vocab_size for token_id in ids):
+                raise InvalidRequest(f"`{name}` holds token ids outside the vocabulary of {vocab_size}")
+        room = self.max_model_len - num
+        wanted = sampling.max_tokens
+        if room < (wanted if wanted is not None else 1):
+            asked = "" if wanted is None else f" ({num} in the prompt and {wanted} for the answer)"
+            raise ContextExceeded(
+                f"this model's maximum context length is {self.max_model_len} tokens, but {num + (wanted or 0)} tokens were requested{asked}: shorten the prompt or ask for fewer"
+            )
+        return sampling.with_defaults(self.defaults)
+
+    def _start_choice(self, generation: _Generation, *, bounded: bool = False) -> None:
+        choice = generation.waiting.pop(0)
+        self.scheduler.add(choice.sequence, bounded=bounded)
+        generation.choices.append(choice)
+        self._choices[choice.sequence.id] = (generation, choice)
+
+    def abort(self, id: int) -> None:
+        """Forget a request and free its blocks; nothing more comes out for it."""
+        generation = self._generations.pop(id, None)
+        if generation is not None:
+            for choice in generation.choices:
+                if not choice.finished:
+                    self._drop(choice)
+                    self._finished["abort"] += 1
+
+    def _drop(self, choice: _Choice) -> None:
+        self.scheduler.abort(choice.sequence)
+        self._choices.pop(choice.sequence.id, None)
+        for group in self._suspects:
+            group.discard(choice.sequence)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._generations)
+
+    @property
+    def recovering(self) -> bool:
+        return bool(self._suspects)
+
+    # Steps
+
+    def step(self) -> list[Answer]:
+        """Compute one step and return what it gave. Raises EngineBroken where no step succeeds any more."""
+        now = self.clock()
+        while self._suspects and not self._suspects[0]:
+            self._suspects.popleft()
+        plan = self.scheduler.plan(now, only=self._suspects[0] if self._suspects else None)
+        answers: list[Answer] = []
+        for sequence in plan.expired:
+            self._fail(sequence, TimeoutExpired("Request timeout expired"), answers)
+        if not plan.chunks:
+            if self._suspects:  # nothing of the group can run now: let everybody
+                self._suspects.popleft()
+            return answers
+        try:
+            logits = self.runner.run(plan.chunks)
+            sampled = self._sample(plan, logits)
+        except Exception as error:
+            self._isolate(plan, error, answers)
+            return answers
+        self._failures = 0
+        self.scheduler.commit(plan)
+        done = self.clock()
+        self._num_steps += 1
+        self._step_time.observe(done - now)
+        for sequence in plan.admitted:
+            if sequence.num_preemptions == 0:
+                self._queue_time.observe(now - sequence.arrived)
+        for chunk, token in sampled:
+            self._advance(chunk.seq, token, done, answers)
+        if self._suspects:  # they have shown that they can compute
+            self._suspects[0].difference_update([chunk.seq for chunk in plan.chunks if chunk.samples])
+        return answers
+
+    def _sample(self, plan: Plan, logits) -> list[tuple[Chunk, Sampled]]:  # type: ignore[no-untyped-def]
+        """A token for every chunk that caught up; log-probabilities of prompts on the way."""
+        chunks, rows, at = [], [], []
+        place = 0
+        for chunk in plan.chunks:
+            if wants_prompt_logits(chunk):
+                self._note_prompt_logprobs(chunk, logits[place : place + chunk.num_tokens])
+                place += chunk.num_tokens
+            elif chunk.samples:
+                place += 1
+            if chunk.samples:
+                chunks.append(chunk)
+                rows.append(self._choices[chunk.seq.id][1].row)
+                at.append(place - 1)
+        if not chunks:
+            return []
+        wanted = logits if place == len(at) else logits[at]
+        return list(zip(chunks, self.sampler.sample(wanted, rows), strict=True))
+
+    def _note_prompt_logprobs(self, chunk: Chunk, logits) -> None:  # type: ignore[no-untyped-def]
+        sequence = chunk.seq
+        generation, _ = self._choices[sequence.id]
+        known: list[TokenLogprob | None] = generation.prompt_logprobs or [None]
+        # after a preemption the prompt is computed again; the last row of the prompt predicts what is generated
+        first, end = max(chunk.start, len(known) - 1), min(chunk.start + chunk.num_tokens, sequence.num_prompt - 1)
+        if first < end:
+            ids = sequence.token_ids[first + 1 : end + 1]
+            count = sequence.sampling.prompt_logprobs or 0
+            wanted = logits[first - chunk.start : end - chunk.start]
+            known += [self._told(told) for told in self.sampler.prompt_logprobs(wanted, ids, count)]
+        generation.prompt_logprobs = known
+
+    def _advance(self, sequence: Sequence, sampled: Sampled, now: float, answers: list[Answer]) -> None:
+        """A new token of one sequence: its text, its end, and what of it is delivered."""
+        generation, choice = self._choices[sequence.id]
+        if sampled.error:
+            self._num_quarantined += 1
+            self._fail(sequence, ModelError(sampled.error), answers)
+            return
+        if choice.last_at:
+            self._inter_token.observe(now - choice.last_at)
+        else:
+            self._num_prompt_tokens += sequence.num_prompt
+            self._first_token.observe(now - sequence.arrived)
+        choice.last_at = now
+        delta = choice.delta
+        if choice.index == 0 and generation.prompt_logprobs is not None:
+            delta.prompt_logprobs = generation.prompt_logprobs
+            generation.prompt_logprobs = None
+        if sequence.sampling.max_tokens == 0:
+            delta.finish_reason = "length"
+        else:
+            token_id = sampled.token_id
+            sequence.token_ids.append(token_id)
+            self._num_generated_tokens += 1
+            choice.row.push(token_id)
+            pushed = choice.output.push(token_id)
+            delta.token_ids.append(token_id)
+            delta.text += pushed.text
+            delta.finish_reason, delta.stop_reason = pushed.finish_reason, pushed.stop_reason
+            if sequence.sampling.logprobs is not None:
+                delta.logprobs = [*(delta.logprobs or ()), self._told(sampled)]
+        while generation.waiting:
+            self._start_choice(generation)
+        if delta.finish_reason:
+            self._finish(generation, choice)
+        if delta.finish_reason or (generation.stream and (delta.text or delta.logprobs or delta.prompt_logprobs)):
+            choice.delta = Delta(index=choice.index)
+            answers.append((generation.id, delta))
+            if all(other.finished for other in generation.choices):
+                delta.usage = generation.usage()
+                del self._generations[generation.id]
+
+    def _finish(self, generation: _Generation, choice: _Choice) -> None:
+        choice.finished = True
+        self.scheduler.finish(choice.sequence)
+        del self._choices[choice.sequence.id]
+        for group in self._suspects:
+            group.discard(choice.sequence)
+        self._finished[choice.delta.finish_reason] += 1
+
+    def _told(self, sampled: Sampled) -> TokenLogprob:
+        def told(token_id: int, logprob: float, rank: int, top: list[TokenLogprob]) -> TokenLogprob:
+            return TokenLogprob(token_id, self.tokenizer.token_text(token_id), self.tokenizer.token_bytes(token_id), logprob, rank, top)
+
+        top = [told(token_id, logprob, rank, []) for rank, (token_id, logprob) in enumerate(sampled.top, 1)]
+        return told(sampled.token_id, sampled.logprob, sampled.rank, top)
+
+    # Failure
+
+    def _isolate(self, plan: Plan, error: Exception, answers: list[Answer]) -> None:
+        """A step failed. Its sequences are tried again in halves until the one that cannot be computed stands alone."""
+        self._num_failed_steps += 1
+        self._failures += 1
+        group = {chunk.seq for chunk in plan.chunks}
+        log.error("step failed", sequences=len(group), tokens=sum(chunk.num_tokens for chunk in plan.chunks), exc_info=error)
+        self.scheduler.rollback(plan)
+        if self._suspects:
+            self._suspects[0] -= group
+        if self._failures >= MAX_FAILURES:
+            raise EngineBroken(f"{self._failures} steps failed one after another, the last with {type(error).__name__}: {error}") from error
+        if len(group) == 1:
+            self._num_quarantined += 1
+            message = f"the model failed on this request: {type(error).__name__}: {error}"
+            self._fail(group.pop(), ModelError(message), answers)
+            return
+        ordered = sorted(group, key=lambda sequence: sequence.id)
+        half = len(ordered) // 2
+        self._suspects.extendleft([set(ordered[half:]), set(ordered[:half])])
+
+    def _fail(self, sequence: Sequence, error: FairleadError, answers: list[Answer]) -> None:
+        """End a whole request with an error."""
+        generation, _ = self._choices[sequence.id]
+        for choice in generation.choices:
+            if not choice.finished:
+                self._drop(choice)
+                self._finished["error"] += 1
+        self._generations.pop(generation.id, None)
+        answers.append((generation.id, error))
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=scheduler.pool.num_blocks,
+            num_free_blocks=scheduler.pool.num_free,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_prefix_queried_tokens=scheduler.num_prefix_queried_tokens,
+            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            num_failed_steps=self._num_failed_steps,
+            num_quarantined=self._num_quarantined,
+            finished=dict(self._finished),
+            time_to_first_token=_told(self._first_token),
+            inter_token=_told(self._inter_token),
+            queue_time=_told(self._queue_time),
+            step_time=_told(self._step_time),
+            recovering=self.recovering,
+        )
+
+
+def _told(histogram: Histogram) -> tuple[list[int], float]:
+    return list(histogram.counts), histogram.sum
