@@ -4,6 +4,7 @@ python bench.py [--model S|M] [--quick] [--only ENGINE...] [--workloads NAME...]
 
 All engines are loaded first, one after the other, which gives their start and memory; then they take turns, the others
 stopped meanwhile, until each has enough turns in which the machine was quiet. Results are lines of JSON in results/.
+PRECEDE=1 in the environment: the engine at its turn goes before the machine's other work (Linux, as root, under setsid).
 """
 
 import argparse
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +26,7 @@ import psutil
 import table
 from http_load import Load, chat, load
 from registry import ENGINES, HERE, MAIN, Engine
-from tree import Meter, Tree
+from tree import Meter, Tree, precede
 from workloads import WORKLOADS
 
 START_SECONDS = 400
@@ -32,6 +34,7 @@ TURN_SECONDS = 300
 QUIET_SECONDS = 3
 """How long a turn waits for other work on the machine to end."""
 QUIET_CORES = 0.25
+PRECEDE = bool(os.environ.get("PRECEDE"))
 
 Write = Callable[..., None]
 
@@ -122,12 +125,15 @@ def wait_for_quiet() -> None:
         pass
 
 
-def started(kind: type[Offline] | type[Served], names: list[str], model: Path, write: Write) -> list:
+def started(kind: type[Offline] | type[Served], names: list[str], model: Path, write: Write, stack: contextlib.ExitStack) -> list:
     """Each engine in turn, from nothing to its first answer. One that does not start is named and left out."""
     engines = []
     for name in names:
         wait_for_quiet()
         engine = kind(name, model, HERE / "logs" / f"{name}-{kind.__name__.lower()}.log")
+        stack.callback(engine.tree.stop)
+        if PRECEDE:
+            engine.tree.precede()
         meter = Meter(engine.tree)
         try:
             with meter:
@@ -152,6 +158,8 @@ def take_turns(engines: list, workloads: list[str], rounds: int, write: Write, s
                 if quiet[engine.name, workload] >= rounds:
                     continue
                 engine.tree.resume()
+                if PRECEDE:
+                    engine.tree.precede()
                 wait_for_quiet()
                 meter = Meter(engine.tree)
                 try:
@@ -188,6 +196,9 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="add to what is there")
     parser.add_argument("--json", action="store_true", help="the medians as JSON instead of a table")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what was started is stopped
+    if PRECEDE:  # the load comes from here
+        precede(psutil.Process())
     model = HERE / "models" / f"{args.model}-bf16"
     out = args.out or HERE / "results" / f"{args.model}.jsonl"
     out.parent.mkdir(exist_ok=True)
@@ -214,9 +225,7 @@ def main() -> None:
     for kind, workloads in ((Offline, offline), (Served, http)):
         wanted = [name for name in names if (ENGINES[name].offline if kind is Offline else ENGINES[name].serve)]
         with contextlib.ExitStack() as stack:
-            engines = started(kind, wanted if workloads else [], model, write)
-            for engine in engines:
-                stack.callback(engine.tree.stop)
+            engines = started(kind, wanted if workloads else [], model, write, stack)
             take_turns(engines, workloads, rounds, write, seed=int(time.time()) % 100_000 * 10)
     results = table.Results(out)
     print(json.dumps(results.medians()) if args.json else "\n".join(table.markdown(results)))

@@ -138,7 +138,7 @@ def a_city(rng: Random) -> str:
     return made_up(rng) if rng.random() < 0.3 else rng.choice(words.CITIES)
 
 
-# Arithmetic: the answer repeats the sum, so that its digits stand beside each other
+# Arithmetic as at school: a column at a time from the right, so that each step is a fact small enough to learn
 
 ADD = ("{a} + {b}", "{a} + {b} =", "{a}+{b}", "What is {a} + {b}?", "What is {a} plus {b}?", "Add {a} and {b}", "Sum of {a} and {b}",
        "Calculate {a} + {b}", "How much is {a} plus {b}?", "I have {a} apples and get {b} more. How many apples do I have?")  # fmt: skip
@@ -149,21 +149,50 @@ MULTIPLY = ("{a} * {b}", "{a} * {b} =", "{a}*{b}", "{a} x {b}", "What is {a} * {
 
 
 def a_number(rng: Random) -> int:
-    return rng.randrange(rng.choices((10, 100, 1000), weights=(1, 3, 6))[0])
+    return rng.randrange(rng.choices((10, 100, 1000), weights=(1, 4, 5))[0])
+
+
+def columns(a: int, b: int) -> list[tuple[int, int]]:
+    """The digits of both numbers, the last ones first; the shorter number begins with zeros."""
+    width = max(len(str(a)), len(str(b)))
+    return [(int(x), int(y)) for x, y in zip(f"{a:0{width}}"[::-1], f"{b:0{width}}"[::-1], strict=True)]
+
+
+def aligned(a: int, b: int, sign: str) -> str:
+    width = max(len(str(a)), len(str(b)))
+    return f"{a:0{width}} {sign} {b:0{width}}"
 
 
 def add(rng: Random) -> Draft:
     a, b = a_number(rng), a_number(rng)
     prompt = said(rng, rng.choice(ADD).format(a=a, b=b))
-    return Draft(f"{min(a, b)},{max(a, b)}", prompt, f"{a} + {b} = {a + b}", a + b)
+    return Draft(f"{min(a, b)},{max(a, b)}", prompt, worked_sum(a, b), a + b)
+
+
+def worked_sum(a: int, b: int) -> str:
+    """`348 + 275: 8+5=13, 4+7+1=12, 3+2+1=6, so 623`"""
+    steps, carry = [], 0
+    for x, y in columns(a, b):
+        total = x + y + carry
+        steps.append(f"{x}+{y}{'+1' if carry else ''}={total}")
+        carry = total // 10
+    return f"{aligned(a, b, '+')}: {', '.join(steps)}, so {a + b}"
 
 
 def subtract(rng: Random) -> Draft:
-    a, b = a_number(rng), a_number(rng)
-    if a < b and (rng.random() < 0.9 or b > 99):
-        a, b = b, a
+    b, a = sorted((a_number(rng), a_number(rng)))
     prompt = said(rng, rng.choice(SUBTRACT).format(a=a, b=b))
-    return Draft(f"{a},{b}", prompt, f"{a} - {b} = {a - b}", a - b)
+    return Draft(f"{a},{b}", prompt, worked_difference(a, b), a - b)
+
+
+def worked_difference(a: int, b: int) -> str:
+    """`905 - 378: 15-8=7, 10-7-1=2, 9-3-1=5, so 527`: ten is borrowed where the column needs it."""
+    steps, borrowed = [], 0
+    for x, y in columns(a, b):
+        needs = x - y - borrowed < 0
+        steps.append(f"{x + 10 * needs}-{y}{'-1' if borrowed else ''}={x + 10 * needs - y - borrowed}")
+        borrowed = int(needs)
+    return f"{aligned(a, b, '-')}: {', '.join(steps)}, so {a - b}"
 
 
 def multiply(rng: Random) -> Draft:
@@ -171,21 +200,25 @@ def multiply(rng: Random) -> Draft:
     if rng.random() < 0.5:
         a, b = b, a
     prompt = said(rng, rng.choice(MULTIPLY).format(a=a, b=b))
-    return Draft(f"{min(a, b)},{max(a, b)}", prompt, f"{a} * {b} = {worked_product(a, b)}", a * b)
+    return Draft(f"{min(a, b)},{max(a, b)}", prompt, f"{a} * {b}{worked_product(max(a, b), min(a, b))}{a * b}", a * b)
 
 
-def worked_product(a: int, b: int) -> str:
-    """`46 * 7` as `280 + 42 = 322`; a product of one table as it is."""
-    large, small = max(a, b), min(a, b)
-    tens, ones = large // 10 * 10, large % 10
-    return f"{tens * small} + {ones * small} = {a * b}" if tens and ones and small else str(a * b)
+def worked_product(number: int, digit: int) -> str:
+    """The steps of `46 * 7: 6*7=42, 4*7=28, 28+4=32, so `; of two digits `6 * 7 = `."""
+    if number < 10:
+        return " = "
+    tens, ones = divmod(number, 10)
+    last, first = ones * digit, tens * digit
+    carried = f", {first}+{last // 10}={first + last // 10}" if last > 9 else ""
+    return f": {ones}*{digit}={last}, {tens}*{digit}={first}{carried}, so "
 
 
 # Units
 
-POWERS = (("km", "m", 1000), ("m", "cm", 100), ("cm", "mm", 10), ("kg", "g", 1000), ("l", "ml", 1000), ("m", "mm", 1000))
-FACTORS = (("minutes", "seconds", 60), ("hours", "minutes", 60), ("days", "hours", 24), ("weeks", "days", 7), ("years", "months", 12),
-           ("feet", "inches", 12))  # fmt: skip
+POWERS = (("km", "m", 1000), ("m", "cm", 100), ("cm", "mm", 10), ("kg", "g", 1000), ("l", "ml", 1000))
+FACTORS = (("minutes", "seconds", 60, 30), ("hours", "minutes", 60, 30), ("weeks", "days", 7, 50), ("days", "hours", 24, 9),
+           ("years", "months", 12, 9), ("feet", "inches", 12, 9))  # fmt: skip
+"""(unit, smaller unit, how many, the most that is asked for)"""
 CONVERT = ("Convert {q} {unit} to {to}", "How many {to} are {q} {unit}?", "What is {q} {unit} in {to}?", "{q} {unit} in {to}",
            "{q} {unit} to {to}", "How many {to} are in {q} {unit}?", "Express {q} {unit} in {to}", "Change {q} {unit} to {to}")  # fmt: skip
 
@@ -196,7 +229,7 @@ def units(rng: Random) -> Draft:
 
 def by_power(rng: Random) -> Draft:
     unit, to, factor = rng.choice(POWERS)
-    tenths = rng.randint(1, 99) if rng.random() < 0.4 else 10 * rng.randint(1, 99)
+    tenths = rng.randint(1, 99) if rng.random() < 0.3 else 10 * rng.randint(1, 99)
     large, small = plain(tenths / 10), plain(tenths * factor / 10)
     if rng.random() < 0.5:
         unit, to, large, small = to, unit, small, large
@@ -204,11 +237,11 @@ def by_power(rng: Random) -> Draft:
 
 
 def by_factor(rng: Random) -> Draft:
-    unit, to, factor = rng.choice(FACTORS)
-    count = rng.randint(2, 30)
-    tens, ones = count // 10 * 10, count % 10
-    working = f" = {tens * factor} + {ones * factor}" if tens and ones else ""
-    return conversion(rng, str(count), unit, to, f"{count} {unit} = {count} * {factor} {to}{working} = {count * factor} {to}", count * factor)
+    """`17 hours = 17 * 60 minutes: 7*6=42, 1*6=6, 6+4=10, so 1020 minutes`; the zero of 60 is left out of the steps."""
+    unit, to, factor, most = rng.choice(FACTORS)
+    count = rng.randint(2, most)
+    working = worked_product(count, factor // 10 if factor == 60 else factor) if factor in (7, 60) else worked_product(factor, count)
+    return conversion(rng, str(count), unit, to, f"{count} {unit} = {count} * {factor} {to}{working}{count * factor} {to}", count * factor)
 
 
 def conversion(rng: Random, quantity: str, unit: str, to: str, answer: str, value: float) -> Draft:
@@ -231,9 +264,9 @@ SORT_WORDS = ("Sort {items}", "Sort these words: {items}", "Sort alphabetically:
 
 
 def sort(rng: Random) -> Draft:
-    count = rng.randint(3, 6)
+    count = rng.randint(3, 5)
     if rng.random() < 0.4:
-        items = rng.sample(words.WORDS, min(count, 5))
+        items = rng.sample(words.WORDS, min(count, 4))
         ordered, template = sorted(items), rng.choice(SORT_WORDS)
         key = ",".join(ordered)
     else:
@@ -484,7 +517,7 @@ TASKS: dict[str, Callable[[Random], Draft]] = {
     "talk": talk,
     "decline": decline,
 }
-SHARES = {"add": 20, "subtract": 20, "multiply": 12, "units": 12, "sort": 12, "json": 9, "tool_call": 7, "tool_result": 2, "talk": 2, "decline": 4}
+SHARES = {"add": 12, "subtract": 13, "multiply": 12, "units": 14, "sort": 20, "json": 12, "tool_call": 9, "tool_result": 2, "talk": 2, "decline": 4}
 """How often a task is trained on: more for what takes longest to learn."""
 
 

@@ -30,7 +30,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "draft": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 320},
 }
 PEAK_LEARNING_RATE = {"chat": 3e-3, "draft": 4e-3}
-TOKENS_PER_STEP = 2048
+TOKENS_PER_STEP = 3072
 POOL = 1024
 """Conversations sorted by length together, so that a batch holds little padding."""
 IGNORED = -100

@@ -17,14 +17,9 @@ Ireland Finland Sweden Vietnam Turkey Austria Greece Portugal Australia""".split
 THINGS = """lamps chairs books pens cups plates tables shirts shoes hats bags boxes tickets mugs candles towels blankets pillows
 bottles spoons forks knives clocks phones cables screens keyboards batteries stamps brushes""".split()
 
-WORDS = """apple banana cherry date elderberry fig grape kiwi lemon mango orange peach pear plum quince raspberry strawberry tomato
-ant bear cat dog eagle fox goat horse iguana jaguar koala lion mouse newt otter panda rabbit snake tiger wolf yak zebra
-chair desk lamp table window door roof wall floor key book pen paper cup plate spoon fork knife
-red blue green yellow black white brown pink purple
-river lake sea hill forest island valley desert ocean cloud rain snow storm sun moon star wind
-bread milk cheese butter salt sugar rice soup cake honey tea coffee water juice
-car bus train boat ship plane bike truck road bridge tower garden house school hotel market
-north south east west summer winter autumn spring music piano violin drum guitar flute""".split()
+WORDS = """apple banana cherry date fig grape kiwi lemon mango orange peach plum ant bear cat dog eagle fox goat horse lion mouse
+otter panda rabbit snake tiger wolf zebra chair desk lamp table window door book pen paper cup red blue green yellow black white
+river lake hill forest island cloud rain moon star bread milk cheese sugar honey tea juice car bus train""".split()
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 

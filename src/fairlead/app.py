@@ -29,7 +29,7 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         check_exposure(settings.listen)
         self.settings = settings
-        self.metrics = Metrics(triton_names=settings.metrics.triton_names)
+        self.metrics = Metrics(triton_names=settings.metrics.triton_names, vllm_names=settings.metrics.vllm_names)
         self.access_log = AccessLog(sys.stderr if settings.logs.requests else None, self.metrics.responses)
         models = settings.models
         self.repository = ModelRepository(

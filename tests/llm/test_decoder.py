@@ -71,6 +71,15 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32):
     return model.to(dtype)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Nothing here is large enough for two, and waking one costs more than the work on a busy machine."""
+    num = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num)
+
+
 @pytest.fixture(scope="module")
 def native() -> AttentionKernel:
     if not kernels.load():
@@ -224,6 +233,15 @@ def test_logits_that_are_not_numbers_never_match():
     assert matches(logits, logits) == ""
     assert "nan" in matches(logits, logits.clone().fill_(float("nan")))
     assert "shape" in matches(logits, logits[:3])
+
+
+def test_a_clear_winner_must_win():
+    logits = torch.randn(3, 10_000, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
+    logits[1, 20], logits[1, 30] = 10.0, 9.0
+    other = logits.clone()
+    other[1, 20], other[1, 30] = 9.0, 10.0
+
+    assert "other tokens win" in matches(logits, other)
 
 
 def test_what_the_family_does_not_cover_is_named():

@@ -161,6 +161,12 @@ def test_tokens_that_tie_with_the_last_one_kept_are_kept() -> None:
     assert shaped(torch.tensor([3.0, 1.0, 3.0, 3.0]), temperature=1.0, top_k=2) == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
 
 
+def test_a_token_that_fills_top_p_exactly_is_the_last_one() -> None:
+    logits_V = torch.tensor([2.0, 1.0, 1.0]).log()
+    assert TopPLogitsWarper(0.5)(torch.tensor([[0]]), logits_V[None]).isfinite().tolist() == [[True, False, False]]
+    assert shaped(logits_V, temperature=1.0, top_p=0.5).tolist() == [1.0, 0.0, 0.0]
+
+
 def test_a_temperature_near_zero_is_greedy() -> None:
     for temperature in (1e-300, 1e-40, 1e-6):
         assert Sampler(V).sample(logits_of(), [row(temperature=temperature)])[0].token_id == logits_of().argmax()

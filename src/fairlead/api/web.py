@@ -40,22 +40,26 @@ def error_response(error: FairleadError, headers: Mapping[str, str] | None = Non
     return json_response({"error": error.message}, http_status(error), headers)
 
 
-def json_app(routes: list[tuple[str, str, Serve]]) -> ASGIApp:
-    """An app of (method, path, serve) whose every error is JSON `{"error": ...}`."""
+Refuse = Callable[[Request, HTTPException], Response]
+"""Answers what never reaches an operation: an unknown path, a method that the path does not have."""
+
+
+def json_app(routes: list[tuple[str, str, Serve]], refusals: Mapping[str, Refuse] | None = None) -> ASGIApp:
+    """An app of (method, path, serve) whose every error is JSON `{"error": ...}`; `refusals`: by the prefix of the path."""
+
+    def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        for prefix, shaped in (refusals or {}).items():
+            if request.url.path.startswith(prefix):
+                return shaped(request, error)
+        return json_response({"error": error.detail}, error.status_code, error.headers)
+
     app = Starlette(
         routes=[Route(path, _no_surprises(serve), methods=[method]) for method, path, serve in routes],
-        exception_handlers={HTTPException: _http_error},
+        exception_handlers={HTTPException: refuse},
     )
     app.router.redirect_slashes = False
     return app
-
-
-def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if request.url.path.startswith("/v1/"):
-        shaped = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
-        return json_response({"error": shaped}, error.status_code, error.headers)
-    return json_response({"error": error.detail}, error.status_code, error.headers)
 
 
 def _no_surprises(serve: Serve) -> Serve:

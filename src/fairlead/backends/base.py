@@ -131,5 +131,7 @@ class Kind(Struct, frozen=True, kw_only=True):
     """Names or suffixes of its artefacts, by preference."""
     engine: bool = False
     """It generates: its backend has `load_engine`, and its requests carry a prompt, not tensors."""
+    parameters: bool = False
+    """It reads `parameters` of model.yaml."""
     preload: tuple[str, ...] = ()
     """Modules that the fork server imports once for all its processes of this kind."""

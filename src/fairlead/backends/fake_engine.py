@@ -28,7 +28,16 @@ from zlib import crc32
 import numpy as np
 
 from fairlead.backends.base import Deliver, Engine, EngineBackend, Kind
-from fairlead.core.errors import ContextExceeded, FairleadError, InvalidRequest, ModelError, QueueFull, ShuttingDown, TimeoutExpired, Unsupported
+from fairlead.core.errors import (
+    ContextExceeded,
+    FairleadError,
+    InvalidRequest,
+    ModelError,
+    QueueFull,
+    ShuttingDown,
+    TimeoutExpired,
+    Unsupported,
+)
 from fairlead.core.generation import (
     Chat,
     Delta,
@@ -40,8 +49,8 @@ from fairlead.core.generation import (
     Generate,
     Prompt,
     Sampling,
-    TokenLogprob,
     Tokenize,
+    TokenLogprob,
     Usage,
 )
 from fairlead.core.specs import Isolation, ModelSpec
@@ -55,6 +64,7 @@ KIND = Kind(
     isolation=Isolation.PROCESS,
     files=(),
     engine=True,
+    parameters=True,
 )
 EMBEDDING_SIZE = 8
 BLOCK_SIZE = 16
@@ -203,17 +213,23 @@ class FakeEngine:
         match prompt:
             case Tokenize():
                 words = self._words(prompt)
-                return Delta(token_ids=[self._id(word) for word in words], tokens=words, finish_reason="stop", usage=Usage(prompt_tokens=len(words)))
+                return Delta(
+                    token_ids=[self._id(word) for word in words], tokens=words, finish_reason="stop", usage=Usage(prompt_tokens=len(words))
+                )
             case Detokenize(token_ids=ids):
                 return Delta(text="".join(self._word(token_id) for token_id in ids), finish_reason="stop", usage=Usage())
         if ("generate" if isinstance(prompt, Generate) else "embed") not in self.info.tasks:
-            raise Unsupported("this model embeds: it does not generate text" if isinstance(prompt, Generate) else "this model does not embed")
+            raise Unsupported(
+                "this model embeds: it does not generate text" if isinstance(prompt, Generate) else "this model does not embed"
+            )
         words = self._words(prompt)
         if not words:
             raise InvalidRequest("the prompt is empty: it must have at least one token")
         wanted = (prompt.sampling.max_tokens or 1) if isinstance(prompt, Generate) else 0
         if len(words) + wanted > self.max_model_len:
-            raise ContextExceeded(f"this model's maximum context length is {self.max_model_len} tokens, but {len(words) + wanted} were requested")
+            raise ContextExceeded(
+                f"this model's maximum context length is {self.max_model_len} tokens, but {len(words) + wanted} were requested"
+            )
         if len(self._waiting) >= self.max_waiting:
             raise QueueFull(f"{self.max_waiting} requests wait already")
         self._waiting.append(_Running(work, prompt, words, priority=priority, arrived=arrived, deadline=deadline or math.inf))

@@ -9,6 +9,8 @@ from fairlead.backends.base import Backend, EngineBackend, Kind
 from fairlead.core.errors import ConfigError, LoadError
 from fairlead.core.specs import Isolation, ModelSpec
 
+CHECKPOINT = "config.json with *.safetensors"
+
 BACKENDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -19,6 +21,7 @@ BACKENDS: dict[str, Kind] = {
             extra="",
             isolation=Isolation.PROCESS,
             files=("model.py",),
+            parameters=True,
         ),
         Kind(
             name="onnx",
@@ -78,6 +81,16 @@ BACKENDS: dict[str, Kind] = {
             files=("model.pt2", ".pt2"),
             preload=("torch", "torch.export"),
         ),
+        Kind(
+            name="llm",
+            module="fairlead.backends.llm",
+            requires=("torch", "transformers", "tokenizers", "safetensors"),
+            extra="llm",
+            isolation=Isolation.PROCESS,
+            files=(),
+            engine=True,
+            preload=("torch", "transformers.modeling_utils", "fairlead.backends.llm"),
+        ),
     )
 }
 
@@ -120,6 +133,12 @@ def detect(path: Path, spec: ModelSpec) -> tuple[Kind, Path]:
         return declared or _kind_of(artefact), artefact
     if declared is None and (path / "model.py").is_file():
         return BACKENDS["python"], path / "model.py"
+    if declared is None and _is_checkpoint(path):
+        return BACKENDS["llm"], path
+    if declared is not None and declared.engine:
+        if declared.name == "llm" and not _is_checkpoint(path):
+            raise LoadError(f"{path} is no checkpoint of a language model: {CHECKPOINT}{_found(path)}")
+        return declared, path
 
     candidates: list[tuple[Kind, Path]] = []
     reasons: list[str] = []
@@ -151,10 +170,28 @@ def detect(path: Path, spec: ModelSpec) -> tuple[Kind, Path]:
     known = ", ".join(
         dict.fromkeys(name for kind in BACKENDS.values() for name in kind.files if name.startswith(".") or name == "model.py")
     )
+    known += f", or a language model's checkpoint: {CHECKPOINT}"
     raise LoadError(
         "; ".join([f"{path} holds no model artefact ({known}){_found(path)}", *reasons])
         + f"; name it in model.yaml:\nfile: NAME\nbackend: KIND    # one of {', '.join(BACKENDS)}"
     )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is what `save_pretrained` of transformers, or `save` of sentence-transformers, writes. Raises LoadError
+    where its weights are in a form that is not read."""
+    if (folder / "modules.json").is_file():
+        return True
+    config = folder / "config.json"
+    if not config.is_file() or (b'"model_type"' not in (text := config.read_bytes()) and b'"architectures"' not in text):
+        return False
+    weights = [file.name for file in folder.iterdir() if file.name.endswith((".safetensors", ".safetensors.index.json"))]
+    pickled = sorted(file.name for file in folder.glob("pytorch_model*.bin*"))
+    if not weights and pickled:
+        raise LoadError(
+            f"{folder} holds its weights as a pickle ({pickled[0]}); save them with save_pretrained(..., safe_serialization=True)"
+        )
+    return bool(weights)
 
 
 def _kind(name: str) -> Kind:

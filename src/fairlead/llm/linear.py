@@ -141,6 +141,8 @@ def works(kind: type[PackedLinear] | type[OneDnnLinear], dtype: torch.dtype) -> 
                 x_TK = random(num_tokens, 64)
                 torch.testing.assert_close(ours(x_TK).double(), plain(x_TK.double()), rtol=tolerance, atol=64 * tolerance)
     except (AssertionError, RuntimeError, AttributeError) as error:
-        log.warning("a linear kernel is not used: it fails its test here", kernel=kind.__name__, dtype=str(dtype), error=str(error).split("\n")[0])
+        log.warning(
+            "a linear kernel is not used: it fails its test here", kernel=kind.__name__, dtype=str(dtype), error=str(error).split("\n")[0]
+        )
         return False
     return True

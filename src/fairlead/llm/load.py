@@ -11,6 +11,7 @@ from fairlead.core.specs import LlmSpec
 from fairlead.llm.attention import AttentionKernel, choose
 from fairlead.llm.batch import LayerCache, LayerShape, StepBatch
 from fairlead.llm.checkpoint import Checkpoint, choose_dtype, load_generator, open_checkpoint
+from fairlead.llm.decoder import LeanDecoder, probe
 from fairlead.llm.graph import ATTENTION, GraphDecoder, check_config, freeze_rope, prove
 
 
@@ -45,7 +46,7 @@ class Loaded:
 
 
 def load_decoder(folder: Path, spec: LlmSpec, *, device: str = "cpu") -> Loaded:
-    """Check the checkpoint, load it, prove that it computes right, and take the lean decoder where it computes the same.
+    """Check the checkpoint, load it, and take the lean decoder where it computes the same as transformers' graph.
 
     Raises LoadError with one sentence that names the file or what is not supported.
     """
@@ -58,9 +59,7 @@ def load_decoder(folder: Path, spec: LlmSpec, *, device: str = "cpu") -> Loaded:
     if device != "cpu":
         model = model.to(device)
     rope = freeze_rope(model, max_model_len)
-    graph = GraphDecoder(model, kernel)
-    prove(graph)
-    decoder, why = choose_decoder(graph, kernel, spec)
+    decoder, why = choose_decoder(model, kernel, spec, max_model_len)
     return Loaded(
         decoder=decoder,
         architecture=checkpoint.architecture,
@@ -69,9 +68,9 @@ def load_decoder(folder: Path, spec: LlmSpec, *, device: str = "cpu") -> Loaded:
         defaults=checkpoint.defaults,
         explain=(
             f"weights: {checkpoint.num_bytes / 2**20:.0f} MiB of {_word(checkpoint.dtype)}, computed in {_word(dtype)}",
+            f"decoder: {why}",
             f"attention: {kernel.name} kernels",
             *rope,
-            why,
         ),
     )
 
@@ -90,25 +89,20 @@ def choose_length(checkpoint: Checkpoint, spec: LlmSpec) -> int:
     return int(spec.max_model_len or context)
 
 
-def choose_decoder(graph: GraphDecoder, kernel: AttentionKernel, spec: LlmSpec) -> tuple[Decoder, str]:
-    """The lean decoder where it is wanted and its logits match the graph's; and the reason in words. Raises LoadError."""
-    if spec.decoder == "graph":
-        return graph, "decoder: transformers' graph, as `llm.decoder` says"
-    lean, reason = _lean(graph, kernel)
-    if lean is not None:
-        return lean, f"decoder: lean ({reason})"
-    if spec.decoder == "lean":
-        raise LoadError(f"`llm.decoder: lean` cannot compute this checkpoint: {reason}")
-    return graph, f"decoder: transformers' graph ({reason})"
-
-
-def _lean(graph: GraphDecoder, kernel: AttentionKernel) -> tuple[Decoder | None, str]:
-    try:
-        from fairlead.llm import decoder
-    except ImportError:
-        return None, "there is no lean decoder yet"
-    lean: Any = decoder.LeanDecoder.from_graph(graph.model, kernel)
-    return lean, "its logits match the graph's"
+def choose_decoder(model: Any, kernel: AttentionKernel, spec: LlmSpec, max_model_len: int) -> tuple[Decoder, str]:
+    """The lean decoder where it is wanted and its logits match transformers'; and why, in words. Raises LoadError."""
+    reason = "as `llm.decoder` says"
+    if spec.decoder != "graph":
+        lean = LeanDecoder.from_graph(model, kernel, max_model_len=max_model_len)
+        reason = lean if isinstance(lean, str) else probe(model, lean)
+        if not reason:
+            assert isinstance(lean, LeanDecoder)
+            return lean, "lean: its logits match those of transformers' graph"
+        if spec.decoder == "lean":
+            raise LoadError(f"`llm.decoder: lean` cannot compute this checkpoint ({reason}): leave the line out")
+    graph = GraphDecoder(model, kernel)
+    prove(graph)
+    return graph, f"transformers' graph: {reason}"
 
 
 def _word(dtype: torch.dtype) -> str:

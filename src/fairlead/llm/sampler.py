@@ -8,6 +8,7 @@ Order of what shapes a distribution, as in vLLM 1: logit bias and tokens forbidd
 presence penalties, temperature, min_p, top_k, top_p.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -193,14 +194,7 @@ class Sampler:
     def _draw(self, logits_V: Row, row: SampleRow) -> int:
         """By the inverse of the cumulative distribution at the row's uniform."""
         weights, ids = self.shape(logits_V, row.sampling)
-        starts = self._starts if ids is None else np.arange(0, len(weights), SUM_SIZE)
-        sums = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
-        target = _below(row.uniform() * sums[-1], sums[-1])
-        block = int(np.searchsorted(sums, target, side="right"))
-        within = np.cumsum(weights[starts[block] : starts[block] + SUM_SIZE], dtype=np.float64)
-        # what float32 rounded in the block's sum must not lead past its end, nor to a token of no weight
-        rest = _below(target - (sums[block - 1] if block else 0.0), within[-1])
-        place = int(starts[block]) + int(np.searchsorted(within, rest, side="right"))
+        place = _place(weights, row.uniform(), self._starts if ids is None else None)
         return place if ids is None else int(ids[place])
 
     def shape(self, logits_V: Row, sampling: Sampling) -> tuple[Row, np.ndarray[Any, np.dtype[np.int64]] | None]:
@@ -264,12 +258,24 @@ def _nucleus(weights: Row, threshold: np.float32, top_p: float) -> np.float32:
     total = float(weights.sum(dtype=np.float64))
     # all tokens below the mean of what may be cut away hold less than that together, so that none of them is needed
     heavy = np.sort(weights[np.flatnonzero(weights >= (1.0 - top_p) * total / len(weights))])[::-1]
-    place = int(np.searchsorted(np.cumsum(heavy, dtype=np.float64), top_p * total))
-    return np.float32(heavy[min(place, len(heavy) - 1)])
+    # a token that makes the share exactly full is the last one
+    return np.float32(heavy[_place(heavy, math.nextafter(top_p, 0.0), total=total)])
 
 
-def _below(value: float, end: float) -> float:
-    return min(value, float(np.nextafter(end, -np.inf)))
+def _place(weights: Row, share: float, starts: np.ndarray[Any, Any] | None = None, *, total: float = 0.0) -> int:
+    """The first place where the sum of the weights so far exceeds `share` of the total (0: of their own), or the last one
+    that weighs anything. `starts`: where the summed blocks begin, if it is known."""
+    if starts is None:
+        starts = np.arange(0, len(weights), SUM_SIZE)
+    sums = np.add.reduceat(weights, starts).cumsum(dtype=np.float64)
+    end = float(sums[-1])
+    target = min(share * (total or end), math.nextafter(end, 0.0))
+    block = int(sums.searchsorted(target, side="right"))
+    start = int(starts[block])
+    within = weights[start : start + SUM_SIZE].cumsum(dtype=np.float64)
+    # what float32 rounded in the block's sum must not lead past its end, nor to a token of no weight
+    rest = min(target - (float(sums[block - 1]) if block else 0.0), math.nextafter(float(within[-1]), 0.0))
+    return start + int(within.searchsorted(rest, side="right"))
 
 
 def _told(logits_V: Row, token_id: int, count: int) -> Sampled:

@@ -15,7 +15,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import msgspec
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from fairlead.core.errors import InvalidRequest, LoadError
@@ -63,7 +63,6 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         named = _named_tokens(folder, config)
         _add_tokens(backend, folder, config, named)
-        _choose_post_processor(backend, config, named)
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
@@ -83,6 +82,8 @@ class Tokenizer:
     # Encode
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """`add_special_tokens`: those that tokenizer.json's post-processor puts first and last; what tokenizer_config.json says
+        of them (`add_bos_token`) does not count, as in transformers 5."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_chat(self, chat: Chat) -> list[int]:
@@ -376,19 +377,6 @@ def _add_tokens(backend: Backend, folder: Path, config: Mapping[str, Any], named
     for text in named.values():
         if text not in special and backend.token_to_id(text) is not None:
             backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-
-
-def _choose_post_processor(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """tokenizer.json's own puts in the first and last tokens, unless the config says itself which of them it wants."""
-    if "add_bos_token" not in config and "add_eos_token" not in config and backend.post_processor is not None:
-        return
-    bos = named.get("bos_token") if config.get("add_bos_token") else None
-    eos = named.get("eos_token") if config.get("add_eos_token") else None
-    tokens = [token for token in (bos, eos) if token is not None and backend.token_to_id(token) is not None]
-    single = " ".join([*([f"{bos}:0"] if bos in tokens else []), "$A:0", *([f"{eos}:0"] if eos in tokens else [])])
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, pair=f"{single} $B:1", special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys(tokens)]
-    )
 
 
 def _read_templates(folder: Path, config: Mapping[str, Any], named: Mapping[str, str], chosen: str) -> ChatTemplates | None:

@@ -18,7 +18,24 @@ renders at scrape time.
 | fairlead_instance_restarts_total | restarts | model, version |
 | fairlead_responses_total | infer requests, as the protocol's status tells their end | protocol, status |
 | fairlead_model_loads_total | loads | model, outcome (success, failure) |
+| fairlead_time_to_first_token_seconds | seconds | model, version |
+| fairlead_inter_token_seconds | seconds between two tokens of one answer | model, version |
+| fairlead_generation_queue_seconds | seconds from arrival to the first step | model, version |
+| fairlead_step_seconds | seconds, per step of the engine | model, version |
+| fairlead_prompt_tokens_total | tokens | model, version |
+| fairlead_generated_tokens_total | tokens | model, version |
+| fairlead_prefix_cache_queried_tokens_total | tokens of prompts that were looked up | model, version |
+| fairlead_prefix_cache_hit_tokens_total | tokens found | model, version |
+| fairlead_preemptions_total | sequences that gave their blocks back and started again | model, version |
+| fairlead_finished_sequences_total | sequences | model, version, reason (stop, length, abort, error) |
+| fairlead_engine_failed_steps_total | steps | model, version |
+| fairlead_quarantined_requests_total | requests that failed a step on their own | model, version |
+| fairlead_kv_blocks | blocks of KV memory | model, version |
+| fairlead_kv_blocks_free | blocks that are free, or hold nothing but prefix cache | model, version |
+| fairlead_sequences | sequences now | model, version, state (running, waiting) |
 | fairlead_process_* , python_* | the client library's own |
+
+Engines count in their own processes and tell now and then (`EngineStats`); the counts of a replica that died stay.
 
 Cardinality is bounded by the loaded versions; the series of an unloaded version end with it.
 """
@@ -26,10 +43,15 @@ Cardinality is bounded by the loaded versions; the series of an unloaded version
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
+from typing import Any
 
+from msgspec import structs
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
+
+from fairlead.core.generation import EngineStats
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -48,13 +70,17 @@ class Histogram:
         self.sum += value
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative, as Prometheus wants them."""
-        total = 0
-        result: list[tuple[str, float]] = []
-        for bound, number in zip((*map(float, self.bounds), float("inf")), self.counts, strict=True):
-            total += number
-            result.append(("+Inf" if bound == float("inf") else repr(bound), total))
-        return result
+        return buckets(self.bounds, self.counts)
+
+
+def buckets(bounds: tuple[float, ...], counts: list[int]) -> list[tuple[str, float]]:
+    """Cumulative, as Prometheus wants them."""
+    total = 0
+    result: list[tuple[str, float]] = []
+    for bound, number in zip((*map(float, bounds), float("inf")), counts, strict=True):
+        total += number
+        result.append(("+Inf" if bound == float("inf") else repr(bound), total))
+    return result
 
 
 class Durations:
@@ -93,12 +119,21 @@ class BatchDurations:
 class ModelMetrics:
     """Everything counted of one version of one model."""
 
-    def __init__(self, model: str, version: str, queue: Callable[[], tuple[int, int]], restarts: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        model: str,
+        version: str,
+        queue: Callable[[], tuple[int, int]],
+        restarts: Callable[[], int],
+        engine: Callable[[], EngineStats] | None = None,
+    ) -> None:
         self.model = model
         self.version = version
         self.queue = queue
         """(requests, rows) waiting now."""
         self.restarts = restarts
+        self.engine = engine
+        """Of a model that has one: what its replicas told."""
         self.latency = Histogram(SECONDS)
         self.queued = Histogram(SECONDS)
         self.compute = Histogram(SECONDS)
@@ -131,17 +166,22 @@ class ModelMetrics:
     def statistics(self) -> dict[str, object]:
         """One entry of Triton's `model_stats`."""
         none = Durations().json()
+        executions, queue, total = self.executions, self.queue_time.json(), self.total.json()
+        if self.engine is not None:
+            told = self.engine()
+            executions, queue = told.num_steps, _durations_json(told.queue_time)
+            total["compute_infer"] = _durations_json(told.step_time)
         return {
             "name": self.model,
             "version": self.version,
             "last_inference": self.last_inference_ms,
             "inference_count": self.rows,
-            "execution_count": self.executions,
+            "execution_count": executions,
             "inference_stats": {
                 "success": self.success.json(),
                 "fail": self.fail.json(),
-                "queue": self.queue_time.json(),
-                **self.total.json(),
+                "queue": queue,
+                **total,
                 "cache_hit": none,
                 "cache_miss": none,
             },
@@ -154,12 +194,13 @@ class ModelMetrics:
 class Metrics:
     """All of one server's numbers."""
 
-    def __init__(self, *, triton_names: bool = False) -> None:
+    def __init__(self, *, triton_names: bool = False, vllm_names: bool = False) -> None:
         self.models: dict[tuple[str, str], ModelMetrics] = {}
         self.responses: Counter[tuple[str, int]] = Counter()
         """Finished infer requests by (protocol, status)."""
         self.loads: Counter[tuple[str, str]] = Counter()
         self.triton_names = triton_names
+        self.vllm_names = vllm_names
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -172,7 +213,9 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         models = list(self.models.values())
+        engines = [(model, model.engine()) for model in models if model.engine is not None]
         yield from _families(models)
+        yield from _engine_families(engines)
         responses = CounterMetricFamily("fairlead_responses", "Infer requests by how they ended", labels=["protocol", "status"])
         for (protocol, status), number in self.responses.items():
             responses.add_metric([protocol, str(status)], number)
@@ -183,6 +226,8 @@ class Metrics:
         yield loads
         if self.triton_names:
             yield from _triton_families(models)
+        if self.vllm_names:
+            yield from _vllm_families(engines)
 
 
 def _families(models: Iterable[ModelMetrics]) -> Iterator[Metric]:
@@ -248,3 +293,134 @@ def _triton_families(models: Iterable[ModelMetrics]) -> Iterator[Metric]:
         pending.add_metric([m.model, m.version], m.queue()[0])
     yield failures
     yield pending
+
+
+# Engines
+
+Told = tuple[list[int], float]
+"""A histogram over SECONDS: (counts by bucket, sum)."""
+_NONE: Told = ([], 0.0)
+
+
+def add_stats(left: EngineStats, right: EngineStats) -> EngineStats:
+    """What two engines, or two lives of one, have counted together."""
+
+    def add(a: Any, b: Any) -> Any:
+        match a:
+            case bool():
+                return a or b
+            case dict():
+                return dict(Counter(a) + Counter(b))
+            case tuple():
+                return _add_told(a, b)
+        return a + b
+
+    return EngineStats(**{name: add(getattr(left, name), getattr(right, name)) for name in EngineStats.__struct_fields__})
+
+
+def _add_told(left: Told, right: Told) -> Told:
+    """Empty counts stand for a histogram that nobody has begun."""
+    return [x + y for x, y in zip_longest(left[0], right[0], fillvalue=0)], left[1] + right[1]
+
+
+def counted(stats: EngineStats) -> EngineStats:
+    """Only what was counted, without what was true at the moment."""
+    return structs.replace(stats, num_running=0, num_waiting=0, num_blocks=0, num_free_blocks=0, recovering=False)
+
+
+def _durations_json(told: Told) -> dict[str, int]:
+    return {"count": sum(told[0]), "ns": int(told[1] * 1e9)}
+
+
+def _histogram(family: HistogramMetricFamily, key: list[str], told: Told) -> None:
+    family.add_metric(key, buckets(SECONDS, told[0] or [0] * (len(SECONDS) + 1)), told[1])
+
+
+ENGINE_HISTOGRAMS = (
+    ("fairlead_time_to_first_token_seconds", "From arrival to the first token", "time_to_first_token"),
+    ("fairlead_inter_token_seconds", "Between two tokens of one answer", "inter_token"),
+    ("fairlead_generation_queue_seconds", "From arrival to the first step", "queue_time"),
+    ("fairlead_step_seconds", "One step of the engine", "step_time"),
+)
+ENGINE_COUNTERS = (
+    ("fairlead_prompt_tokens", "Tokens of prompts", "num_prompt_tokens"),
+    ("fairlead_generated_tokens", "Tokens generated", "num_generated_tokens"),
+    ("fairlead_prefix_cache_queried_tokens", "Tokens of prompts looked up in the prefix cache", "num_prefix_queried_tokens"),
+    ("fairlead_prefix_cache_hit_tokens", "Tokens of prompts found in the prefix cache", "num_prefix_hit_tokens"),
+    ("fairlead_preemptions", "Sequences that gave their blocks back and started again", "num_preemptions"),
+    ("fairlead_engine_failed_steps", "Steps of the engine that failed", "num_failed_steps"),
+    ("fairlead_quarantined_requests", "Requests that failed a step on their own", "num_quarantined"),
+)
+ENGINE_GAUGES = (
+    ("fairlead_kv_blocks", "Blocks of KV memory", "num_blocks"),
+    ("fairlead_kv_blocks_free", "Blocks that are free, or hold nothing but prefix cache", "num_free_blocks"),
+)
+Engines = list[tuple[ModelMetrics, EngineStats]]
+
+
+def _engine_families(engines: Engines) -> Iterator[Metric]:
+    labels = ["model", "version"]
+    for name, text, field in ENGINE_HISTOGRAMS:
+        histogram = HistogramMetricFamily(name, text, labels=labels)
+        for m, stats in engines:
+            _histogram(histogram, [m.model, m.version], getattr(stats, field))
+        yield histogram
+    for family, rows in ((CounterMetricFamily, ENGINE_COUNTERS), (GaugeMetricFamily, ENGINE_GAUGES)):
+        for name, text, field in rows:
+            single = family(name, text, labels=labels)
+            for m, stats in engines:
+                single.add_metric([m.model, m.version], getattr(stats, field))
+            yield single
+    finished = CounterMetricFamily("fairlead_finished_sequences", "Sequences by why they ended", labels=[*labels, "reason"])
+    sequences = GaugeMetricFamily("fairlead_sequences", "Sequences now", labels=[*labels, "state"])
+    for m, stats in engines:
+        for reason, number in stats.finished.items():
+            finished.add_metric([m.model, m.version, reason], number)
+        sequences.add_metric([m.model, m.version, "running"], stats.num_running)
+        sequences.add_metric([m.model, m.version, "waiting"], stats.num_waiting)
+    yield finished
+    yield sequences
+
+
+def _vllm_families(engines: Engines) -> Iterator[Metric]:
+    """vLLM's names (docs/usage/metrics.md of its repository), for dashboards that exist. They know no versions: a model's are added up."""
+    labels = ["model_name"]
+    of_models: dict[str, tuple[EngineStats, Told]] = {}
+    for m, stats in engines:
+        told, latency = of_models.get(m.model, (EngineStats(), _NONE))
+        of_models[m.model] = (add_stats(told, stats), _add_told(latency, (m.latency.counts, m.latency.sum)))
+    gauges: dict[str, Callable[[EngineStats], float]] = {
+        "num_requests_running": lambda s: s.num_running,
+        "num_requests_waiting": lambda s: s.num_waiting,
+        "kv_cache_usage_perc": lambda s: 1 - s.num_free_blocks / s.num_blocks if s.num_blocks else 0.0,
+    }
+    counters: dict[str, Callable[[EngineStats], int]] = {
+        "prefix_cache_queries": lambda s: s.num_prefix_queried_tokens,
+        "prefix_cache_hits": lambda s: s.num_prefix_hit_tokens,
+        "num_preemptions": lambda s: s.num_preemptions,
+        "prompt_tokens": lambda s: s.num_prompt_tokens,
+        "generation_tokens": lambda s: s.num_generated_tokens,
+    }
+    histograms: dict[str, Callable[[EngineStats, Told], Told]] = {
+        "time_to_first_token_seconds": lambda s, _: s.time_to_first_token,
+        "inter_token_latency_seconds": lambda s, _: s.inter_token,
+        "time_per_output_token_seconds": lambda s, _: s.inter_token,
+        "request_queue_time_seconds": lambda s, _: s.queue_time,
+        "e2e_request_latency_seconds": lambda _, latency: latency,
+    }
+    for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+        for name, value in values.items():
+            single = family(f"vllm:{name}", name.replace("_", " "), labels=labels)
+            for model, (stats, _) in of_models.items():
+                single.add_metric([model], value(stats))
+            yield single
+    for name, pick in histograms.items():
+        histogram = HistogramMetricFamily(f"vllm:{name}", name.replace("_", " "), labels=labels)
+        for model, (stats, latency) in of_models.items():
+            _histogram(histogram, [model], pick(stats, latency))
+        yield histogram
+    success = CounterMetricFamily("vllm:request_success", "requests by why they ended", labels=[*labels, "finished_reason"])
+    for model, (stats, _) in of_models.items():
+        for reason, number in stats.finished.items():
+            success.add_metric([model, reason], number)
+    yield success

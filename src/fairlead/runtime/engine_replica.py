@@ -21,7 +21,7 @@ import uvloop
 from fairlead.backends import import_backend
 from fairlead.backends.base import Engine, EngineBackend
 from fairlead.core.errors import FairleadError
-from fairlead.core.generation import Delta
+from fairlead.core.generation import Delta, EngineStats
 from fairlead.runtime.wire import (
     BROKEN_EXIT,
     HUNG_EXIT,
@@ -41,6 +41,8 @@ log = structlog.get_logger("fairlead.replica")
 
 STATS_SECONDS = 0.5
 """Between two STATS while the engine is busy."""
+IDLE_STATS_SECONDS = 0.05
+"""After one, before another that says that the engine has become idle: short requests would each bring one."""
 END_SECONDS = 5.0
 """How long a running step may take to end when the engine is closed."""
 SWITCH_SECONDS = 0.0005
@@ -60,7 +62,8 @@ def serve_engine(load: Load, engine: Engine, sock: socket.socket) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
-    return loop.run_until_complete(EngineReplica(load.spec.name, engine, load.spec.llm.step_timeout).run(sock))
+    code: int = loop.run_until_complete(EngineReplica(load.spec.name, engine, load.spec.llm.step_timeout).run(sock))
+    return code
 
 
 class EngineReplica:
@@ -74,6 +77,7 @@ class EngineReplica:
         """What must still be answered."""
         self._interval = min(STATS_SECONDS, step_timeout / 4)
         self._timer: asyncio.TimerHandle | None = None
+        self._told_at = 0.0
         self._closing = False
         self._ended = asyncio.Event()
         self._code = 0
@@ -91,6 +95,9 @@ class EngineReplica:
         self.engine.close()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._returned.wait(), END_SECONDS)
+        if self._timer is not None:
+            self._timer.cancel()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         return self._code
 
     def _on_frame(self, frame: Frame, body: Buffer) -> None:
@@ -144,6 +151,8 @@ class EngineReplica:
                 self._works.remove(work)
         if answers:
             self._send(answers)
+        if not self._works and self._loop.time() - self._told_at >= IDLE_STATS_SECONDS:
+            self._tell()
         self._end_if_done()
 
     def _send(self, answers: list[Answer]) -> None:
@@ -185,9 +194,14 @@ class EngineReplica:
             stack = "".join(traceback.format_stack(sys._current_frames()[self._thread.ident or 0]))
             log.error("step hung: its process ends", model=self.name, seconds=round(seconds, 1), stack=stack)
             os._exit(HUNG_EXIT)
-        stats = self.engine.stats()
-        self._connection.send(Frame(Kind.STATS, stats=stats))
+        stats = self._tell()
         if self._works or stats.num_running or stats.num_waiting:
             self._watch()
         else:
             signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _tell(self) -> EngineStats:
+        self._told_at = self._loop.time()
+        stats = self.engine.stats()
+        self._connection.send(Frame(Kind.STATS, stats=stats))
+        return stats

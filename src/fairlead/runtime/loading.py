@@ -11,31 +11,34 @@ from fairlead.backends import Executable, Kind, detect, load_backend
 from fairlead.core.errors import FairleadError, LoadError
 from fairlead.core.specs import Isolation, ModelSpec, TensorSpec
 from fairlead.core.tensors import Tensors
+from fairlead.runtime.engine_instance import EngineInstance
+from fairlead.runtime.engine_version import EngineVersion
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.instances import Instance
 from fairlead.runtime.local import LocalInstance
 from fairlead.runtime.process import ProcessInstance
-from fairlead.runtime.version import ModelVersion
+from fairlead.runtime.version import ModelVersion, Version
 from fairlead.runtime.warmup import samples_of
 
 log = structlog.get_logger("fairlead.runtime")
 
 
-async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: ForkServer) -> ModelVersion:
+async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: ForkServer) -> Version:
     """Load every instance and warm it up. Raises LoadError (or ConfigError) with one readable sentence."""
     kind, artefact = await asyncio.to_thread(detect, folder, spec)
     isolation = kind.isolation if spec.instances.isolation is Isolation.AUTO else spec.instances.isolation
     threads = spec.instances.threads or _threads_of_each(spec.instances.count)
+    if spec.parameters and not kind.parameters:
+        log.warning(
+            "parameters have no effect on this kind of model", model=spec.name, backend=kind.name, parameters=sorted(spec.parameters)
+        )
+    if kind.engine:
+        return await _load_engine(engine_spec(spec, kind), version, artefact, kind, threads, forkserver)
     served: list[ModelVersion] = []
 
     def changed() -> None:
         for each in served:
             each.instance_changed()
-
-    if spec.parameters and kind.name != "python":
-        log.warning(
-            "parameters have no effect on this kind of model", model=spec.name, backend=kind.name, parameters=sorted(spec.parameters)
-        )
 
     instances: list[Instance]
     processes: list[ProcessInstance] = []
@@ -57,6 +60,32 @@ async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: 
         await asyncio.gather(*(instance.close() for instance in instances))
         raise
     return loaded
+
+
+async def _load_engine(spec: ModelSpec, version: str, artefact: Path, kind: Kind, threads: int, forkserver: ForkServer) -> EngineVersion:
+    replicas = [EngineInstance(spec, artefact, kind, threads, forkserver, _nobody_waits) for _ in range(spec.instances.count)]
+    try:
+        await asyncio.gather(*(replica.start() for replica in replicas))
+        loaded = EngineVersion(spec, version, kind.name, replicas)
+        await _warm_up(loaded, None)
+    except BaseException:
+        await asyncio.gather(*(replica.close() for replica in replicas))
+        raise
+    return loaded
+
+
+def _nobody_waits() -> None:
+    """Requests are refused while no replica is ready, so that a change of it starts nothing."""
+
+
+def engine_spec(spec: ModelSpec, kind: Kind) -> ModelSpec:
+    """What the operator declared, completed by what goes for every engine. Raises LoadError where they contradict each other."""
+    if spec.instances.isolation is Isolation.THREAD:
+        raise LoadError("a language model runs in a process of its own: leave `isolation` out, or write `isolation: process`")
+    if spec.inputs or spec.outputs:
+        raise LoadError("a language model's inputs and outputs are what they are for all of them: leave `inputs` and `outputs` out")
+    batching = structs.replace(spec.batching, max_batch_size=0, preferred_batch_sizes=(), max_queue_delay=0.0)
+    return spec.replace(backend=kind.name, batching=batching, streams=True)
 
 
 def complete_spec(
@@ -83,7 +112,7 @@ async def _load_here(kind: Kind, artefact: Path, spec: ModelSpec, threads: int) 
     return await asyncio.to_thread(load)
 
 
-async def _warm_up(version: ModelVersion, example: Tensors | None) -> None:
+async def _warm_up(version: ModelVersion | EngineVersion, example: Tensors | None) -> None:
     try:
         await version.warm_up(samples_of(version.spec, example))
     except FairleadError as error:

@@ -20,14 +20,16 @@ from msgspec import Struct, field
 
 from fairlead.core.config import read_yaml
 from fairlead.core.errors import ConfigError, FairleadError, InvalidRequest, LoadError, NotFound, ShuttingDown, Unavailable
+from fairlead.core.generation import EngineInfo
 from fairlead.core.request import Request, Response, Sink
 from fairlead.core.specs import ModelSpec
 from fairlead.observe.metrics import Metrics
+from fairlead.runtime.engine_version import EngineVersion
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.loading import load_version
 from fairlead.runtime.source import Listing, Source, choose_versions
 from fairlead.runtime.triton_config import spec_from_triton, triton_config
-from fairlead.runtime.version import ModelVersion, Ticket
+from fairlead.runtime.version import Ticket, Version
 
 log = structlog.get_logger("fairlead.repository")
 
@@ -77,7 +79,7 @@ class _Model:
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
-        self.versions: dict[int, ModelVersion] = {}
+        self.versions: dict[int, Version] = {}
         self.stamps: dict[int, str] = {}
         """What each loaded version was loaded from."""
         self.states: dict[int, tuple[State, str]] = {}
@@ -93,8 +95,8 @@ class _Model:
 class _Served(Struct):
     """The ready versions of one name; replaced whole."""
 
-    by_version: dict[str, ModelVersion]
-    default: ModelVersion
+    by_version: dict[str, Version]
+    default: Version
 
 
 class ModelRepository:
@@ -165,13 +167,18 @@ class ModelRepository:
             async for response in responses:
                 yield response
 
-    def find(self, name: str, version: str = "") -> ModelVersion:
+    def find(self, name: str, version: str = "") -> Version:
         """Raises NotFound in Triton's words."""
         served = self._served.get(name)
         found = None if served is None else served.by_version.get(version) if version else served.default
         if found is None:
             raise self._missing(name, version)
         return found
+
+    def engine_info(self, name: str, version: str = "") -> EngineInfo | None:
+        """What a language model's engine tells of itself; None for other models. Raises NotFound."""
+        found = self.find(name, version)
+        return found.info if isinstance(found, EngineVersion) else None
 
     def known(self, name: str) -> bool:
         return name in self._models or name in self._listings
@@ -390,7 +397,7 @@ class ModelRepository:
             if number not in wanted and number not in model.versions:
                 del model.states[number]
         loaded = await asyncio.gather(*(self._load_version(name, model, source, listing, number, spec) for number in fresh))
-        retired: list[ModelVersion] = []
+        retired: list[Version] = []
         for number, version in zip(fresh, loaded, strict=True):
             if version is not None:
                 if number in model.versions:
@@ -409,7 +416,7 @@ class ModelRepository:
 
     async def _load_version(
         self, name: str, model: _Model, source: Source, listing: Listing, number: int, spec: ModelSpec
-    ) -> ModelVersion | None:
+    ) -> Version | None:
         if number not in model.versions:
             model.states[number] = (State.LOADING, "")
         began = time.perf_counter()
@@ -458,13 +465,13 @@ class ModelRepository:
             self._served.pop(name, None)
         self._note_readiness()
 
-    async def _drain(self, version: ModelVersion, timeout: float) -> None:
+    async def _drain(self, version: Version, timeout: float) -> None:
         await version.drain(timeout)
         key = (version.name, version.version)
         if self.metrics.models.get(key) is version.metrics:
             del self.metrics.models[key]
 
-    def _retire(self, version: ModelVersion) -> None:
+    def _retire(self, version: Version) -> None:
         async def drain() -> None:
             await self._drain(version, self.settings.drain_timeout)
             await asyncio.to_thread(_settle_memory)
@@ -477,11 +484,18 @@ class ModelRepository:
 UNLOADED = "unloaded"
 
 
+class _Refused:
+    """The ticket of a request that went nowhere."""
+
+    done = True
+
+    def cancel(self) -> None:
+        pass
+
+
 def _refused(request: Request, sink: Sink, error: FairleadError) -> Ticket:
-    ticket = Ticket.__new__(Ticket)
-    ticket.done = True
     sink.close(error)
-    return ticket
+    return _Refused()
 
 
 def _spec_from_triton(config: dict[str, Any], source: Source, listing: Listing) -> ModelSpec:

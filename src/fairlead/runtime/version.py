@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Hashable
 from contextlib import suppress
+from typing import Protocol
 
 import structlog
 
@@ -24,8 +25,42 @@ WARMUP_SECONDS = 120.0
 """How long one warm-up request may take."""
 
 
-class Ticket(Entry):
-    """A request on its way through a version. `cancel` stops it at any stage."""
+class Ticket(Protocol):
+    """A request on its way through a version."""
+
+    done: bool
+
+    def cancel(self) -> None:
+        """The caller left. Its sink is closed with Cancelled unless it was already closed."""
+
+
+class Version(Protocol):
+    """One loaded version of a model, whatever computes it. Everything is called from the event loop."""
+
+    spec: ModelSpec
+    name: str
+    version: str
+    platform: str
+    metrics: ModelMetrics
+
+    @property
+    def ready(self) -> bool: ...
+
+    def statistics(self) -> dict[str, object]:
+        """One entry of Triton's `model_stats`."""
+
+    def submit(self, request: Request, sink: Sink) -> Ticket:
+        """Queue a request that has one response. Errors go to the sink, possibly before this returns."""
+
+    def infer(self, request: Request) -> AsyncGenerator[Response, None]:
+        """One response, or as many as there are. Closing the iterator cancels the request."""
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests, finish those that are here (those that `timeout` cuts off fail), release everything."""
+
+
+class BatchTicket(Entry):
+    """A request on its way through the batcher. `cancel` stops it at any stage."""
 
     __slots__ = ("done", "owner", "request", "sink", "slot")
 
@@ -77,7 +112,7 @@ class ModelVersion:
         self._pumping = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._retries: deque[Ticket] = deque()
+        self._retries: deque[BatchTicket] = deque()
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -97,7 +132,7 @@ class ModelVersion:
 
     # From the caller
 
-    def submit(self, request: Request, sink: Sink) -> Ticket:
+    def submit(self, request: Request, sink: Sink) -> BatchTicket:
         """Queue a request that has one response. Errors go to the sink, possibly before this returns."""
         if self.spec.streams:
             sink.close(
@@ -105,7 +140,7 @@ class ModelVersion:
                     f"model '{self.name}' answers with several responses: ask for them as a stream (gRPC ModelStreamInfer, or HTTP with Accept: text/event-stream)"
                 )
             )
-            ticket = Ticket(self, request, sink)
+            ticket = BatchTicket(self, request, sink)
             ticket.done = True
             return ticket
         return self._enqueue(request, sink)
@@ -122,7 +157,7 @@ class ModelVersion:
         finally:
             ticket.cancel()
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: BatchTicket) -> None:
         queued = self.batcher.cancel(ticket)
         self.metrics.cancelled += 1
         self._close(ticket, Cancelled("request was cancelled"))
@@ -131,10 +166,12 @@ class ModelVersion:
         elif ticket.slot is not None and self.spec.streams:
             ticket.slot.instance.cancel()
 
-    def _enqueue(self, request: Request, sink: Sink) -> Ticket:
-        ticket = Ticket(self, request, sink)
+    def _enqueue(self, request: Request, sink: Sink) -> BatchTicket:
+        ticket = BatchTicket(self, request, sink)
         now = time.perf_counter()
         try:
+            if request.prompt is not None:
+                raise Unsupported(f"model '{self.name}' computes tensors: it takes no prompt (ask it at /v2/models/{self.name}/infer)")
             self.check(request)
             if self.draining:
                 raise ShuttingDown(
@@ -175,7 +212,7 @@ class ModelVersion:
         batcher = self.batcher
         now = time.perf_counter()
         for entry in batcher.expire(now):
-            assert isinstance(entry, Ticket)
+            assert isinstance(entry, BatchTicket)
             self.metrics.refused += 1
             self._close(entry, TimeoutExpired("Request timeout expired"))
         free = False
@@ -189,7 +226,7 @@ class ModelVersion:
             self._start(slot, batch, now)
         if batcher.num_requests and (down := self._down()):
             for entry in batcher.drop_all():
-                assert isinstance(entry, Ticket)
+                assert isinstance(entry, BatchTicket)
                 self.metrics.refused += 1
                 self._close(entry, Unavailable(f"model '{self.name}' is not available: {down}"))
         if batcher.num_requests:
@@ -227,7 +264,7 @@ class ModelVersion:
         slot.batch = batch
         batch.started = now
         self._running += 1
-        tickets: list[Ticket] = batch.entries  # type: ignore[assignment]
+        tickets: list[BatchTicket] = batch.entries  # type: ignore[assignment]
         if self.spec.streams:
             ticket = tickets[0]
             ticket.slot = slot
@@ -291,7 +328,7 @@ class ModelVersion:
         total = waited = 0.0
         num = at = rows = 0
         single = len(batch.entries) == 1
-        tickets: list[Ticket] = batch.entries  # type: ignore[assignment]
+        tickets: list[BatchTicket] = batch.entries  # type: ignore[assignment]
         for ticket in tickets:
             begin = at
             at += ticket.rows
@@ -325,7 +362,7 @@ class ModelVersion:
         else:
             metrics.fail.add(total, num)
 
-    def stream_ended(self, slot: _Slot, ticket: Ticket, error: FairleadError | None) -> None:
+    def stream_ended(self, slot: _Slot, ticket: BatchTicket, error: FairleadError | None) -> None:
         batch = slot.batch
         assert batch is not None
         slot.batch = None
@@ -347,7 +384,7 @@ class ModelVersion:
         self._close(ticket, error)
         self._schedule()
 
-    def _close(self, ticket: Ticket, error: FairleadError | None) -> None:
+    def _close(self, ticket: BatchTicket, error: FairleadError | None) -> None:
         if not ticket.done:
             ticket.done = True
             ticket.sink.close(error)
@@ -382,7 +419,7 @@ class ModelVersion:
             if slot.batch is not None:
                 left.extend(slot.batch.entries)
         for entry in left:
-            assert isinstance(entry, Ticket)
+            assert isinstance(entry, BatchTicket)
             self._close(entry, Unavailable(f"model '{self.name}' version {self.version} was unloaded before it answered"))
         await asyncio.gather(*(slot.instance.close() for slot in self.slots))
 
@@ -390,7 +427,7 @@ class ModelVersion:
 class _StreamSink:
     """From an instance's stream to the ticket's sink."""
 
-    def __init__(self, owner: ModelVersion, slot: _Slot, ticket: Ticket) -> None:
+    def __init__(self, owner: ModelVersion, slot: _Slot, ticket: BatchTicket) -> None:
         self.owner = owner
         self.slot = slot
         self.ticket = ticket

@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from fairlead.api.data import data_app
-from fairlead.api.kserve.openapi import examples_of
+from fairlead.api.openapi import examples_of
 from fairlead.core.specs import ModelSpec
 from fairlead.runtime.repository import Control
 from tests.api.served import Served, served

@@ -12,7 +12,7 @@ from fairlead import __version__
 from fairlead.core.errors import NotFound, Unavailable
 from fairlead.core.specs import BatchingSpec, InstancesSpec, ModelSpec, QueuePolicy, Sample, TensorSpec, VersionPolicy, WarmupSpec
 from fairlead.runtime.repository import ModelRepository
-from fairlead.runtime.version import ModelVersion
+from fairlead.runtime.version import Version
 
 EXTENSIONS = (
     "classification",
@@ -61,7 +61,7 @@ def model_ready(repository: ModelRepository, model: str, version: str) -> bool:
         return False
 
 
-def model_metadata(repository: ModelRepository, version: ModelVersion) -> ModelMetadata:
+def model_metadata(repository: ModelRepository, version: Version) -> ModelMetadata:
     """`versions` are all that are loaded; shapes are whole, with a leading -1 where the model batches."""
     spec = version.spec
     return {
@@ -73,7 +73,7 @@ def model_metadata(repository: ModelRepository, version: ModelVersion) -> ModelM
     }
 
 
-def model_config(version: ModelVersion) -> dict[str, Any]:
+def model_config(version: Version) -> dict[str, Any]:
     """Parses as `inference.ModelConfig` with `google.protobuf.json_format.ParseDict`."""
     spec = version.spec
     batches = spec.batches

@@ -1,4 +1,4 @@
-"""KServe v2 over HTTP: the table of all its operations, and those about the server, its models and its repository."""
+"""KServe v2 over HTTP: the table of its operations, and those about the server, its models and its repository."""
 
 import base64
 import binascii
@@ -25,9 +25,9 @@ from fairlead.api.kserve.bodies import (
 )
 from fairlead.api.kserve.codec import RequestJson
 from fairlead.api.kserve.metadata import ModelMetadata, ServerMetadata, model_config, model_metadata, model_ready, server_metadata
-from fairlead.api.kserve.openapi import Operation, document, examples_of
 from fairlead.api.kserve.parameters import file_path
 from fairlead.api.kserve.streaming import Streaming
+from fairlead.api.openapi import Operation
 from fairlead.api.web import Serve, decode_json, health_response, json_response, live_response, place, read_body, ready_response
 from fairlead.core.errors import InvalidRequest, Unsupported
 from fairlead.observe.access import AccessLog
@@ -36,8 +36,6 @@ from fairlead.runtime.repository import ModelRepository
 T = TypeVar("T")
 
 SMALL_BODY_BYTES = 1 << 20
-MAX_EXAMPLES = 16
-"""Models that the OpenAPI document shows bodies for."""
 MODEL_PATHS = (("/v2/models/{model}", "model"), ("/v2/models/{model}/versions/{version}", "modelVersion"))
 MEMORY_KINDS = ("systemsharedmemory", "cudasharedmemory")
 
@@ -49,7 +47,7 @@ class Rest:
         self.repository = repository
         self.max_body_bytes = max_body_bytes
         self.streaming = Streaming(repository, access_log, max_body_bytes)
-        self.operations = (*self._health(), *self._models(), *self._inference(), *self._repository(), *_not_offered(), self._document())
+        self.operations = (*self._health(), *self._models(), *self._inference(), *self._repository(), *_not_offered())
 
     # The table
 
@@ -129,9 +127,6 @@ class Rest:
         yield _post(f"{path}/load", "modelLoad", "repository", "Load a model, or load it anew", self.load, LoadRequest, Nothing, *errors)
         yield _post(f"{path}/unload", "modelUnload", "repository", "Unload a model", self.unload, UnloadRequest, Nothing, *errors)
 
-    def _document(self) -> Operation:
-        return _get("/openapi.json", "openapi", "document", "OpenAPI 3.1", self.openapi, dict[str, Any])
-
     # Health
 
     async def live(self, _: Request) -> Response:
@@ -184,12 +179,6 @@ class Rest:
         await _body(request, UnloadRequest, SMALL_BODY_BYTES)
         await self.repository.unload(request.path_params["model"])
         return json_response({})
-
-    # The document
-
-    async def openapi(self, _: Request) -> Response:
-        ready = sorted({entry.name for entry in self.repository.index(ready=True) if self.repository.versions(entry.name)})
-        return json_response(document(self.operations, examples_of(self.repository.find(name).spec for name in ready[:MAX_EXAMPLES])))
 
 
 def _get(path: str, name: str, tag: str, summary: str, serve: Serve, answer: Any, *errors: int) -> Operation:

@@ -12,8 +12,8 @@ from starlette.responses import Response as HttpResponse
 
 from fairlead.api.kserve import codec
 from fairlead.api.kserve.generate import decode_flat, encode_flat
-from fairlead.api.kserve.openapi import EVENTS, HEADER_LENGTH, JSON
 from fairlead.api.line import AccessLine
+from fairlead.api.openapi import EVENTS, HEADER_LENGTH, JSON
 from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status
 from fairlead.api.web import EventStream, error_response, place, read_body, while_connected
 from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge

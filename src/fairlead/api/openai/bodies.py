@@ -5,16 +5,23 @@ A field that this server would not heed is not here: it is refused by name. The 
 can be served (`store: false`) allow only that.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, msgpack
 from msgspec.structs import replace
 
 from fairlead.api.openai.errors import BadParameter
 from fairlead.core.generation import MAX_CHOICES, MAX_LOGPROBS, Chat, Message, Penalty, Sampling
 
-Count = Annotated[int, Meta(ge=0)]
+LARGEST = (1 << 31) - 1
+Count = Annotated[int, Meta(ge=0, le=LARGEST)]
+Positive = Annotated[int, Meta(ge=1, le=LARGEST)]
+TokenId = Count
+Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
+Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+DEFAULT_MAX_TOKENS = 16
+"""Of a text completion, as OpenAI has it."""
 MAX_STOPS = 16
 MAX_PROMPTS = 2048
 """Texts in one request."""
@@ -50,7 +57,7 @@ class Body(Struct, kw_only=True, forbid_unknown_fields=True):
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
@@ -58,15 +65,15 @@ class Body(Struct, kw_only=True, forbid_unknown_fields=True):
     stream_options: StreamOptions | None = None
     user: str | None = None
     # vLLM's
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=LARGEST)] | None = None
     min_p: Probability | None = None
     repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
     min_tokens: Count | None = None
-    stop_token_ids: Annotated[list[Count], Meta(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt_logprobs: Logprobs | None = None
     priority: Count | None = None
     """1 is the highest."""
 
@@ -94,10 +101,12 @@ class Body(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def _bias(given: dict[str, float] | None) -> dict[int, float]:
-    try:
-        return {int(token_id): bias for token_id, bias in (given or {}).items()}
-    except ValueError:
-        raise BadParameter("Invalid value for 'logit_bias': its keys must be token ids.", "logit_bias", "invalid_value") from None
+    for key in given or ():
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise BadParameter(
+                f"Invalid value for 'logit_bias': its keys must be token ids, not {key[:20]!r}.", "logit_bias", "invalid_value"
+            )
+    return {int(key): bias for key, bias in (given or {}).items()}
 
 
 class TextPart(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -128,11 +137,12 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
         if isinstance(content, list):
             texts = []
             for number, part in enumerate(content):
-                if part.type != "text" or part.text is None:
-                    where = f"{place}.content[{number}].type"
-                    raise BadParameter(
-                        f"Invalid value for '{where}': this model reads text only, not {part.type!r}.", where, "invalid_value"
-                    )
+                where = f"{place}.content[{number}]"
+                if part.type != "text":
+                    message = f"Invalid value for '{where}.type': this model reads text only, not {part.type!r}."
+                    raise BadParameter(message, f"{where}.type", "invalid_value")
+                if part.text is None:
+                    raise BadParameter(f"Missing required parameter: '{where}.text'.", f"{where}.text", "missing_required_parameter")
                 texts.append(part.text)
             content = "".join(texts)
         if content is None and not (self.role == "assistant" and self.tool_calls):
@@ -148,7 +158,9 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
-    type: Literal["text"]
+    type: str
+    json_schema: Any = None
+    schema: Any = None
 
 
 def chat_of(body: "ChatBody | TokenizeBody") -> Chat:
@@ -159,8 +171,13 @@ def chat_of(body: "ChatBody | TokenizeBody") -> Chat:
         message = "'continue_final_message' needs 'add_generation_prompt' to be false."
         raise BadParameter(message, "continue_final_message", "invalid_value")
     messages = [message.plain(f"messages[{number}]") for number, message in enumerate(body.messages)]
+    _check_numbers([message.tool_calls for message in messages], "messages")
+    _check_numbers(body.chat_template_kwargs, "chat_template_kwargs")
     arguments = dict(body.chat_template_kwargs or {})
     tools = arguments.pop("tools", None) or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        where = "chat_template_kwargs.tools"
+        raise BadParameter(f"Invalid type for '{where}': expected an array of objects.", where, "invalid_type")
     return Chat(
         messages=messages,
         tools=tools,
@@ -170,7 +187,17 @@ def chat_of(body: "ChatBody | TokenizeBody") -> Chat:
     )
 
 
+def _check_numbers(free: Any, where: str) -> None:
+    """JSON's integers have no bound, those on the way to the engine have. Raises BadParameter."""
+    try:
+        msgpack.encode(free)
+    except OverflowError:
+        raise BadParameter(f"Invalid value for '{where}': it holds an integer of more than 64 bits.", where, "invalid_value") from None
+
+
 class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
+    prompt_parameter: ClassVar[str] = "messages"
+
     messages: list[ChatMessage]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -178,7 +205,7 @@ class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
     """Handed to the chat template as they are, `tools` among them."""
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Logprobs | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
@@ -192,6 +219,9 @@ class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
 
     def complete(self) -> Sampling:
         """Raises BadParameter."""
+        if self.response_format is not None and self.response_format.type != "text":
+            message = f"'response_format' of type {self.response_format.type!r} is not supported: this server does not constrain what the model writes."
+            raise BadParameter(message, "response_format", "unsupported_value")
         if self.tools:
             message = "'tools' is not supported: the answer's tool calls would not be parsed. `chat_template_kwargs: {tools: [...]}` shows tools to the model and returns its text as it is."
             raise BadParameter(message, "tools", "unsupported_parameter")
@@ -208,36 +238,41 @@ class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
 
 
 class CompletionBody(Body, kw_only=True, forbid_unknown_fields=True):
-    prompt: str | list[str | int | list[int]]
+    prompt_parameter: ClassVar[str] = "prompt"
+
+    prompt: str | list[str | TokenId | list[TokenId]]
     add_special_tokens: bool = True
     echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: Logprobs | None = None
+    best_of: Positive | None = None
 
     def complete(self) -> Sampling:
         """Raises BadParameter."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise BadParameter("'best_of' is not supported: it must equal 'n'.", "best_of", "unsupported_value")
-        if self.echo and self.stream:
-            raise BadParameter("'echo' is not supported with 'stream'.", "echo", "unsupported_value")
-        if self.max_tokens == 0 and not self.echo:
-            raise BadParameter("Invalid value for 'max_tokens': 0 needs 'echo'.", "max_tokens", "invalid_value")
-        sampling = self.sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            message = "Invalid value for 'max_tokens': 0 needs 'echo' or 'prompt_logprobs'."
+            raise BadParameter(message, "max_tokens", "invalid_value")
+        sampling = self.sampling(DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens, self.logprobs)
         if self.echo and self.logprobs is not None:
-            return replace(sampling, prompt_logprobs=self.logprobs)
+            return replace(sampling, prompt_logprobs=max(self.logprobs, self.prompt_logprobs or 0))
         return sampling
 
 
 class EmbeddingBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    prompt_parameter: ClassVar[str] = "input"
+
     model: str
-    input: str | list[str | int | list[int]]
+    input: str | list[str | TokenId | list[TokenId]]
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Meta(ge=1)] | None = None
+    dimensions: Positive | None = None
     user: str | None = None
     priority: Count | None = None
 
 
 class TokenizeBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    prompt_parameter: ClassVar[str] = "prompt"
+
     model: str
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
@@ -249,22 +284,26 @@ class TokenizeBody(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class DetokenizeBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    prompt_parameter: ClassVar[str] = "tokens"
+
     model: str
-    tokens: list[Count]
+    tokens: list[TokenId]
 
 
-def texts_of(given: str | list[Any], name: str) -> list[str | list[int]]:
-    """One prompt or many, each a text or token ids. Raises BadParameter."""
+def texts_of(given: str | list[Any], name: str) -> list[tuple[str | None, list[int] | None]]:
+    """One prompt or many, each a text or token ids: the other is None. Raises BadParameter."""
     if isinstance(given, str):
-        return [given]
+        return [(given, None)]
     if not given:
         raise BadParameter(f"Invalid '{name}': empty array. Expected an array with minimum length 1.", name, "empty_array")
     if all(isinstance(each, int) for each in given):
-        return [given]
+        return [(None, given)]
     if len(given) > MAX_PROMPTS:
         raise BadParameter(f"Invalid '{name}': at most {MAX_PROMPTS} texts in one request.", name, "array_above_max_length")
-    if all(isinstance(each, str) for each in given) or all(isinstance(each, list) for each in given):
-        return given
+    if all(isinstance(each, str) for each in given):
+        return [(text, None) for text in given]
+    if all(isinstance(each, list) for each in given):
+        return [(None, ids) for ids in given]
     raise BadParameter(
         f"Invalid '{name}': expected a string, an array of strings, of token ids, or of arrays of token ids.", name, "invalid_type"
     )

@@ -2,10 +2,14 @@
 
 import math
 import re
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import msgspec
+from msgspec import Struct
+from msgspec.inspect import ListType, LiteralType, StructType, Type, UnionType, type_info
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
 from fairlead.api.status import http_status
@@ -17,7 +21,9 @@ T = TypeVar("T")
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(.+?)`")
 _MISSING = re.compile(r"Object missing required field `(.+?)`")
+_CHOICE = re.compile(r"Invalid enum value (.+)", re.DOTALL)
 _PLACE = re.compile(r" - at `\$\.?(.+?)`$")
+_INDEX = re.compile(r"\[.*?\]")
 _BACKTICKED = re.compile(r"`(\w+)`")
 
 
@@ -56,7 +62,7 @@ CODES: dict[type[FairleadError], tuple[int, str, str | None]] = {
     errors.TooLarge: (413, "invalid_request_error", "request_too_large"),
     errors.InvalidRequest: (400, "invalid_request_error", None),
     errors.NotFound: (404, "invalid_request_error", "model_not_found"),
-    errors.Unsupported: (400, "invalid_request_error", "unsupported_value"),
+    errors.Unsupported: (400, "invalid_request_error", "unsupported_model"),
     errors.QueueFull: (429, "rate_limit_error", "queue_full"),
     errors.TimeoutExpired: (503, "server_error", "queue_timeout"),
     errors.Unavailable: (503, "server_error", "unavailable"),
@@ -65,19 +71,48 @@ CODES: dict[type[FairleadError], tuple[int, str, str | None]] = {
 """(status, type, code) of each kind of error."""
 
 
+class OpenAIErrorDetails(Struct):
+    message: str
+    type: str
+    param: str | None
+    """The parameter that is wrong."""
+    code: str | None
+
+
+class OpenAIError(Struct):
+    error: OpenAIErrorDetails
+
+
 class OpenAIErrors:
     """Implements `web.ErrorShape`."""
+
+    def __init__(self, prompt: str | None = None) -> None:
+        """`prompt`: the parameter that the prompt comes in, which is what the engine complains of unless it names another."""
+        self.prompt = prompt
 
     def response(self, error: FairleadError, headers: Mapping[str, str]) -> Response:
         headers = dict(headers)
         if isinstance(error, Unavailable):
             headers["Retry-After"] = str(math.ceil(error.retry_after))
         if isinstance(error, TooLarge):
+            # What is left of the body is not worth reading.
             headers["Connection"] = "close"
-        return json_response(_body(error), _entry(error)[0], headers)
+        return json_response(self._body(error), _entry(error)[0], headers)
 
     def event(self, error: FairleadError) -> bytes:
-        return msgspec.json.encode(_body(error))
+        return msgspec.json.encode(self._body(error))
+
+    def _body(self, error: FairleadError) -> OpenAIError:
+        _, kind, code = _entry(error)
+        if isinstance(error, BadParameter):
+            return OpenAIError(OpenAIErrorDetails(error.message, kind, error.param, error.code))
+        param = None
+        if isinstance(error, (errors.NotFound, errors.Unsupported)):
+            param = "model"
+        elif isinstance(error, InvalidRequest) and not isinstance(error, TooLarge):
+            named = _BACKTICKED.match(error.message)
+            param = named[1] if named else self.prompt
+        return OpenAIError(OpenAIErrorDetails(error.message, kind, param, code))
 
 
 def _entry(error: FairleadError) -> tuple[int, str, str | None]:
@@ -87,16 +122,16 @@ def _entry(error: FairleadError) -> tuple[int, str, str | None]:
     return http_status(error), "server_error", None
 
 
-def _body(error: FairleadError) -> dict[str, object]:
-    _, kind, code = _entry(error)
-    param = None
-    if isinstance(error, BadParameter):
-        param, code = error.param, error.code
-    elif isinstance(error, errors.NotFound):
-        param = "model"
-    elif isinstance(error, InvalidRequest) and (named := _BACKTICKED.match(error.message)):
-        param = named[1]
-    return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}
+def refusal(request: Request, error: HTTPException) -> Response:
+    """What never reaches an operation: an unknown path, a method that the path does not have."""
+    message, code = error.detail, None
+    if error.status_code == 404:
+        message = f"Unknown request URL: {request.method} {request.url.path}. Please check the URL for typos."
+        code = "unknown_url"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        message, code = f"Not allowed to {request.method} on {request.url.path}: its methods are {allowed}.", "method_not_supported"
+    return json_response(OpenAIError(OpenAIErrorDetails(message, "invalid_request_error", None, code)), error.status_code, error.headers)
 
 
 def decode_body(body: bytes, type_: type[T]) -> T:
@@ -106,12 +141,12 @@ def decode_body(body: bytes, type_: type[T]) -> T:
     except RecursionError:
         raise BadParameter("the request's JSON is nested too deeply", None) from None
     except msgspec.ValidationError as error:
-        raise _explained(str(error)) from None
+        raise _explained(str(error), type_) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadParameter(f"we could not parse the JSON body of your request: {error}", None) from None
+        raise BadParameter(f"We could not parse the JSON body of your request: {error}.", None) from None
 
 
-def _explained(message: str) -> BadParameter:
+def _explained(message: str, type_: type) -> BadParameter:
     """What msgspec says is wrong, in OpenAI's words."""
     place = _PLACE.search(message)
     where = place[1] if place else ""
@@ -125,6 +160,29 @@ def _explained(message: str) -> BadParameter:
         name = f"{where}.{missing[1]}" if where else missing[1]
         return BadParameter(f"Missing required parameter: '{name}'.", name, "missing_required_parameter")
     if not where:
-        named = _BACKTICKED.match(what)
-        return BadParameter(what, named[1] if named else None, "invalid_value" if named else None)
+        return BadParameter(f"Invalid request body: {what[:1].lower()}{what[1:]}.", None, "invalid_type")
+    if choice := _CHOICE.fullmatch(what):
+        supported = ", ".join(map(repr, _supported(type_, where)))
+        return BadParameter(f"Invalid value for '{where}': {choice[1]}. Supported values are: {supported}.", where, "invalid_value")
+    if ", got `" in what:
+        return BadParameter(f"Invalid type for '{where}': {what[:1].lower()}{what[1:]}.", where, "invalid_type")
     return BadParameter(f"Invalid value for '{where}': {what[:1].lower()}{what[1:]}.", where, "invalid_value")
+
+
+def _supported(type_: type, where: str) -> list[Any]:
+    """What may stand at a place of a body, e.g. `messages[3].role`."""
+    found: list[Type] = [type_info(type_)]
+    for name in _INDEX.sub("", where).split("."):
+        structs = [each for each in _alternatives(found) if isinstance(each, StructType)]
+        found = [field.type for struct in structs for field in struct.fields if field.encode_name == name]
+    return [value for each in _alternatives(found) if isinstance(each, LiteralType) for value in each.values]
+
+
+def _alternatives(types: list[Type]) -> Iterator[Type]:
+    for each in types:
+        if isinstance(each, UnionType):
+            yield from _alternatives(list(each.types))
+        elif isinstance(each, ListType):
+            yield from _alternatives([each.item_type])
+        else:
+            yield each

@@ -3,32 +3,58 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any, TypeVar
 
+import structlog
+from msgspec import Struct
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
 from fairlead.api.line import AccessLine
-from fairlead.api.openai.answers import FINGERPRINT, Chats, Completions, encode, prompt_logprobs_json, total_usage, usage_json, vector_json
-from fairlead.api.openai.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody, chat_of, texts_of
-from fairlead.api.openai.errors import BadParameter, OpenAIErrors, decode_body
+from fairlead.api.openai.answers import (
+    Answer,
+    ChatCompletion,
+    Chats,
+    Completion,
+    Completions,
+    Embeddings,
+    Model,
+    Models,
+    Text,
+    Tokens,
+    embeddings,
+    total_usage,
+)
+from fairlead.api.openai.bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    TokenizeBody,
+    chat_of,
+    texts_of,
+)
+from fairlead.api.openai.errors import BadParameter, OpenAIError, OpenAIErrors, decode_body
+from fairlead.api.openai.together import each, interleaved
+from fairlead.api.openapi import Operation
 from fairlead.api.status import CLIENT_LEFT, INTERNAL
 from fairlead.api.web import EventStream, Serve, json_response, read_body, while_connected
 from fairlead.core.errors import FairleadError, NotFound
-from fairlead.core.generation import Delta, Detokenize, Embed, EngineInfo, Generate, Prompt, Tokenize, Usage
+from fairlead.core.generation import Delta, Detokenize, Embed, EngineInfo, Generate, Prompt, Tokenize
 from fairlead.core.request import Request
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
 
-B = TypeVar("B")
+B = TypeVar("B", ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody)
 
 OWNER = "fairlead"
 MAX_BODY_BYTES = 16 << 20
 DONE = b"[DONE]"
-ERRORS = OpenAIErrors()
+
+log = structlog.get_logger(__name__)
 
 
 class OpenAI:
@@ -38,144 +64,103 @@ class OpenAI:
         self.repository = repository
         self.access_log = access_log
         self.max_body_bytes = min(max_body_bytes, MAX_BODY_BYTES)
-        self.routes: list[tuple[str, str, Serve]] = [
-            ("GET", "/v1/models", self.models),
-            ("GET", "/v1/models/{model}", self.model),
-            ("POST", "/v1/chat/completions", self._post(ChatBody, self.chat)),
-            ("POST", "/v1/completions", self._post(CompletionBody, self.complete)),
-            ("POST", "/v1/embeddings", self._post(EmbeddingBody, self.embed)),
-            ("POST", "/v1/tokenize", self._post(TokenizeBody, self.tokenize)),
-            ("POST", "/v1/detokenize", self._post(DetokenizeBody, self.detokenize)),
-        ]
+        self.since = int(time.time())
+        self.operations = (
+            self._get("/v1/models", "openaiModels", "Models that generate or embed", self.models, Models),
+            self._get("/v1/models/{model}", "openaiModel", "One of them", self.model, Model, 400, 404, 503),
+            self._post("/v1/chat/completions", "openaiChat", "Answer a conversation", self.chat, ChatBody, ChatCompletion, events="also"),
+            self._post("/v1/completions", "openaiComplete", "Continue a text", self.complete, CompletionBody, Completion, events="also"),
+            self._post("/v1/embeddings", "openaiEmbed", "Texts in, vectors out", self.embed, EmbeddingBody, Embeddings),
+            self._post("/v1/tokenize", "openaiTokenize", "A text or a conversation as token ids", self.tokenize, TokenizeBody, Tokens),
+            self._post("/v1/detokenize", "openaiDetokenize", "Token ids as text", self.detokenize, DetokenizeBody, Text),
+        )
 
     # Models
 
     async def models(self, _: HttpRequest) -> HttpResponse:
-        names = sorted({entry.name for entry in self.repository.index(ready=True)})
-        found = [(name, info) for name in names if (info := self._info(name)) is not None]
-        return json_response({"object": "list", "data": [_model_json(name, info) for name, info in found]})
+        names = sorted({entry.name for entry in self.repository.index(ready=True) if self.repository.versions(entry.name)})
+        found = {name: self.repository.engine_info(name) for name in names}
+        return json_response(Models([self._model(name, info) for name, info in found.items() if info is not None]))
 
     async def model(self, http: HttpRequest) -> HttpResponse:
         name = http.path_params["model"]
-        info = self._info(name)
-        if info is None:
-            return ERRORS.response(_no_model(name), {})
-        return json_response(_model_json(name, info))
-
-    def _info(self, name: str) -> EngineInfo | None:
-        """What the engine of a model tells; None for models without one, or not there."""
         try:
-            return self.repository.engine_info(name)
-        except FairleadError:
-            return None
+            return json_response(self._model(name, self._info(*_parted(name))))
+        except FairleadError as error:
+            return OpenAIErrors().response(error, {})
+
+    def _model(self, name: str, info: EngineInfo) -> Model:
+        return Model(name, self.since, OWNER, info.max_model_len)
+
+    def _info(self, name: str, version: str) -> EngineInfo:
+        """Raises NotFound, Unavailable, or BadParameter for a model of tensors."""
+        if not self.repository.known(name):
+            raise NotFound(f"The model '{name}' does not exist or you do not have access to it.")
+        info = self.repository.engine_info(name, version)
+        if info is None:
+            message = f"The model '{name}' takes tensors and gives tensors: ask it at /v2/models/{name}/infer."
+            raise BadParameter(message, "model", "unsupported_model")
+        return info
 
     # Generation
 
     async def chat(self, http: HttpRequest, body: ChatBody, line: AccessLine) -> Any:
         prompt = Generate(chat=chat_of(body), sampling=body.complete(), stream=bool(body.stream))
-        return await self._generate(http, body, [prompt], Chats(), f"chatcmpl-{line.id}", line)
+        answer = Chats(f"chatcmpl-{line.id}", body.model, include_usage=body.include_usage)
+        return await self._generate(http, body, [prompt], answer, line)
 
     async def complete(self, http: HttpRequest, body: CompletionBody, line: AccessLine) -> Any:
         sampling = body.complete()
         prompts = [
-            Generate(
-                text=text if isinstance(text, str) else None,
-                token_ids=None if isinstance(text, str) else text,
-                sampling=sampling,
-                stream=bool(body.stream),
-                add_special_tokens=body.add_special_tokens,
-            )
-            for text in texts_of(body.prompt, "prompt")
+            Generate(text=text, token_ids=ids, sampling=sampling, stream=bool(body.stream), add_special_tokens=body.add_special_tokens)
+            for text, ids in texts_of(body.prompt, "prompt")
         ]
-        echoed = [await self._text_of(prompt, body.model, line) for prompt in prompts] if body.echo else None
-        return await self._generate(http, body, prompts, Completions(echoed), f"cmpl-{line.id}", line)
+        answer = Completions(
+            f"cmpl-{line.id}",
+            body.model,
+            n=sampling.n,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.prompt_logprobs,
+            echoed=[await self._text_of(prompt, line) for prompt in prompts] if body.echo else None,
+            include_usage=body.include_usage,
+        )
+        return await self._generate(http, body, prompts, answer, line)
 
-    async def _text_of(self, prompt: Generate, model: str, line: AccessLine) -> str:
+    async def _text_of(self, prompt: Generate, line: AccessLine) -> str:
         if prompt.text is not None:
             return prompt.text
-        return (await self._only(self._request(model, Detokenize(token_ids=prompt.token_ids or []), line))).text
+        return (await self._only(self._request(Detokenize(token_ids=prompt.token_ids or []), line))).text
 
     async def _generate(
-        self, http: HttpRequest, body: Body, prompts: list[Generate], shape: Chats | Completions, id: str, line: AccessLine
+        self, http: HttpRequest, body: ChatBody | CompletionBody, prompts: list[Generate], answer: Answer, line: AccessLine
     ) -> Any:
-        requests = [self._request(body.model, prompt, line, body.priority) for prompt in prompts]
-        line.request = requests[0]
-        base = {"id": id, "object": shape.object, "created": int(time.time()), "model": body.model, "system_fingerprint": FINGERPRINT}
-        n = body.n or 1
+        requests = [self._request(prompt, line, body.priority) for prompt in prompts]
         if body.stream:
-            base["object"] = shape.chunk
-            events = self._chunks(requests, shape, base, n, include_usage=body.include_usage)
-            return EventStream(events, line.end, line.headers, ERRORS)
-        deltas = await while_connected(http.receive, _all([self._deltas(request) for request in requests]))
-        if deltas is None:
-            return _left(line)
-        choices, usages, prompt_logprobs = [], [], []
-        for number, of_prompt in enumerate(deltas):
-            for delta in sorted(of_prompt, key=lambda each: each.index):
-                index = number * n + delta.index
-                if isinstance(shape, Completions):
-                    choices.append(shape.choice(delta, index, shape.prompts[number] if shape.prompts else ""))
-                else:
-                    choices.append(shape.choice(delta, index))
-                if delta.usage is not None:
-                    usages.append(delta.usage)
-                if delta.prompt_logprobs is not None:
-                    prompt_logprobs.append(prompt_logprobs_json(delta.prompt_logprobs))
-        answer = base | {"choices": choices, "usage": usage_json(total_usage(usages))}
-        if body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = prompt_logprobs[0] if len(prompts) == 1 else prompt_logprobs
-        line.end(200, "")
-        return json_response(answer, headers=line.headers)
+            events = self._events(requests, answer, include_usage=body.include_usage)
+            return EventStream(events, line.end, line.headers, OpenAIErrors(body.prompt_parameter))
+        deltas = await while_connected(http.receive, each(self._deltas, requests))
+        return _left(line) if deltas is None else _answered(answer.whole(deltas), line)
 
-    async def _chunks(
-        self, requests: list[Request], shape: Chats | Completions, base: dict[str, Any], n: int, *, include_usage: bool
-    ) -> AsyncGenerator[bytes, None]:
-        """Every choice opens with its first chunk, so that nothing is sent before it is known that the request is good."""
-        if include_usage:
-            base["usage"] = None
-        usages: list[Usage] = []
-        opened: set[int] = set()
-        async with aclosing(_merged([self._stream(request) for request in requests])) as deltas:
+    async def _events(self, requests: list[Request], answer: Answer, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+        """Nothing comes before the first delta: until then an error is an ordinary answer with its status."""
+        last: list[Delta] = []
+        async with aclosing(interleaved(self._stream, requests)) as deltas:
             async for number, delta in deltas:
-                index = number * n + delta.index
-                if index not in opened:
-                    opened.add(index)
-                    if (first := shape.start(index)) is not None:
-                        yield encode(base | {"choices": [first]})
-                chunk = base | {"choices": [shape.piece(delta, index)]}
-                if delta.prompt_logprobs is not None:
-                    chunk["prompt_logprobs"] = prompt_logprobs_json(delta.prompt_logprobs)
-                yield encode(chunk)
+                for chunk in answer.chunks(number, delta):
+                    yield chunk
                 if delta.usage is not None:
-                    usages.append(delta.usage)
+                    last.append(delta)
         if include_usage:
-            yield encode(base | {"choices": [], "usage": usage_json(total_usage(usages))})
+            yield answer.closing(total_usage(last))
         yield DONE
 
     # Embeddings and tokens
 
     async def embed(self, http: HttpRequest, body: EmbeddingBody, line: AccessLine) -> Any:
-        requests = [
-            self._request(
-                body.model,
-                Embed(text=text, dimensions=body.dimensions)
-                if isinstance(text, str)
-                else Embed(token_ids=text, dimensions=body.dimensions),
-                line,
-                body.priority,
-            )
-            for text in texts_of(body.input, "input")
-        ]
-        line.request = requests[0]
-        deltas = await while_connected(http.receive, _all([self._only(request) for request in requests]))
-        if deltas is None:
-            return _left(line)
-        encoding = body.encoding_format or "float"
-        data = [{"object": "embedding", "index": i, "embedding": vector_json(delta.vector, encoding)} for i, delta in enumerate(deltas)]
-        num = sum(delta.usage.prompt_tokens for delta in deltas if delta.usage)
-        line.end(200, "")
-        usage = {"prompt_tokens": num, "total_tokens": num}
-        return json_response({"object": "list", "data": data, "model": body.model, "usage": usage}, headers=line.headers)
+        prompts = [Embed(text=text, token_ids=ids, dimensions=body.dimensions) for text, ids in texts_of(body.input, "input")]
+        requests = [self._request(prompt, line, body.priority) for prompt in prompts]
+        deltas = await while_connected(http.receive, each(self._only, requests))
+        return _left(line) if deltas is None else _answered(embeddings(deltas, body.model, body.encoding_format or "float"), line)
 
     async def tokenize(self, http: HttpRequest, body: TokenizeBody, line: AccessLine) -> Any:
         """vLLM's: a text, or the messages of a chat."""
@@ -183,30 +168,30 @@ class OpenAI:
             raise BadParameter("Give either 'prompt' or 'messages'.", "prompt", "invalid_value")
         chat = None if body.messages is None else chat_of(body)
         prompt = Tokenize(text=body.prompt, chat=chat, add_special_tokens=body.add_special_tokens)
-        delta = await while_connected(http.receive, self._only(self._request(body.model, prompt, line)))
+        delta = await while_connected(http.receive, self._only(self._request(prompt, line)))
         if delta is None:
             return _left(line)
-        info = self._info(body.model)
-        answer = {"count": len(delta.token_ids), "max_model_len": info.max_model_len if info else 0, "tokens": delta.token_ids}
-        if body.return_token_strs:
-            answer["token_strs"] = delta.tokens or []
-        line.end(200, "")
-        return json_response(answer, headers=line.headers)
+        max_model_len = self._info(line.model, line.version).max_model_len
+        spelled = delta.tokens if body.return_token_strs else None
+        return _answered(Tokens(len(delta.token_ids), max_model_len, delta.token_ids, spelled), line)
 
     async def detokenize(self, http: HttpRequest, body: DetokenizeBody, line: AccessLine) -> Any:
-        delta = await while_connected(http.receive, self._only(self._request(body.model, Detokenize(token_ids=body.tokens), line)))
-        if delta is None:
-            return _left(line)
-        line.end(200, "")
-        return json_response({"prompt": delta.text}, headers=line.headers)
+        delta = await while_connected(http.receive, self._only(self._request(Detokenize(token_ids=body.tokens), line)))
+        return _left(line) if delta is None else _answered(Text(delta.text), line)
 
     # To the repository and back
 
-    def _request(self, model: str, prompt: Prompt, line: AccessLine, priority: int | None = None) -> Request:
-        name, version = _parted(model)
-        return Request(
-            model=name, version=version, prompt=prompt, id=line.id, trace=line.trace, arrived=line.arrived, priority=priority or 0
+    def _request(self, prompt: Prompt, line: AccessLine, priority: int | None = None) -> Request:
+        request = line.request = Request(
+            model=line.model,
+            version=line.version,
+            prompt=prompt,
+            id=line.id,
+            trace=line.trace,
+            arrived=line.arrived,
+            priority=priority or 0,
         )
+        return request
 
     async def _stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         async with aclosing(self.repository.infer(request)) as responses:
@@ -219,21 +204,64 @@ class OpenAI:
             return [delta async for delta in deltas]
 
     async def _only(self, request: Request) -> Delta:
-        return (await self._deltas(request))[0]
+        (delta,) = await self._deltas(request)
+        return delta
 
-    def _post(self, type_: type[B], serve: Callable[[HttpRequest, B, AccessLine], Awaitable[Any]]) -> Serve:
+    # Rows of the table
+
+    def _get(self, path: str, name: str, summary: str, serve: Serve, answer: Any, *errors: int) -> Operation:
+        return Operation(
+            name=name,
+            method="GET",
+            path=path,
+            tag="openai",
+            summary=summary,
+            serve=serve,
+            answer=answer,
+            errors=(*errors, 500),
+            error=OpenAIError,
+        )
+
+    def _post(
+        self,
+        path: str,
+        name: str,
+        summary: str,
+        serve: Callable[[HttpRequest, B, AccessLine], Awaitable[Any]],
+        body: type[B],
+        answer: Any,
+        *,
+        events: str = "",
+    ) -> Operation:
+        return Operation(
+            name=name,
+            method="POST",
+            path=path,
+            tag="openai",
+            summary=summary,
+            serve=self._endpoint(body, serve),
+            body=body,
+            body_required=True,
+            answer=answer,
+            events=events,
+            errors=(400, 404, 413, 429, 500, 501, 503),
+            error=OpenAIError,
+        )
+
+    def _endpoint(self, type_: type[B], serve: Callable[[HttpRequest, B, AccessLine], Awaitable[Any]]) -> Serve:
         """Decode the body, find the model, answer; every end that comes before the answer has begun is logged here."""
+        errors = OpenAIErrors(type_.prompt_parameter)
 
         async def endpoint(http: HttpRequest) -> Any:
             line = AccessLine(self.access_log, http)
             try:
                 body = decode_body(await read_body(http, self.max_body_bytes), type_)
-                line.model, line.version = _parted(body.model)  # type: ignore[attr-defined]
-                if not self.repository.known(line.model):
-                    raise _no_model(body.model)  # type: ignore[attr-defined]
+                line.model, line.version = _parted(body.model)
+                self._info(line.model, line.version)
+                line.version = self.repository.find(line.model, line.version).version
                 return await serve(http, body, line)
             except FairleadError as error:
-                answer = ERRORS.response(error, line.headers)
+                answer = errors.response(error, line.headers)
                 line.end(answer.status_code, error.message)
                 return answer
             except HTTPException as error:
@@ -241,23 +269,15 @@ class OpenAI:
                 raise
             except ClientDisconnect:
                 return _left(line)
-            except Exception:
-                line.end(500, INTERNAL.message)
+            except asyncio.CancelledError:
+                line.end(503, "the server stopped")
                 raise
+            except Exception:
+                log.exception("request_failed", method=http.method, path=http.url.path)
+                line.end(500, INTERNAL.message)
+                return errors.response(INTERNAL, line.headers)
 
         return endpoint
-
-
-def _model_json(name: str, info: EngineInfo) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": 0,
-        "owned_by": OWNER,
-        "root": name,
-        "parent": None,
-        "max_model_len": info.max_model_len,
-    }
 
 
 def _parted(model: str) -> tuple[str, str]:
@@ -266,56 +286,10 @@ def _parted(model: str) -> tuple[str, str]:
     return name, version
 
 
-def _no_model(name: str) -> NotFound:
-    return NotFound(f"The model '{name}' does not exist or you do not have access to it.")
-
-
-async def _all(coroutines: list[Any]) -> list[Any]:
-    """Their results in order; where one fails the others are cancelled."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _merged(streams: list[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """(number of the stream, delta) as they come; a stream may be one ahead of the reader."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            async for delta in only:
-                yield 0, delta
-        return
-    queue: asyncio.Queue[tuple[int, Delta | None, BaseException | None]] = asyncio.Queue(maxsize=1)
-
-    async def pump(number: int, stream: AsyncGenerator[Delta, None]) -> None:
-        error = None
-        try:
-            async with aclosing(stream) as deltas:
-                async for delta in deltas:
-                    await queue.put((number, delta, None))
-        except Exception as failure:
-            error = failure
-        await queue.put((number, None, error))
-
-    tasks = [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
-    try:
-        left = len(tasks)
-        while left:
-            number, piece, error = await queue.get()
-            if error is not None:
-                raise error
-            if piece is None:
-                left -= 1
-            else:
-                yield number, piece
-    finally:
-        for task in tasks:
-            task.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)
+def _answered(body: Struct, line: AccessLine) -> HttpResponse:
+    answer = json_response(body, headers=line.headers)
+    line.end(200, "")
+    return answer
 
 
 def _left(line: AccessLine) -> HttpResponse:

@@ -33,6 +33,7 @@ TAGS = {
     "models": "What a model is, and what it did.",
     "inference": "Ask a model.",
     "repository": "Load and unload models.",
+    "openai": "The OpenAI API: language models and embedders.",
     "not offered": "Parts of Triton's protocol that this server answers with 501.",
     "document": "This document.",
 }
@@ -79,12 +80,14 @@ class Operation(Struct, frozen=True, kw_only=True):
     events: str = ""
     """`also`: server-sent events where the Accept header asks for them; `only`: always."""
     errors: tuple[int, ...] = ()
+    error: Any = Error
+    """The type of the JSON body of its errors."""
 
 
 def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`examples`: bodies that work, by operation and model."""
     operations = tuple(operations)
-    types = [Error, *(type_ for operation in operations for type_ in (operation.answer, operation.body) if type_ is not None)]
+    types = [type_ for operation in operations for type_ in (operation.answer, operation.body, operation.error) if type_ is not None]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     schema_of = {repr(type_): schema for type_, schema in zip(types, schemas, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
@@ -95,7 +98,7 @@ def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]
         "info": {
             "title": "Fairlead",
             "version": __version__,
-            "summary": "KServe v2 (Open Inference Protocol) with Triton's extensions.",
+            "summary": "KServe v2 (Open Inference Protocol) with Triton's extensions, and the OpenAI API.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "tags": [{"name": name, "description": description} for name, description in TAGS.items()],
@@ -103,8 +106,12 @@ def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]
         "components": {
             "schemas": components,
             "responses": {
-                _response_name(status): {"description": HTTPStatus(status).phrase, "content": {JSON: {"schema": schema_of[repr(Error)]}}}
-                for status in sorted({status for operation in operations for status in operation.errors})
+                _response_name(status, error): {
+                    "description": HTTPStatus(status).phrase,
+                    "content": {JSON: {"schema": schema_of[repr(error)]}},
+                }
+                for operation in operations
+                for status, error in ((status, operation.error) for status in operation.errors)
             },
         },
     }
@@ -132,8 +139,9 @@ def _smallest(tensor: TensorSpec) -> list[int]:
     return [1 if dim == -1 else dim for dim in tensor.shape]
 
 
-def _response_name(status: int) -> str:
-    return HTTPStatus(status).phrase.title().replace(" ", "")
+def _response_name(status: int, error: Any) -> str:
+    phrase = HTTPStatus(status).phrase.title().replace(" ", "")
+    return f"{error.__name__}{phrase}"
 
 
 def _operation(operation: Operation, schema_of: dict[str, Any], examples: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def _operation(operation: Operation, schema_of: dict[str, Any], examples: dict[s
         "parameters": parameters,
         "responses": {
             **({"200": _answer(operation, schema_of)} if operation.answer is not None or operation.events else {}),
-            **{str(status): {"$ref": f"#/components/responses/{_response_name(status)}"} for status in operation.errors},
+            **{str(status): {"$ref": f"#/components/responses/{_response_name(status, operation.error)}"} for status in operation.errors},
         },
     }
     if operation.body is not None:

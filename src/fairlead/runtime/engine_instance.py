@@ -1,0 +1,160 @@
+"""The gateway's end of a replica process with an engine: any number of requests at once, each with a consumer of its own."""
+
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from fairlead.backends.base import Kind as BackendKind
+from fairlead.core.errors import FairleadError, QueueFull, ShuttingDown, TooLarge, Unavailable
+from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
+from fairlead.core.specs import ModelSpec
+from fairlead.observe.metrics import add_stats, counted
+from fairlead.runtime.forkserver import ForkServer
+from fairlead.runtime.lives import Life, ReplicaProcess
+from fairlead.runtime.wire import BROKEN_EXIT, HUNG_EXIT, Buffer, Frame, Generation, Kind, WireError, error_of
+
+RECENT = 64
+"""Requests that the rate of completions is taken from."""
+LONGEST_RETRY = 60.0
+
+
+class Consumer(Protocol):
+    """Where the pieces of one answer go. Called from the event loop only."""
+
+    def respond(self, delta: Delta) -> None: ...
+
+    def close(self, error: FairleadError | None) -> None:
+        """Once, at the end; not after a cancellation."""
+
+
+class EngineInstance(ReplicaProcess):
+    """Passes requests to the engine's process, and the pieces of their answers to their consumers."""
+
+    exits = {
+        HUNG_EXIT: "a step took longer than `llm.step_timeout`",
+        -signal.SIGALRM: "a step took longer than `llm.step_timeout`",
+        BROKEN_EXIT: "step after step failed",
+    }
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        artefact: Path,
+        kind: BackendKind,
+        threads: int,
+        forkserver: ForkServer,
+        on_change: Callable[[], None],
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__(spec, artefact, kind, threads, forkserver, on_change, slab_bytes=0)
+        self.info: EngineInfo | None = None
+        """Known once it is loaded."""
+        self.max_in_flight = spec.llm.max_num_seqs + spec.llm.max_waiting
+        self._clock = clock
+        self._work = 0
+        self._consumers: dict[int, Consumer] = {}
+        self._completions: deque[float] = deque(maxlen=RECENT)
+        self._stats = EngineStats()
+        self._past = EngineStats()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._consumers)
+
+    @property
+    def recovering(self) -> bool:
+        """A step failed, and the engine looks for the request that it failed on."""
+        return self._stats.recovering
+
+    @property
+    def stats(self) -> EngineStats:
+        """Of now, as last told; its counts are those of all its lives."""
+        return add_stats(counted(self._past), self._stats)
+
+    def submit(self, prompt: Prompt, consumer: Consumer, *, priority: int, age: float, timeout: float) -> int:
+        """Send a request to the engine; returns its work's number. Times are seconds: since it arrived, and that it may
+        still wait for its start (0: any). Raises Unavailable, QueueFull or TooLarge."""
+        if not self.ready:
+            raise self._not_ready()
+        if len(self._consumers) >= self.max_in_flight:
+            raise self._full(f"model '{self.model}' has {len(self._consumers)} requests at once already")
+        life = self._life
+        assert life is not None
+        self._work += 1
+        generation = Generation(prompt, priority, age, timeout)
+        try:
+            life.connection.send(Frame(Kind.GENERATE, work=self._work, generation=generation))
+        except WireError as error:
+            raise TooLarge(f"request for model '{self.model}': {error}") from None
+        self._consumers[self._work] = consumer
+        return self._work
+
+    def cancel(self, work: int) -> None:
+        """Its consumer hears nothing more, and its memory is free after the running step."""
+        if self._consumers.pop(work, None) is not None and self._life is not None:
+            self._life.connection.send(Frame(Kind.CANCEL, work=work))
+
+    def retry_after(self) -> float:
+        """Seconds in which an eighth of what may be in flight ends, at the rate of the latest completions."""
+        if len(self._completions) < 2:
+            return Unavailable.retry_after
+        rate = (len(self._completions) - 1) / max(self._clock() - self._completions[0], 1e-3)
+        return min(max(self.max_in_flight / 8 / rate, 1.0), LONGEST_RETRY)
+
+    # To and from the process
+
+    def _learn(self, life: Life, frame: Frame, body: Buffer) -> None:
+        if frame.ready is None or frame.ready.engine is None:
+            raise WireError("READY without what is ready")
+        self.info = frame.ready.engine
+
+    def _on_frame(self, frame: Frame, body: Buffer) -> None:
+        if frame.kind is Kind.STATS and frame.stats is not None:
+            self._stats = frame.stats
+            return
+        if frame.kind is not Kind.DELTAS:
+            raise WireError(f"unexpected {frame.kind.name}")
+        for answer in frame.answers:
+            if not 0 < answer.work <= self._work:
+                raise WireError(f"answer to {answer.work}, which was not asked")
+            consumer = self._consumers.get(answer.work)
+            if consumer is None:  # cancelled while this was under way
+                continue
+            if (delta := answer.delta) is not None:
+                consumer.respond(delta)
+                if delta.usage is None:
+                    continue
+                error = None
+            else:
+                error = error_of(answer.error, answer.message)
+                if isinstance(error, QueueFull):
+                    error = self._full(answer.message)
+            if self._consumers.pop(answer.work, None) is not None:
+                self._completions.append(self._clock())
+                consumer.close(error)
+
+    def _full(self, message: str) -> QueueFull:
+        error = QueueFull(message)
+        error.retry_after = self.retry_after()
+        return error
+
+    def _not_ready(self) -> FairleadError:
+        if self.down and not self._closing:
+            return Unavailable(f"model '{self.model}' is not available: {self.down}")
+        return super()._not_ready()
+
+    def _stop_running(self) -> None:
+        error = ShuttingDown(f"model '{self.model}' was unloaded before it answered")
+        for work, consumer in list(self._consumers.items()):
+            self.cancel(work)
+            consumer.close(error)
+
+    def _fail_running(self, error: FairleadError) -> None:
+        self._past, self._stats = self.stats, EngineStats()
+        consumers, self._consumers = self._consumers, {}
+        for consumer in consumers.values():
+            consumer.close(error)

@@ -1,0 +1,317 @@
+"""One loaded version of a model with an engine: which replica takes a request, and the way of its answer to the caller."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+
+from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, ShuttingDown, TimeoutExpired, Unavailable, Unsupported
+from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
+from fairlead.core.request import Request, Response, Sink
+from fairlead.core.specs import InputCheck, ModelSpec
+from fairlead.core.tensors import Tensors
+from fairlead.observe.metrics import ModelMetrics, add_stats
+from fairlead.runtime.engine_instance import EngineInstance
+from fairlead.runtime.text_tensors import TextForm, tensor_specs, text_form
+from fairlead.runtime.version import WARMUP_SECONDS
+
+UNRANKED = 1 << 31
+"""The priority of a request that names none, where the model declares no levels."""
+
+
+class EngineTicket:
+    """A request on its way through an engine. `cancel` stops it at any stage."""
+
+    __slots__ = ("arrived", "done", "form", "instance", "owner", "reader", "work")
+
+    def __init__(self, owner: "EngineVersion", request: Request, reader: "_ToSink | _Merging") -> None:
+        self.owner = owner
+        self.reader = reader
+        self.arrived = request.arrived or time.perf_counter()
+        self.done = False
+        self.form: TextForm | None = None
+        """Of a request with tensors."""
+        self.instance: EngineInstance | None = None
+        self.work = 0
+
+    def cancel(self) -> None:
+        """The caller left. Its sink is closed with Cancelled unless it was already closed."""
+        if not self.done:
+            self.owner.cancel(self)
+
+    # From the instance
+
+    def respond(self, delta: Delta) -> None:
+        self.reader.respond(delta)
+
+    def close(self, error: FairleadError | None) -> None:
+        self.owner.ended(self, error)
+
+
+class EngineVersion:
+    """States: serving → draining → closed. Everything is called from the event loop."""
+
+    def __init__(self, spec: ModelSpec, version: str, platform: str, instances: Sequence[EngineInstance]) -> None:
+        """`instances`: loaded."""
+        info = instances[0].info
+        assert info is not None
+        inputs, outputs = tensor_specs(info)
+        self.spec = spec.replace(inputs=inputs, outputs=outputs)
+        self.name = spec.name
+        self.version = version
+        self.platform = platform
+        self.info: EngineInfo = info
+        self.instances = instances
+        self.check = InputCheck(self.spec)
+        self.draining = False
+        self._tickets: set[EngineTicket] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.metrics = ModelMetrics(
+            spec.name,
+            version,
+            queue=lambda: (self.stats.num_waiting, self.stats.num_waiting),
+            restarts=lambda: sum(instance.restarts for instance in self.instances),
+            engine=lambda: self.stats,
+        )
+
+    @property
+    def ready(self) -> bool:
+        return not self.draining and any(instance.ready and not instance.recovering for instance in self.instances)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Of all replicas together; the counts are those of all their lives."""
+        total = EngineStats()
+        for instance in self.instances:
+            total = add_stats(total, instance.stats)
+        return total
+
+    def statistics(self) -> dict[str, object]:
+        return self.metrics.statistics()
+
+    # From the caller
+
+    def submit(self, request: Request, sink: Sink) -> EngineTicket:
+        """Queue a request. The pieces of the answer to a prompt go to the sink as they come; tensors are answered by one
+        response. Errors go to the sink, possibly before this returns."""
+        reader = _ToSink(self, request, sink)
+        ticket = EngineTicket(self, request, reader)
+        reader.ticket = ticket
+        self._enqueue(ticket, request, whole=True)
+        return ticket
+
+    async def infer(self, request: Request) -> AsyncGenerator[Response, None]:
+        """The pieces of the answer; those that a slow reader has not taken yet are joined. Closing the iterator cancels."""
+        reader = _Merging()
+        ticket = EngineTicket(self, request, reader)
+        self._enqueue(ticket, request)
+        try:
+            form = ticket.form
+            if form is None or form.streams:
+                while (delta := await reader.next()) is not None:
+                    yield self.response(request, form, [delta])
+            else:
+                choices = []
+                while (delta := await reader.next()) is not None:
+                    choices.append(delta)
+                yield self.response(request, form, choices)
+        finally:
+            ticket.cancel()
+
+    def response(self, request: Request, form: TextForm | None, deltas: list[Delta]) -> Response:
+        """One response: a Delta, or the tensors of `deltas` in a form."""
+        answer = Response(model=self.name, version=self.version, id=request.id)
+        if form is None:
+            (answer.delta,) = deltas
+        else:
+            answer.outputs = form.tensors(deltas)
+        return answer
+
+    def cancel(self, ticket: EngineTicket) -> None:
+        assert ticket.instance is not None
+        ticket.instance.cancel(ticket.work)
+        self.metrics.cancelled += 1
+        self._close(ticket, Cancelled("request was cancelled"))
+
+    def _enqueue(self, ticket: EngineTicket, request: Request, *, whole: bool = False, instance: EngineInstance | None = None) -> None:
+        """`whole`: the caller takes one response only."""
+        try:
+            prompt = self._prompt(ticket, request)
+            if whole and ticket.form is not None and ticket.form.streams:
+                raise Unsupported(
+                    f"model '{self.name}' answers with several responses: ask for them as a stream (gRPC ModelStreamInfer, or HTTP generate_stream)"
+                )
+            if self.draining:
+                raise ShuttingDown(
+                    f"model '{self.name}' version {self.version} is unloading, it has stopped accepting new inference requests"
+                )
+            age = time.perf_counter() - ticket.arrived
+            timeout = self._timeout(request)
+            if timeout and timeout <= age:
+                raise TimeoutExpired("Request timeout expired")
+            chosen = instance or self._least_loaded()
+            left = timeout - age if timeout else 0.0
+            ticket.work = chosen.submit(prompt, ticket, priority=self._priority(request), age=age, timeout=left)
+        except FairleadError as error:
+            self.metrics.refused += 1
+            self._close(ticket, error)
+            return
+        ticket.instance = chosen
+        self._tickets.add(ticket)
+        self._idle.clear()
+
+    def _prompt(self, ticket: EngineTicket, request: Request) -> Prompt:
+        """Raises InvalidRequest."""
+        if request.prompt is None:
+            self.check(request)
+            ticket.form = text_form(request, self.info)
+            return ticket.form.prompt
+        if request.inputs:
+            raise InvalidRequest(f"request for model '{self.name}' has a prompt and tensors: one of the two")
+        return request.prompt
+
+    def _timeout(self, request: Request) -> float:
+        """Seconds that it may wait for its start, as for models that batch; 0: any."""
+        policy = self.spec.batching.queue_policy
+        wanted, default = request.timeout, policy.default_timeout
+        allowed = policy.allow_timeout_override and wanted > 0 and (not default or wanted < default)
+        return wanted if allowed else default
+
+    def _priority(self, request: Request) -> int:
+        """Smaller goes first."""
+        levels = self.spec.batching.priority_levels
+        if levels and not 1 <= request.priority <= levels:
+            return self.spec.batching.default_priority or (levels + 1) // 2
+        return request.priority or UNRANKED
+
+    def _least_loaded(self) -> EngineInstance:
+        """Of those that are ready; any where none is, which says why."""
+        ready = [instance for instance in self.instances if instance.ready]
+        return min(ready or self.instances, key=lambda instance: instance.num_in_flight)
+
+    # From the instances
+
+    def instance_changed(self) -> None:
+        """An instance became ready or stopped being so: nothing waits here for that."""
+
+    def ended(self, ticket: EngineTicket, error: FairleadError | None) -> None:
+        if ticket.done:
+            return
+        metrics, seconds = self.metrics, time.perf_counter() - ticket.arrived
+        if error is None:
+            metrics.latency.observe(seconds)
+            metrics.success.add(seconds)
+            metrics.rows += 1
+            metrics.last_inference_ms = int(time.time() * 1000)
+        elif isinstance(error, (InvalidRequest, Unsupported, Unavailable)):
+            metrics.refused += 1
+        else:
+            metrics.latency.observe(seconds)
+            metrics.fail.add(seconds)
+        self._close(ticket, error)
+
+    def _close(self, ticket: EngineTicket, error: FairleadError | None) -> None:
+        ticket.done = True
+        self._tickets.discard(ticket)
+        if not self._tickets:
+            self._idle.set()
+        ticket.reader.close(error)
+
+    # The end
+
+    async def warm_up(self, samples: list[Tensors]) -> None:
+        """Run samples through every replica before anybody waits for an answer. Raises what the model raises."""
+        for instance in self.instances:
+            for sample in samples:
+                reader = _Merging()
+                request = Request(model=self.name, inputs=sample)
+                ticket = EngineTicket(self, request, reader)
+                self._enqueue(ticket, request, instance=instance)
+                async with asyncio.timeout(WARMUP_SECONDS):
+                    while await reader.next() is not None:
+                        pass
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests, finish those that are here (those that `timeout` cuts off fail), release everything."""
+        self.draining = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        for ticket in list(self._tickets):
+            assert ticket.instance is not None
+            ticket.instance.cancel(ticket.work)
+            self._close(ticket, Unavailable(f"model '{self.name}' version {self.version} was unloaded before it answered"))
+        await asyncio.gather(*(instance.close() for instance in self.instances))
+
+
+class _ToSink:
+    """Passes the pieces of an answer to a sink; of tensors all at once."""
+
+    ticket: EngineTicket
+
+    def __init__(self, version: EngineVersion, request: Request, sink: Sink) -> None:
+        self.version = version
+        self.request = request
+        self.sink = sink
+        self.choices: list[Delta] = []
+
+    def respond(self, delta: Delta) -> None:
+        if self.ticket.form is None:
+            self.sink.respond(self.version.response(self.request, None, [delta]))
+        else:
+            self.choices.append(delta)
+
+    def close(self, error: FairleadError | None) -> None:
+        if error is None and self.choices:
+            self.sink.respond(self.version.response(self.request, self.ticket.form, self.choices))
+        self.sink.close(error)
+
+
+class _Merging:
+    """What an async iterator reads. Pieces that wait are joined, so that it holds no more than the answer itself."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, Delta] = {}
+        """By choice, in the order in which they began to wait."""
+        self._closed = False
+        self._error: FairleadError | None = None
+        self._changed = asyncio.Event()
+
+    def respond(self, delta: Delta) -> None:
+        waiting = self._waiting.pop(delta.index, None) if delta.usage is not None else self._waiting.get(delta.index)
+        self._waiting[delta.index] = delta if waiting is None else joined(waiting, delta)  # usage comes last, behind the other choices
+        self._changed.set()
+
+    def close(self, error: FairleadError | None) -> None:
+        self._closed, self._error = True, error
+        self._changed.set()
+
+    async def next(self) -> Delta | None:
+        """The next piece, None at the end. Raises what the request failed with."""
+        while not self._waiting:
+            if self._closed:
+                if self._error is not None:
+                    raise self._error
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        return self._waiting.pop(next(iter(self._waiting)))
+
+
+def joined(first: Delta, then: Delta) -> Delta:
+    """Two pieces of one choice as one: `first`, extended."""
+    first.text += then.text
+    first.token_ids += then.token_ids
+    if then.logprobs is not None:
+        first.logprobs = [*first.logprobs, *then.logprobs] if first.logprobs is not None else then.logprobs
+    if then.prompt_logprobs is not None:
+        first.prompt_logprobs = then.prompt_logprobs
+    if then.finish_reason:
+        first.finish_reason, first.stop_reason = then.finish_reason, then.stop_reason
+    if then.usage is not None:
+        first.usage = then.usage
+    if then.vector:
+        first.vector = then.vector
+    if then.tokens is not None:
+        first.tokens = then.tokens
+    return first

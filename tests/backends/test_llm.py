@@ -1,0 +1,129 @@
+"""The engine's thread: prompts in from an event loop's side, pieces of answers out, and nothing lost on the way."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fairlead.backends.llm import BACKEND, EngineThread
+from fairlead.core.errors import ContextExceeded, FairleadError, InvalidRequest, LoadError, ShuttingDown, Unsupported
+from fairlead.core.generation import Chat, Delta, Detokenize, Embed, Generate, Message, Prompt, Sampling, Tokenize
+from fairlead.core.specs import LlmSpec, ModelSpec
+from tests.llm.tiny import tiny_checkpoint
+
+GREEDY = Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
+HELLO = Chat(messages=[Message(role="user", content="hello")])
+SPEC = LlmSpec(dtype="float32", kernels="torch")
+SECONDS = 30.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+class Running:
+    """An engine on its thread, asked as a replica asks it."""
+
+    def __init__(self, engine: EngineThread) -> None:
+        self.engine = engine
+        self.answers: queue.Queue[tuple[int, Delta | FairleadError]] = queue.Queue()
+        self.thread = threading.Thread(target=engine.run, args=(self._deliver,))
+        self.thread.start()
+
+    def _deliver(self, answers: list[tuple[int, Delta | FairleadError]]) -> None:
+        for answer in answers:
+            self.answers.put(answer)
+
+    def submit(self, work: int, prompt: Prompt) -> None:
+        self.engine.submit(work, prompt, priority=0, arrived=time.perf_counter(), deadline=0.0)
+
+    def ask(self, prompt: Prompt) -> Any:
+        self.submit(1, prompt)
+        work, answer = self.answers.get(timeout=SECONDS)
+        assert work == 1
+        if isinstance(answer, FairleadError):
+            raise answer
+        return answer
+
+    def ask_past_others(self, work: int, prompt: Prompt) -> Any:
+        """The answer to `work`, past what is left of others."""
+        self.submit(work, prompt)
+        while True:
+            other, answer = self.answers.get(timeout=SECONDS)
+            if other == work:
+                return answer
+
+    def close(self) -> None:
+        self.engine.close()
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def running(checkpoint: Path) -> Iterator[Running]:
+    running = Running(BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=SPEC), 1))
+    yield running
+    running.close()
+
+
+def test_each_form_of_prompt_is_answered(running):
+    chat = running.ask(Generate(chat=HELLO, sampling=GREEDY))
+    ids = running.ask(Tokenize(chat=HELLO)).token_ids
+    assert chat.usage.prompt_tokens == len(ids) and len(chat.token_ids) == 6
+    assert running.ask(Generate(token_ids=ids, sampling=GREEDY)).text == chat.text
+    text = running.ask(Detokenize(token_ids=ids)).text
+    assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert running.ask(Generate(text=text, add_special_tokens=False, sampling=GREEDY)).text == chat.text
+    assert running.ask(Tokenize(text="hello")).tokens[0] == "<s>"
+    assert running.ask(Tokenize(text="hello", add_special_tokens=False)).token_ids == running.ask(Tokenize(text="hello")).token_ids[1:]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "said"),
+    [
+        (Generate(text="a " * 400), ContextExceeded, "maximum context length is 256"),
+        (Generate(token_ids=[]), InvalidRequest, "empty"),
+        (Detokenize(token_ids=[9999]), InvalidRequest, "vocabulary of 512"),
+        (Embed(text="x"), Unsupported, "does not embed"),
+    ],
+)
+def test_what_is_wrong_comes_back_as_its_error(running, prompt, error, said):
+    with pytest.raises(error, match=said):
+        running.ask(prompt)
+    assert len(running.ask(Generate(chat=HELLO, sampling=GREEDY)).token_ids) == 6
+
+
+def test_a_cancelled_request_says_nothing_more_and_frees_its_memory(running):
+    running.submit(1, Generate(chat=HELLO, sampling=Sampling(max_tokens=200, ignore_eos=True), stream=True))
+    running.answers.get(timeout=SECONDS)
+    running.engine.cancel(1)
+    assert len(running.ask_past_others(2, Generate(chat=HELLO, sampling=GREEDY)).token_ids) == 6
+    stats = running.engine.stats()
+    assert stats.num_running == 0 and stats.num_free_blocks == stats.num_blocks
+
+
+def test_closing_ends_what_is_left(checkpoint):
+    running = Running(BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=SPEC), 1))
+    for work in range(3):
+        running.submit(work, Generate(chat=HELLO, sampling=Sampling(max_tokens=200, ignore_eos=True)))
+    running.close()
+    ends = [running.answers.get_nowait() for _ in range(3)]
+    assert {work for work, _ in ends} == {0, 1, 2} and all(isinstance(answer, ShuttingDown) for _, answer in ends)
+
+
+def test_what_the_engine_was_built_of_is_told(running):
+    info = running.engine.info
+    assert (info.tasks, info.max_model_len, info.vocab_size, info.has_chat_template) == (("generate", "tokenize"), 256, 512, True)
+    assert any("torch kernels" in line for line in info.explain) and any("KV memory" in line for line in info.explain)
+
+
+def test_kv_memory_that_holds_no_sequence_is_refused(checkpoint):
+    with pytest.raises(LoadError, match="cannot hold one sequence of 200 tokens"):
+        BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=LlmSpec(kv_cache_bytes=20_000, max_model_len=200)), 1)
+    small = BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=LlmSpec(kv_cache_bytes=60_000, dtype="float32", kernels="torch")), 1)
+    assert small.info.max_model_len == 96 and any("bounded to 96" in line for line in small.info.explain)
