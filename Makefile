@@ -38,6 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode $(FIND_LINKS) -c constraints.txt -e '.[dev]' \
 		|| $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m fairlead.llm.kernels
 	touch $@
 
 constraints: $(INSTALLED)  ## pin the newest versions that fit pyproject.toml, on every platform

@@ -130,8 +130,8 @@ class Playing:
 async def play():
     playing = []
 
-    async def play(clock=Clock(), **llm):
-        each = Playing(clock, **llm)
+    async def play(clock=None, **llm):
+        each = Playing(clock or Clock(), **llm)
         playing.append(each)
         return await each.start()
 

@@ -30,6 +30,7 @@ async def engines(folder: Path, *names: str, **specs: str) -> AsyncIterator[Serv
     try:
         for name, spec in specs.items():
             (folder / name / "1").mkdir(parents=True)
+            (folder / name / "1" / "nothing").touch()
             (folder / name / "model.yaml").write_text(f"backend: fake_engine\n{spec}\n")
         async with served(folder, *names) as running:
             yield running
