@@ -74,6 +74,47 @@ def test_what_lies_next_to_a_model_py_is_its_own(tmp_path: Path) -> None:
     assert found(tmp_path, backend="onnx") == ("onnx", "weights.onnx")
 
 
+def checkpoint(folder: Path, *weights: str, config: str = '{"model_type": "llama"}') -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(config)
+    (folder / "tokenizer.json").write_text("{}")
+    for name in weights:
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "weights", [["model.safetensors"], ["model-00001-of-00002.safetensors"], ["model.safetensors.index.json"]], ids=lambda each: each[0]
+)
+def test_a_checkpoint_is_a_language_model_and_its_folder_the_artefact(tmp_path: Path, weights: list[str]) -> None:
+    folder = checkpoint(tmp_path / "tiny", *weights)
+    assert found(folder) == found(folder, backend="llm") == ("llm", "tiny")
+
+
+def test_a_folder_of_sentence_transformers_is_one_too(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[]")
+    (tmp_path / "config_sentence_transformers.json").write_text("{}")
+    assert found(tmp_path) == ("llm", tmp_path.name)
+
+
+def test_a_checkpoint_with_a_model_py_is_the_python_models(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "model.safetensors")
+    (tmp_path / "model.py").write_text("")
+    assert found(tmp_path) == ("python", "model.py")
+    assert found(tmp_path, backend="llm")[0] == "llm"
+
+
+def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "model.safetensors", config='{"layers": 2}')
+    assert 'no "learner"' in refused(tmp_path)
+    assert "is no checkpoint of a language model: config.json with *.safetensors; it holds config.json" in refused(tmp_path, backend="llm")
+
+
+def test_weights_in_a_pickle_are_refused_with_advice(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "pytorch_model.bin")
+    assert "safe_serialization=True" in refused(tmp_path)
+
+
 def test_several_artefacts_are_listed_with_the_line_to_write(tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(b"")
     (tmp_path / "b.ubj").write_bytes(b"")

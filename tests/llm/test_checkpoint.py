@@ -1,6 +1,5 @@
 """Checkpoints on disk: what is whole is loaded exactly, what is not is refused in one sentence that names the file."""
 
-import json
 import shutil
 import socket
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from fairlead.core.errors import LoadError
 from fairlead.core.specs import LlmSpec
 from fairlead.llm.checkpoint import INDEX, WEIGHTS, choose_dtype, load_generator, open_checkpoint
 from fairlead.llm.load import load_decoder
-from tests.llm.tiny import EOS_ID, tiny_checkpoint
+from tests.llm.tiny import EOS_ID, edit_json, tiny_checkpoint
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 
@@ -47,12 +46,6 @@ def why(folder: Path) -> str:
         load(folder)
     assert "\n" not in caught.value.message
     return caught.value.message
-
-
-def edit(path: Path, **changes: Any) -> None:
-    """Set keys of a JSON file; ... removes one."""
-    merged = {**(json.loads(path.read_text()) if path.exists() else {}), **changes}
-    path.write_text(json.dumps({key: value for key, value in merged.items() if value is not ...}))
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -110,11 +103,11 @@ def test_tied_embeddings_need_no_head_in_the_file(tmp_path: Path) -> None:
 def test_generation_defaults_and_ends(folder: Path) -> None:
     assert open_checkpoint(folder).eos_ids == (EOS_ID,)
     path = folder / "generation_config.json"
-    edit(path, temperature=0.6, top_k=20, top_p=None, do_sample=True, eos_token_id=[2, 4], max_length=99)
+    edit_json(path, temperature=0.6, top_k=20, top_p=None, do_sample=True, eos_token_id=[2, 4], max_length=99)
     checkpoint = open_checkpoint(folder)
     assert (checkpoint.defaults, checkpoint.eos_ids) == ({"temperature": 0.6, "top_k": 20}, (2, 4))
     path.unlink()
-    edit(folder / "config.json", eos_token_id=[5, 6])
+    edit_json(folder / "config.json", eos_token_id=[5, 6])
     checkpoint = open_checkpoint(folder)
     assert (checkpoint.defaults, checkpoint.eos_ids) == ({}, (5, 6))
 
@@ -139,7 +132,7 @@ def test_the_dtype_is_the_checkpoints_own_as_far_as_the_device_has_it(
 
 def test_the_files_tell_the_dtype_and_not_the_config(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "half", dtype=torch.float16)
-    edit(folder / "config.json", dtype="float32")
+    edit_json(folder / "config.json", dtype="float32")
     loaded = load_decoder(folder, LlmSpec(kernels="torch"))
     assert loaded.decoder.dtype == torch.bfloat16
     assert "of float16, computed in bfloat16" in loaded.explain[0]
@@ -155,7 +148,11 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{not json", "tiny/config.json is not JSON: "), ("[]", "tiny/config.json must hold a JSON object, not list"), ("\xff", "is not JSON")],
+    [
+        ("{not json", "tiny/config.json is not JSON: "),
+        ("[]", "tiny/config.json must hold a JSON object, not list"),
+        ("\xff", "is not JSON"),
+    ],
 )
 def test_a_config_that_is_no_json_object(folder: Path, text: str, reason: str) -> None:
     (folder / "config.json").write_bytes(text.encode("latin-1"))
@@ -177,13 +174,13 @@ def test_a_config_that_is_no_json_object(folder: Path, text: str, reason: str) -
     ],
 )
 def test_a_config_that_names_no_model_of_ours(folder: Path, changes: dict[str, Any], reason: str) -> None:
-    edit(folder / "config.json", **changes)
+    edit_json(folder / "config.json", **changes)
     assert reason in why(folder)
 
 
 @pytest.mark.parametrize("changes", [{"temperature": "hot"}, {"top_p": 7}, {"eos_token_id": "</s>"}])
 def test_a_generation_config_that_makes_no_sense(folder: Path, changes: dict[str, Any]) -> None:
-    edit(folder / "generation_config.json", **changes)
+    edit_json(folder / "generation_config.json", **changes)
     assert "tiny/generation_config.json: Expected" in why(folder)
 
 
@@ -222,9 +219,9 @@ def test_a_tensor_too_many(folder: Path) -> None:
 
 
 def test_more_layers_than_the_config_knows(folder: Path) -> None:
-    edit(folder / "config.json", num_hidden_layers=1)
+    edit_json(folder / "config.json", num_hidden_layers=1)
     assert "holds model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight" in why(folder)
-    edit(folder / "config.json", num_hidden_layers=3)
+    edit_json(folder / "config.json", num_hidden_layers=3)
     assert f"tiny/{WEIGHTS} lacks model.layers.2." in why(folder)
 
 
@@ -287,5 +284,5 @@ def test_a_truncated_shard(parts: Path) -> None:
 
 @pytest.mark.parametrize("weight_map", [..., [], {"x": 1}, {"x": "../model.safetensors"}])
 def test_an_index_without_a_map(parts: Path, weight_map: Any) -> None:
-    edit(parts / INDEX, weight_map=weight_map)
+    edit_json(parts / INDEX, weight_map=weight_map)
     assert why(parts) == f"tiny/{INDEX} has no `weight_map` from tensors to files of the folder"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -220,16 +220,16 @@ def test_latent_attention_has_values_of_their_own_size() -> None:
 
 # Rotary embeddings that depend on the batch
 
-LONGROPE = dict(
-    rope_parameters=dict(
-        rope_type="longrope",
-        rope_theta=10000.0,
-        short_factor=[1.0] * 8,
-        long_factor=[1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
-        original_max_position_embeddings=32,
-    ),
-    original_max_position_embeddings=32,
-)
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+        "original_max_position_embeddings": 32,
+    },
+    "original_max_position_embeddings": 32,
+}
 
 
 @pytest.mark.parametrize("max_model_len", [32, 256])
@@ -249,7 +249,7 @@ def test_longrope_takes_its_factors_by_the_longest_text_allowed(max_model_len: i
 
 
 def test_dynamic_scaling_is_taken_where_it_never_applies_and_refused_beyond() -> None:
-    model = tiny_model("llama", rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0))
+    model = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
     with pytest.raises(LoadError, match="set `llm.max_model_len` to at most 256"):
         freeze_rope(model, 1024)
     wanted = [expected(model, ids) for ids in PROMPTS]
@@ -331,3 +331,8 @@ def test_no_more_context_than_the_checkpoint_has(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "llama")
     with pytest.raises(LoadError, match="`llm.max_model_len` is 300, but llama/config.json has positions for 256 tokens"):
         load_decoder(folder, LlmSpec(max_model_len=300))
+
+
+@pytest.mark.parametrize("decoder", ["graph", "lean"])
+def test_a_context_shorter_than_the_probes_is_served(tmp_path: Path, decoder: Literal["graph", "lean"]) -> None:
+    assert load_decoder(tiny_checkpoint(tmp_path / "llama"), LlmSpec(max_model_len=4, decoder=decoder)).max_model_len == 4

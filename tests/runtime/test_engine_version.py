@@ -261,15 +261,16 @@ async def test_what_the_engine_refuses_is_the_callers_error_and_nobody_elses(loa
 async def test_more_than_may_wait_are_refused_with_a_time_to_come_back(load):
     version = await load(llm={"max_num_seqs": 1, "max_waiting": 2})
     streams = [version.infer(prompt("on !forever ")) for _ in range(3)]
-    waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
+    await asyncio.wait_for(anext(streams[0]), SECONDS)  # it runs, so that two may wait
+    waiting = [asyncio.ensure_future(anext(stream)) for stream in streams[1:]]
     await until(lambda: version.instances[0].num_in_flight == 3)
     with pytest.raises(QueueFull, match="3 requests at once") as refused:
         await deltas(version, prompt("one more"))
     assert refused.value.retry_after >= 1.0
-    for task, stream in zip(waiting, streams, strict=True):
+    for task in waiting:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await stream.aclose()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await streams[0].aclose()
     assert await answer(version, "now ") == "now "
 
 
@@ -327,7 +328,7 @@ async def test_a_crash_fails_what_was_under_way_and_the_next_life_answers(load):
 
 @pytest.mark.parametrize("how", ["!hang", "!seize"])
 async def test_a_step_that_hangs_ends_its_process(load, how):
-    version = await load(llm={"step_timeout": 0.2})
+    version = await load(llm={"step_timeout": 1.0})
     with pytest.raises(ReplicaDied, match="a step took longer than `llm.step_timeout`"):
         await deltas(version, prompt(how))
     await until(lambda: version.ready)
@@ -339,12 +340,6 @@ async def test_an_engine_that_gives_up_is_started_again(load):
     with pytest.raises(ReplicaDied, match="step after step failed"):
         await deltas(version, prompt("!break "))
     await until(lambda: version.ready)
-
-
-async def test_a_slow_engine_within_its_time_is_left_alone(load):
-    version = await load(llm={"step_timeout": 0.4}, step_seconds=0.1)
-    assert await answer(version, "one two three four five six seven eight ") == "one two three four five six seven eight "
-    assert version.instances[0].restarts == 0
 
 
 async def test_replicas_share_the_load_and_one_that_died_gets_none(load):
@@ -501,9 +496,8 @@ async def test_a_repository_serves_it_beside_models_of_tensors(tmp_path, forkser
         (told,) = repository.statistics("echo")
         assert told["inference_count"] == 1 and told["inference_stats"]["queue"]["count"] == 1
         assert told["execution_count"] == told["inference_stats"]["compute_infer"]["count"] >= 1
-        samples = {(s.name, *s.labels.values()): s.value for family in parse(metrics.text()[1].decode()) for s in family.samples}
-        assert samples["fairlead_generated_tokens_total", "echo", "1"] == 1
-        assert samples["fairlead_sequences", "echo", "1", "running"] == 0
-        assert samples["vllm:request_success_total", "echo", "stop"] == 1
+        told = {(s.name, *s.labels.values()): s.value for family in parse(metrics.text()[1].decode()) for s in family.samples}
+        assert told["fairlead_generated_tokens_total", "echo", "1"] == 1
+        assert told["vllm:generation_tokens_total", "echo"] == 1
     finally:
         await repository.stop(0.0)

@@ -13,7 +13,7 @@ from fairlead.backends import BACKENDS
 from fairlead.core.errors import ShuttingDown
 from fairlead.core.specs import ModelSpec
 from fairlead.core.tensors import object_array
-from fairlead.runtime import process
+from fairlead.runtime import lives
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.process import ProcessInstance
 
@@ -100,7 +100,7 @@ async def test_an_orphan_that_dies_is_replaced_from_the_next_server(forkserver):
 
 
 async def test_an_orphan_that_does_not_end_is_killed(forkserver, tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(lives, "CLOSE_SECONDS", 0.2)
     began = tmp_path / "began"
     os.mkfifo(began)
     spec = ModelSpec(name="trouble", parameters={"began": str(began)})

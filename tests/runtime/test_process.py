@@ -14,7 +14,7 @@ from fairlead.core.errors import Cancelled, InvalidRequest, LoadError, ModelErro
 from fairlead.core.request import Request
 from fairlead.core.specs import ModelSpec
 from fairlead.core.tensors import object_array
-from fairlead.runtime import process
+from fairlead.runtime import lives, process
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.lives import restart_delay
 from fairlead.runtime.process import ProcessInstance
@@ -471,7 +471,7 @@ async def test_closing_ends_the_process_and_stops_its_stream(start):
 
 
 async def test_closing_kills_what_does_not_end(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(lives, "CLOSE_SECONDS", 0.2)
     began = tmp_path / "began"
     os.mkfifo(began)
     instance = await start("trouble", began=began)

@@ -57,6 +57,17 @@ def test_a_bare_artefact_is_a_model_named_after_it(tmp_path):
     assert source.fetch(listing, 1) == root / "fraud.onnx"
 
 
+def test_a_checkpoints_folder_is_one_model(tmp_path):
+    folder = tmp_path / "tiny-llama"
+    (folder / "1_Pooling").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "1_Pooling/config.json"):
+        (folder / name).write_text("{}")
+    source = Source(str(folder), tmp_path / "cache")
+    (listing,) = source.scan().values()
+    assert (listing.name, list(listing.versions())) == ("tiny-llama", [1])
+    assert source.fetch(listing, 1) == folder
+
+
 def test_an_absent_repository_is_said_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match="there is no model repository at .*nowhere"):
         scan(tmp_path / "nowhere", tmp_path)

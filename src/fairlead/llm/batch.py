@@ -4,6 +4,8 @@ Shape suffixes throughout the engine: T new tokens of all sequences one after an
 N rows whose logits are wanted, H query heads, K key-value heads, D head size, B blocks of a table, V vocabulary.
 """
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +38,19 @@ def new_cache(shapes: tuple[LayerShape, ...], num_blocks: int, block_size: int, 
     """Zeroed blocks for every layer."""
     return [
         LayerCache(
-            torch.zeros(num_blocks, shape.num_kv_heads, block_size, shape.k_size, dtype=dtype, device=device),
-            torch.zeros(num_blocks, shape.num_kv_heads, block_size, shape.v_size, dtype=dtype, device=device),
+            _zeros((num_blocks, shape.num_kv_heads, block_size, shape.k_size), dtype, device),
+            _zeros((num_blocks, shape.num_kv_heads, block_size, shape.v_size), dtype, device),
         )
         for shape in shapes
     ]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every page; these become memory when a block is first used
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @dataclass(slots=True)

@@ -256,8 +256,8 @@ def load_generator(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -
     return load_model(transformers.AutoModelForCausalLM, checkpoint, dtype, attention)
 
 
-def load_model(auto: Any, checkpoint: Checkpoint, dtype: torch.dtype, attention: str, *, optional: tuple[str, ...] = ()) -> Any:
-    """`auto`: transformers' Auto class. Weights in `dtype` stay mapped from their files, so that processes share the pages.
+def load_model(auto: Any, checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None, *, optional: tuple[str, ...] = ()) -> Any:
+    """`auto`: transformers' Auto class; `attention` None: the model's own choice. Weights in `dtype` stay mapped from their files, so that processes share the pages.
 
     `optional`: prefixes of tensors that may be missing or left over. Raises LoadError.
     """
@@ -326,12 +326,13 @@ def _count(shape: tuple[int, ...]) -> int:
 @contextmanager
 def quiet() -> Iterator[None]:
     """transformers without its progress bars and reports: what they tell becomes errors."""
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
+    theirs: Any = transformers.logging
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
+        theirs.set_verbosity(level)
         if bars:
-            transformers.logging.enable_progress_bar()
+            theirs.enable_progress_bar()

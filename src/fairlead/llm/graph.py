@@ -68,7 +68,7 @@ class _Recorder:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    return bool(one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride())
 
 
 def _refusal(module: Any, query: Any, key: Any, mask: Any, kwargs: dict[str, Any]) -> str:
@@ -274,7 +274,9 @@ def _freeze(module: Any, rope_type: str, layer_type: str, max_model_len: int) ->
     frequencies = getattr(module, f"{layer_type}_inv_freq" if layer_type else "inv_freq")
     long, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, frequencies.device, seq_len=original + 1, layer_type=layer_type or None)
     frequencies.copy_(long)
-    return f"rotary embedding: longrope's long factors for texts of every length; an `llm.max_model_len` of at most {original} takes the short"
+    return (
+        f"rotary embedding: longrope's long factors for texts of every length; an `llm.max_model_len` of at most {original} takes the short"
+    )
 
 
 def _ropes(config: Any) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,9 @@ from fairlead.llm.checkpoint import Checkpoint, choose_dtype, load_generator, op
 from fairlead.llm.decoder import LeanDecoder, probe
 from fairlead.llm.graph import ATTENTION, GraphDecoder, check_config, freeze_rope, prove
 
+PROBE_TOKENS = 32
+"""Positions that the lean decoder's probe computes, whatever the model's longest text."""
+
 
 class Decoder(Protocol):
     """Computes one step."""
@@ -93,7 +96,7 @@ def choose_decoder(model: Any, kernel: AttentionKernel, spec: LlmSpec, max_model
     """The lean decoder where it is wanted and its logits match transformers'; and why, in words. Raises LoadError."""
     reason = "as `llm.decoder` says"
     if spec.decoder != "graph":
-        lean = LeanDecoder.from_graph(model, kernel, max_model_len=max_model_len)
+        lean = LeanDecoder.from_graph(model, kernel, max_model_len=max(max_model_len, PROBE_TOKENS))
         reason = lean if isinstance(lean, str) else probe(model, lean)
         if not reason:
             assert isinstance(lean, LeanDecoder)

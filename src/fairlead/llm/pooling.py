@@ -203,11 +203,17 @@ def read_pooling(folder: Path, config: Any) -> Pooling:
     kinds = [module.type.rpartition(".")[2] for module in modules]
     for kind in kinds:
         if kind not in ("Transformer", "Pooling", "Normalize"):
-            raise LoadError(f"{folder.name}/modules.json has a {kind} module, which is not supported: Transformer, Pooling and Normalize are")
+            raise LoadError(
+                f"{folder.name}/modules.json has a {kind} module, which is not supported: Transformer, Pooling and Normalize are"
+            )
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise LoadError(f"{folder.name}/modules.json must list a Transformer, a Pooling and at most a Normalize module, not {', '.join(kinds)}")
+        raise LoadError(
+            f"{folder.name}/modules.json must list a Transformer, a Pooling and at most a Normalize module, not {', '.join(kinds)}"
+        )
     if modules[0].path not in ("", "."):
-        raise LoadError(f"{folder.name}/modules.json has its Transformer in {modules[0].path!r}, which is not supported: it must lie in the folder itself")
+        raise LoadError(
+            f"{folder.name}/modules.json has its Transformer in {modules[0].path!r}, which is not supported: it must lie in the folder itself"
+        )
     modes = _read_modes(folder / modules[1].path / "config.json")
     return Pooling(modes, normalize="Normalize" in kinds, source="modules.json")
 
@@ -234,7 +240,9 @@ def _max_length(checkpoint: Checkpoint, model: Any, spec: LlmSpec) -> int:
     if not longest:
         raise LoadError(f"{folder.name} does not say how long a text may be: set `llm.max_model_len`")
     if spec.max_model_len > longest:
-        raise LoadError(f"`llm.max_model_len` is {spec.max_model_len}, but the checkpoint {folder.name} takes texts of at most {longest} tokens")
+        raise LoadError(
+            f"`llm.max_model_len` is {spec.max_model_len}, but the checkpoint {folder.name} takes texts of at most {longest} tokens"
+        )
     return spec.max_model_len or longest
 
 

@@ -86,7 +86,7 @@ async def test_answers_are_as_described(port):
     """Every GET that has an answer, held against the schema of its 200."""
     document = await document_of(port)
     for method, path, operation in operations(document):
-        if method != "GET" or "200" not in operation["responses"]:
+        if method != "GET" or "200" not in operation["responses"] or path == "/v1/models/{model}":  # that one is of engines
             continue
         answer = await port.client.get(path.format(model="identity", version="1"))
         assert answer.status_code == 200, path

@@ -14,7 +14,7 @@ from fairlead.api.http_server import HttpServer
 from fairlead.backends import fake_engine
 from fairlead.backends.table import BACKENDS
 from fairlead.core.errors import FairleadError, NotFound
-from fairlead.core.generation import Delta, EngineInfo, Prompt, Usage
+from fairlead.core.generation import Delta, EngineInfo, Usage
 from fairlead.core.request import Request, Response
 from fairlead.observe.metrics import Metrics
 from tests.api.served import Lines, Served, served
@@ -70,6 +70,11 @@ class Asked:
     def fail(self, error: Exception) -> None:
         self._pieces.put_nowait(error)
 
+    @property
+    def num_waiting(self) -> int:
+        """Pieces that nobody has taken yet."""
+        return self._pieces.qsize()
+
     async def next(self) -> Delta | None:
         piece = await self._pieces.get()
         if isinstance(piece, Exception):
@@ -85,8 +90,6 @@ class Played:
 
     def __init__(self) -> None:
         self.asked: asyncio.Queue[Asked] = asyncio.Queue()
-        self.answer: Callable[[Prompt], list[Delta]] | None = None
-        """Answers at once, in place of the test."""
 
     def known(self, name: str) -> bool:
         return name in ("m", "t")
@@ -108,9 +111,6 @@ class Played:
 
     async def infer(self, request: Request) -> AsyncIterator[Response]:
         asked = Asked(request)
-        if self.answer is not None:
-            asked.tell(*self.answer(asked.prompt))
-            asked.end()
         self.asked.put_nowait(asked)
         try:
             while (delta := await asked.next()) is not None:

@@ -3,14 +3,12 @@
 // Weights lie in panels of 16 outputs, [N / 16][K][16] float or [N / 16][K / 2][16][2] bfloat16 (pairs of k, the layout of
 // VNNI), zero-padded. A register tile is up to 12 tokens x 2 panels, its operands packed k-major, as in BLIS (Van Zee and
 // van de Geijn, 2015). One layout serves one token (bound by memory) and a thousand (bound by arithmetic).
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "parallel.h"
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 #define FAIRLEAD_AVX512 1
@@ -28,6 +28,8 @@
 namespace {
 
 using at::Tensor;
+using fairlead::parallel_for;
+using fairlead::Pool;
 using bf16 = at::BFloat16;
 
 // Sixteen numbers, by the vector extension that GCC and Clang share: one register of AVX-512, several of a narrower machine.
@@ -319,7 +321,7 @@ void run(const Tensor& x, const Tensor& packed, Tensor& out, const float* bias, 
     if ((int64_t)memory.size() < tiles.rows * num_units) memory.resize(tiles.rows * num_units);
     uint32_t* const tokens = memory.data();
     const int64_t tiles_per_thread = std::max<int64_t>(1, 4 * ELEMENTS_PER_THREAD / (size * MAX_ROWS + 1));
-    at::parallel_for(0, tiles.num_tiles, tiles_per_thread, [&](int64_t begin, int64_t end) {
+    parallel_for(0, tiles.num_tiles, tiles_per_thread, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; t++)
             pack_rows<Dot>(from + tiles.begin(t) * size, size, tiles.size(t), num_units, tokens + tiles.begin(t) * num_units);
     });
@@ -336,11 +338,8 @@ void run(const Tensor& x, const Tensor& packed, Tensor& out, const float* bias, 
     const int64_t num_tasks = num_rounds * num_chunks;
     const int64_t bytes = packed.numel() * (int64_t)sizeof(typename Dot::Weight), products = packed.numel() * tiles.rows;
     const int64_t useful = std::max(bytes / WEIGHT_BYTES_PER_THREAD, products / PRODUCTS_PER_THREAD);
-    const int64_t num_threads = std::clamp<int64_t>(std::min(useful, num_tasks), 1, at::get_num_threads());
 
-    std::atomic<int64_t> next{0};
-    at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
-        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
+    Pool::get().run(num_tasks, std::max<int64_t>(1, useful), [&](int64_t task) {
             const int64_t first_tile = task / num_chunks * round, last_tile = std::min(tiles.num_tiles, first_tile + round);
             const int64_t begin = task % num_chunks * chunk, end = std::min(num_groups, begin + chunk);
             for (int64_t g = begin; g < end; g++) {
@@ -367,7 +366,6 @@ void run(const Tensor& x, const Tensor& packed, Tensor& out, const float* bias, 
                     }
                 }
             }
-        }
     });
 }
 
@@ -418,7 +416,7 @@ Tensor pack_as(const std::vector<Tensor>& weights, bool alternate) {
     const int64_t num_panels = alternate ? 2 * panels_each : (num_rows + LANES - 1) / LANES;
     Tensor out = DEPTH == 2 ? at::empty({num_panels, steps, LANES, 2}, weights[0].options()) : at::empty({num_panels, steps, LANES}, weights[0].options());
     T* const to = out.mutable_data_ptr<T>();
-    at::parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_panels, 1, [&](int64_t begin, int64_t end) {
         std::vector<const T*> rows(LANES);
         std::vector<T> gathered(LANES * size);
         for (int64_t p = begin; p < end; p++) {
@@ -479,7 +477,7 @@ void add_norm_as(Tensor& x, const std::optional<Tensor>& y, const Tensor& w, dou
     const int64_t rows = x.size(0), size = x.size(1);
     T *to = x.mutable_data_ptr<T>(), *o = out.mutable_data_ptr<T>();
     const T *from = y ? y->const_data_ptr<T>() : nullptr, *weight = w.const_data_ptr<T>();
-    at::parallel_for(0, rows, std::max<int64_t>(1, ELEMENTS_PER_THREAD / size), [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, std::max<int64_t>(1, ELEMENTS_PER_THREAD / size), [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; m++) {
             T* row = to + m * size;
             if (from)
@@ -511,7 +509,7 @@ void add_normed_as(Tensor& x, const Tensor& y, const Tensor& w, double eps, bool
     const int64_t rows = x.size(0), size = x.size(1);
     T* to = x.mutable_data_ptr<T>();
     const T *from = y.const_data_ptr<T>(), *weight = w.const_data_ptr<T>();
-    at::parallel_for(0, rows, std::max<int64_t>(1, ELEMENTS_PER_THREAD / size), [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, std::max<int64_t>(1, ELEMENTS_PER_THREAD / size), [&](int64_t begin, int64_t end) {
         std::vector<T> normed(size);
         for (int64_t m = begin; m < end; m++) {
             norm_row(from + m * size, weight, normed.data(), size, (float)eps, round_first);
@@ -536,7 +534,7 @@ void gate_as(const Tensor& both, int64_t gate, Tensor& out) {
     const int64_t rows = out.size(0), size = out.size(1);
     const T* from = both.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
-    at::parallel_for(0, rows, std::max<int64_t>(1, ELEMENTS_PER_THREAD / 4 / size), [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, std::max<int64_t>(1, ELEMENTS_PER_THREAD / 4 / size), [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; m++)
             for (int64_t d = 0; d < size; d += LANES) {
                 const T* row = from + 2 * m * size + d;
@@ -573,7 +571,7 @@ void rope_store_as(Tensor& qkv, const int64_t* positions, const int64_t* slots, 
     const int64_t num_tokens = qkv.size(0), size = k_cache.size(3), half = size / 2, block_size = k_cache.size(2);
     const int64_t width = (num_heads + 2 * num_kv_heads) * size;
     T *data = qkv.mutable_data_ptr<T>(), *keys = k_cache.mutable_data_ptr<T>(), *values = v_cache.mutable_data_ptr<T>();
-    at::parallel_for(0, num_tokens, std::max<int64_t>(1, ELEMENTS_PER_THREAD / width), [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_tokens, std::max<int64_t>(1, ELEMENTS_PER_THREAD / width), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; t++) {
             T *q = data + t * width, *k = q + num_heads * size, *v = k + num_kv_heads * size;
             if (q_weight && whole) {
@@ -612,9 +610,16 @@ void rope_store(Tensor qkv, const Tensor& positions, const Tensor& slots, const 
     const bool whole = q_weight && q_weight->numel() != size;
     TORCH_CHECK(!whole || (q_weight->numel() == num_heads * size && k_weight->numel() == num_kv_heads * size), "rope_store: norm weights fit");
     const float *c = cos ? cos->const_data_ptr<float>() : nullptr, *s = sin ? sin->const_data_ptr<float>() : nullptr;
+    const int64_t num_tokens = qkv.size(0), num_slots = k_cache.size(0) * k_cache.size(2);
+    TORCH_CHECK(positions.numel() == num_tokens && slots.numel() == num_tokens && positions.is_contiguous() && slots.is_contiguous(), "rope_store: a position and a slot of each token");
+    const int64_t *position = positions.const_data_ptr<int64_t>(), *slot = slots.const_data_ptr<int64_t>();
+    for (int64_t t = 0; t < num_tokens; t++) {
+        TORCH_CHECK(slot[t] >= 0 && slot[t] < num_slots, "slot ", slot[t], " is not one of ", num_slots);
+        TORCH_CHECK(!cos || (position[t] >= 0 && position[t] < cos->size(0)), "position ", position[t], " is not one of ", cos->size(0));
+    }
     const auto run = [&](auto type) {
         using T = decltype(type);
-        rope_store_as<T>(qkv, positions.const_data_ptr<int64_t>(), slots.const_data_ptr<int64_t>(), c, s, k_cache, v_cache, q_weight ? q_weight->const_data_ptr<T>() : nullptr,
+        rope_store_as<T>(qkv, position, slot, c, s, k_cache, v_cache, q_weight ? q_weight->const_data_ptr<T>() : nullptr,
                          k_weight ? k_weight->const_data_ptr<T>() : nullptr, whole, num_heads, num_kv_heads, (float)eps, round_first);
     };
     if (qkv.scalar_type() == at::kFloat)
@@ -632,6 +637,10 @@ bool fast_linear() {
 #endif
 }
 
+// Threads of these kernels; at first as many as torch has.
+void set_num_threads(int64_t num) { Pool::get().set_num_threads(num); }
+int64_t num_threads() { return Pool::get().num_threads(); }
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fairlead, m) {
@@ -644,6 +653,8 @@ TORCH_LIBRARY_FRAGMENT(fairlead, m) {
         "rope_store(Tensor(a!) qkv, Tensor positions, Tensor slots, Tensor? cos, Tensor? sin, Tensor(b!) k_cache, Tensor(c!) v_cache, "
         "Tensor? q_weight, Tensor? k_weight, int num_heads, float eps, bool round_first) -> ()");
     m.def("fast_linear() -> bool", &fast_linear);
+    m.def("set_num_threads(int num) -> ()", &set_num_threads);
+    m.def("num_threads() -> int", &num_threads);
 }
 TORCH_LIBRARY_IMPL(fairlead, CPU, m) {
     m.impl("pack", &pack);
