@@ -5,10 +5,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
+from fairlead.api.openai.bodies import ChatBody, CompletionBody
 from fairlead.cli.serve import serve
 from fairlead.core.settings import Settings
-from fairlead.core.specs import BatchingSpec, InstancesSpec, ModelSpec, QueuePolicy, TensorSpec
+from fairlead.core.specs import BatchingSpec, InstancesSpec, LlmSpec, ModelSpec, QueuePolicy, TensorSpec
 from fairlead.observe import metrics
 from fairlead.runtime.batcher import CloseReason
 
@@ -35,6 +38,29 @@ def fields(type_: type, prefix: str = "") -> list[str]:
 )
 def test_every_key_of_model_yaml_is_documented(key):
     assert re.search(rf"`(batching\.|instances\.)?{re.escape(key.split('.')[-1])}[`.:]", page("models.md"))
+
+
+def test_every_key_of_the_llm_section_is_documented_with_its_default():
+    text = page("language-models.md")
+    for field in msgspec.structs.fields(LlmSpec):
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        shown = (
+            f"{default:g}"
+            if isinstance(default, float)
+            else f"`{default}`"
+            if isinstance(default, str) and default not in ("true", "false")
+            else default
+        )
+        row = f"| `llm.{field.name}` | {shown if default != '' else ''} |".replace("|  |", "| |")
+        assert row in text, row
+
+
+def test_every_parameter_of_the_openai_api_that_is_not_openais_is_documented():
+    text = page("language-models.md")
+    openais = {"model", "messages", "prompt", "stream", "stream_options", "tools", "tool_choice", "response_format", "modalities", "store"}
+    bodies = {field.name for body in (ChatBody, CompletionBody) for field in msgspec.structs.fields(body)}
+    ours = bodies - openais - set(CompletionParams.__annotations__) - set(ChatParams.__annotations__)
+    assert ours and [name for name in ours if f"`{name}`" not in text] == []
 
 
 def test_every_setting_and_flag_is_documented():

@@ -1,6 +1,7 @@
 """`fairlead doctor` on real folders, real ports and the libraries that are installed."""
 
 import json
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from fairlead.backends import BACKENDS
 from fairlead.cli import cli
+from fairlead.cli.demo_models.tiny.checks import CHAT
 from fairlead.cli.doctor import cgroup_cpus, cgroup_memory_bytes
 
 ECHO = """
@@ -81,6 +83,20 @@ def test_good_models_are_named_with_their_kinds_and_nothing_is_wrong(models: Pat
     assert "python: model.py" in result.output
     assert "lightgbm: model.txt" in result.output
     assert "Nothing is wrong." in result.output
+
+
+def test_language_models_are_told_by_their_folder_and_the_kernels_by_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "models/assistant/1"
+    shutil.copytree(CHAT, folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, findings = doctor(tmp_path / "models")
+    assert finding(findings, "kernels")["state"] == "note" and "no C++ compiler" in finding(findings, "kernels")["detail"]
+    assert code == 0 and "llm" in finding(findings, "assistant@1")["detail"]
+    (folder / "model.safetensors").write_bytes(b"")
+    code, findings = doctor(tmp_path / "models")
+    assert code == 1 and "model.safetensors is empty" in finding(findings, "assistant@1")["detail"]
 
 
 def test_one_bare_artefact_is_a_model_too(models: Path) -> None:

@@ -1,5 +1,8 @@
 """Every way to compute a linear layer gives the same numbers, whatever the shape."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,16 @@ def one_thread():
     torch.set_num_threads(num)
 
 
+@pytest.fixture
+def native_threads():
+    """The kernels' own number of threads, as it was."""
+    if not kernels.load():
+        pytest.skip(kernels.load().reason)
+    num = torch.ops.fairlead.num_threads()
+    yield
+    torch.ops.fairlead.set_num_threads(num)
+
+
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
@@ -50,17 +63,40 @@ def test_a_layer_of_any_shape(kind, num_columns, size, dtype):
 
 
 @both_dtypes
-def test_threads_share_the_work(dtype):
-    if not kernels.load():
-        pytest.skip(kernels.load().reason)
+def test_threads_share_the_work(native_threads, dtype):
+    torch.ops.fairlead.set_num_threads(1)
     layer = PackedLinear([random(1030, 512, dtype=dtype)], [], "")
     batches = [random(num_tokens, 512, dtype=dtype) for num_tokens in (1, 5, 40, 200)]
     alone = [layer(x) for x in batches]
 
-    torch.set_num_threads(2)
+    torch.ops.fairlead.set_num_threads(3)
 
     for x, expected in zip(batches, alone, strict=True):
         assert torch.equal(layer(x), expected)
+
+
+def test_callers_at_the_same_time_do_not_wait_for_each_other(native_threads):
+    torch.ops.fairlead.set_num_threads(3)
+    layer = PackedLinear([random(1030, 512, dtype=torch.float32)], [], "")
+    batches = [random(num_tokens, 512, dtype=torch.float32) for num_tokens in (1, 5, 40)]
+    alone = [layer(x) for x in batches]
+
+    with ThreadPoolExecutor(4) as callers:
+        together = list(callers.map(layer, batches * 20))
+
+    assert all(torch.equal(y, expected) for y, expected in zip(together, alone * 20, strict=True))
+
+
+def test_a_forked_process_has_threads_of_its_own(native_threads):
+    torch.ops.fairlead.set_num_threads(2)
+    layer, x = PackedLinear([random(1030, 512, dtype=torch.float32)], [], ""), random(40, 512, dtype=torch.float32)
+    expected = layer(x)
+
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if all(torch.equal(layer(x), expected) for _ in range(20)) else 1)
+
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @both_dtypes

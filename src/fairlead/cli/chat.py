@@ -4,14 +4,15 @@ import http.client
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 
 from fairlead.core.errors import FairleadError, Unavailable
 from fairlead.core.generation import Chat, Delta, Message, Sampling, Usage
@@ -23,6 +24,10 @@ MODEL is the name of a model that a running server has, or a checkpoint's folder
 In the conversation: /reset forgets it, /system TEXT sets the system message, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
 """
 TIMEOUT_SECONDS = 300.0
+STOPPED_EXIT = 130
+"""As shells have it for Ctrl-C."""
+NOT_SHOWN = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Control characters: what a model writes must not steer the terminal."""
 
 Talk = Callable[[list[dict[str, str]]], Iterator[str | Usage]]
 """From the messages so far to the pieces of the answer's text, and what it used."""
@@ -57,13 +62,19 @@ def chat(
         answer = _answer(talk, [*messages, {"role": "user", "content": prompt}], quiet=as_json)
         if as_json:
             click.echo(msgspec.json.encode(answer).decode())
+        if answer["stopped"]:
+            raise SystemExit(STOPPED_EXIT)
         return
     _converse(talk, messages, model)
 
 
 def _converse(talk: Talk, messages: list[dict[str, str]], model: str) -> None:
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401  # what makes input() know the arrow keys
+
     console = Console(highlight=False)
-    console.print(f"[dim]{model}. /reset, /system TEXT, /exit; Ctrl-C stops an answer.[/]")
+    console.print(f"[dim]{escape(model)}. /reset, /system TEXT, /exit; Ctrl-C stops an answer.[/]")
     while True:
         try:
             line = console.input("[bold]> [/]").strip()
@@ -75,7 +86,7 @@ def _converse(talk: Talk, messages: list[dict[str, str]], model: str) -> None:
         if line == "/reset":
             messages[:] = [message for message in messages if message["role"] == "system"]
             console.print("[dim]forgotten[/]")
-        elif line.startswith("/system"):
+        elif line.split()[:1] == ["/system"]:
             text = line.removeprefix("/system").strip()
             messages[:] = [{"role": "system", "content": text}] * bool(text)
             console.print("[dim]a new conversation[/]")
@@ -87,7 +98,7 @@ def _converse(talk: Talk, messages: list[dict[str, str]], model: str) -> None:
                 answer = _answer(talk, messages)
             except FairleadError as error:
                 messages.pop()
-                console.print(f"[red]{error.message}[/]")
+                console.print(f"[red]{escape(error.message)}[/]")
             else:
                 messages.append({"role": "assistant", "content": answer["content"]})
 
@@ -96,6 +107,7 @@ def _answer(talk: Talk, messages: list[dict[str, str]], *, quiet: bool = False) 
     """Print one answer as it comes. Returns its text and numbers."""
     started = time.perf_counter()
     first = 0.0
+    stopped = False
     texts: list[str] = []
     usage = Usage()
     pieces = talk(messages)
@@ -107,9 +119,10 @@ def _answer(talk: Talk, messages: list[dict[str, str]], *, quiet: bool = False) 
             first = first or time.perf_counter()
             texts.append(piece)
             if not quiet:
-                click.echo(piece, nl=False)
+                click.echo(piece.translate(NOT_SHOWN), nl=False)
                 sys.stdout.flush()
     except KeyboardInterrupt:
+        stopped = True
         if not quiet:
             click.echo(" ...", nl=False)
     finally:
@@ -130,7 +143,7 @@ def _answer(talk: Talk, messages: list[dict[str, str]], *, quiet: bool = False) 
             Console(highlight=False).print(
                 f"[dim]{usage.completion_tokens} tokens, first after {1000 * numbers['first_token_seconds']:.0f} ms{rate}[/]"
             )
-    return {"content": "".join(texts), **numbers}
+    return {"content": "".join(texts), "stopped": stopped, **numbers}
 
 
 def _served(url: str, model: str, options: dict[str, Any]) -> Talk:
@@ -143,19 +156,31 @@ def _served(url: str, model: str, options: dict[str, Any]) -> Talk:
 
     def talk(messages: list[dict[str, str]]) -> Iterator[str | Usage]:
         body = {"model": model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
+        # closing the connection in the middle is what tells the server to stop
         with closing(connect(host, port, timeout=TIMEOUT_SECONDS)) as connection:
             try:
                 connection.request("POST", path, msgspec.json.encode(body), {"content-type": "application/json"})
-                response = connection.getresponse()
-                if response.status != 200:
-                    raise FairleadError(_message(response.read(), f"{response.status} {response.reason}"))
-                for line in response:
-                    if line.startswith(b"data: {"):
-                        yield from _pieces(msgspec.json.decode(line[6:]))
+                with connection.getresponse() as response:
+                    if response.status != 200:
+                        raise FairleadError(_message(response.read(), f"{response.status} {response.reason}"))
+                    yield from _streamed(response)
+            except TimeoutError:
+                raise Unavailable(f"no answer from {url} within {TIMEOUT_SECONDS:g} s") from None
             except OSError as error:
                 raise Unavailable(f"no answer from {url}: {error.strerror or error}. Is `fairlead serve` running there?") from None
+            except http.client.HTTPException as error:
+                raise Unavailable(f"{url} broke off its answer ({type(error).__name__})") from None
 
     return talk
+
+
+def _streamed(lines: Iterable[bytes]) -> Iterator[str | Usage]:
+    for line in lines:
+        if line.startswith(b"data: [DONE]"):
+            return
+        if line.startswith(b"data: "):
+            yield from _pieces(msgspec.json.decode(line.removeprefix(b"data: ")))
+    raise Unavailable("the answer ended before its end")
 
 
 def _pieces(chunk: dict[str, Any]) -> Iterator[str | Usage]:

@@ -79,6 +79,22 @@ def kinds() -> Findings:
             yield Finding("kinds of model", kind.name, State.OK, versions or "nothing to install")
 
 
+def kernels() -> Findings:
+    """Whether language models compute with our C++ kernels; found by their file, since importing torch takes seconds."""
+    if _missing(BACKENDS["llm"]):
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fairlead" / "kernels"
+    compiler = os.environ.get("CXX") or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), "")
+    if any(cache.glob("*/*.so")):
+        yield Finding("language models", "kernels", State.OK, f"built, in {cache}")
+    elif compiler:
+        advice = "python -m fairlead.llm.kernels builds them ahead"
+        yield Finding("language models", "kernels", State.NOTE, f"{compiler} will build them at the first load, in about a minute", advice)
+    else:
+        detail = "no C++ compiler: torch's own operators compute instead, several times slower"
+        yield Finding("language models", "kernels", State.NOTE, detail, "install g++ or clang++")
+
+
 def machine() -> Findings:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_cpus()
@@ -292,15 +308,20 @@ def _model(area: str, name: str, source: Source, listing: Listing) -> Findings:
 
 def _readable(kind: Kind, artefact: Path) -> None:
     """Raises SyntaxError for a model.py that is not Python, OSError for a file that is empty or cannot be opened."""
-    with artefact.open("rb") as file:
-        if not file.read(1):
-            raise OSError(f"{artefact.name} is empty")
+    for file_of in sorted(artefact.glob("*.safetensors")) if artefact.is_dir() else [artefact]:
+        _not_empty(file_of)
     if kind.name == "python":
         ast.parse(artefact.read_bytes(), filename=str(artefact))
 
 
+def _not_empty(artefact: Path) -> None:
+    with artefact.open("rb") as file:
+        if not file.read(1):
+            raise OSError(f"{artefact.name} is empty")
+
+
 def _size(artefact: Path) -> str:
-    size = artefact.stat().st_size
+    size = sum(file.stat().st_size for file in artefact.iterdir() if file.is_file()) if artefact.is_dir() else artefact.stat().st_size
     return f"{size / MIB:.1f} MiB" if size >= MIB else f"{size / 1024:.1f} KiB"
 
 
@@ -339,7 +360,7 @@ def _version(module: str) -> str:
 
 
 def examine(urls: tuple[str, ...], config: Path | None) -> list[Finding]:
-    findings = [*software(), *kinds(), *machine(), *accelerators()]
+    findings = [*software(), *kinds(), *kernels(), *machine(), *accelerators()]
     settings: Settings | None = Settings()
     if config is not None:
         settings, found = configuration(config)

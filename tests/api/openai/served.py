@@ -90,6 +90,8 @@ class Played:
 
     def __init__(self) -> None:
         self.asked: asyncio.Queue[Asked] = asyncio.Queue()
+        self.trouble: FairleadError | None = None
+        """Why no version is there."""
 
     def known(self, name: str) -> bool:
         return name in ("m", "t")
@@ -98,6 +100,8 @@ class Played:
         return ["1", "2"] if self.known(name) else []
 
     def find(self, name: str, version: str = "") -> Any:
+        if self.trouble is not None:
+            raise self.trouble
         if version not in ("", "1", "2"):
             raise NotFound(f"Request for unknown model: '{name}' version {version} is not found")
         return type("Version", (), {"version": version or "2"})

@@ -357,6 +357,15 @@ async def test_a_model_that_cannot_be_asked_here(port, name, status, message):
     assert (line["status"], line["model"], line["error"]) == (status, name.partition("@")[0], message)
 
 
+async def test_a_model_that_is_loading_says_so_and_when_to_come_back(port):
+    port.repository.trouble = errors.Unavailable("Request for unknown model: 'm' is still loading")
+    retrieved = await port.client.get("/v1/models/m")
+    asked = await port.post("/chat/completions", {"model": "m", "messages": HELLO})
+    for answer in (retrieved, asked):
+        assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (503, "unavailable", "1")
+    assert (await port.lines.next())["status"] == 503
+
+
 # What never reaches an operation
 
 

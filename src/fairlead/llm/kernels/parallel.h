@@ -10,7 +10,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <system_error>
 #include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -28,8 +33,9 @@ inline void relax() {
 
 class Pool {
   public:
-    // One for the process. It is never destroyed: its threads sleep until the process ends.
-    static Pool& get();
+    // One for the process. It is never destroyed: its threads sleep until the process ends. A forked child, which has none of
+    // them, gets its own.
+    static Pool& get() { return *current(); }
 
     int num_threads() const { return num_threads_.load(std::memory_order_relaxed); }
     void set_num_threads(int64_t num) { num_threads_ = (int)std::clamp<int64_t>(num, 1, MAX_THREADS); }
@@ -48,7 +54,7 @@ class Pool {
         num_tasks_ = num_tasks;
         num_helpers_ = (int)num_threads - 1;
         next_.store(0, std::memory_order_relaxed);
-        while (started_ < num_helpers_) std::thread(&Pool::help, this, started_++).detach();
+        start_helpers();
         epoch_.fetch_add(1);  // odd: open
         if (sleeping_.load() > 0) epoch_.notify_all();
         take_tasks();
@@ -61,6 +67,26 @@ class Pool {
     static constexpr int MAX_THREADS = 256;
     // About 100 microseconds: longer than the gaps between the loops of a step.
     static constexpr int SPINS = 2000;
+
+    explicit Pool(int num_threads) : num_threads_(num_threads) {}
+
+    static Pool*& current() {
+        static Pool* pool = [] {
+#if defined(__unix__) || defined(__APPLE__)
+            pthread_atfork(nullptr, nullptr, [] { current() = new Pool(current()->num_threads()); });
+#endif
+            return new Pool(std::clamp(at::get_num_threads(), 1, MAX_THREADS));
+        }();
+        return pool;
+    }
+
+    void start_helpers() {
+        try {
+            for (; started_ < num_helpers_; started_++) std::thread(&Pool::help, this, started_).detach();
+        } catch (const std::system_error&) {
+            // The process may have no more threads: those that there are compute.
+        }
+    }
 
     void take_tasks() {
         for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < num_tasks_;) call_(context_, i);
@@ -87,7 +113,7 @@ class Pool {
         }
     }
 
-    std::atomic<int> num_threads_{std::clamp(at::get_num_threads(), 1, MAX_THREADS)};
+    std::atomic<int> num_threads_;
     std::atomic<bool> busy_{false};
     int started_ = 0;
     // Of the open loop: written before it opens, read by those who are counted in.
@@ -100,11 +126,6 @@ class Pool {
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int> active_{0};
 };
-
-inline Pool& Pool::get() {
-    static Pool* const pool = new Pool;
-    return *pool;
-}
 
 // As at::parallel_for: fn(begin, end) over pieces of at least `grain`.
 template <typename Fn>

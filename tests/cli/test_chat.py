@@ -1,0 +1,161 @@
+"""`fairlead chat` as somebody at a terminal, or a script, has it."""
+
+import asyncio
+import json
+import signal
+import sys
+
+import pytest
+import pytest_asyncio
+
+from tests.api.openai.served import SECONDS, engines, until
+
+SPECS = {"talker": "", "slow": "parameters: {step_seconds: 0.01}", "mortal": "parameters: {step_seconds: 0.01}"}
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def port(tmp_path_factory):
+    async with engines(tmp_path_factory.mktemp("models"), "identity", **SPECS) as running:
+        yield running
+
+
+async def start(*arguments: str) -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(sys.executable, "-m", "fairlead", "chat", *arguments, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+async def run(*arguments: str, typed: str = "") -> tuple[int, str, str]:
+    """(exit code, what it said, what it complained of)."""
+    process = await start(*arguments)
+    async with asyncio.timeout(SECONDS):
+        out, err = await process.communicate(typed.encode())
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+def url(port) -> str:
+    return f"http://{port.address}"
+
+
+async def test_one_prompt_is_answered_and_that_is_all(port):
+    assert await run("talker", "--url", url(port), "--prompt", "to be or not") == (0, "to be or not\n", "")
+
+
+async def test_one_prompt_for_a_script(port):
+    code, out, _ = await run("talker", "--url", url(port), "--prompt", "to be or not", "--system", "be brief", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert (answer["content"], answer["stopped"]) == ("to be or not", False)
+    assert (answer["prompt_tokens"], answer["tokens"], answer["cached_tokens"]) == (8, 4, 0)
+    assert answer["first_token_seconds"] > 0
+    assert answer["tokens_per_second"] > 0
+
+
+async def test_sampling_is_passed_on(port):
+    _, out, _ = await run(
+        "talker", "--url", url(port), "--prompt", "to be or not", "--max-tokens", "2", "--temperature", "0", "--seed", "7"
+    )
+    assert out == "to be \n"
+
+
+async def test_a_conversation_grows_and_can_be_forgotten(port):
+    typed = "one\ntwo\n/reset\nthree\n/system be brief\nfour\n/nonsense\n\n/exit\nfive\n"
+    code, out, err = await run("talker", "--url", url(port), typed=typed)
+    assert (code, err) == (0, "")
+    assert [line.removeprefix("> ") for line in out.splitlines()[1:]] == [
+        "one",
+        "two",
+        "forgotten",
+        "three",
+        "a new conversation",
+        "four",
+        "unknown command: /reset, /system TEXT, /exit",
+        "> ",  # an empty line says nothing, and after /exit nobody listens
+    ]
+
+
+async def test_the_end_of_the_input_is_the_end(port):
+    code, out, _ = await run("talker", "--url", url(port), typed="one\n")
+    assert code == 0
+    assert "> one\n" in out
+
+
+async def test_ctrl_c_stops_the_answer_and_not_the_conversation(port):
+    process = await start("slow", "--url", url(port))
+    async with asyncio.timeout(SECONDS):
+        process.stdin.write(b"!forever on\n")
+        await process.stdout.readuntil(b"on")
+        process.send_signal(signal.SIGINT)
+        await process.stdout.readuntil(b" ...\n")
+        await until(lambda: port.repository.find("slow").stats.finished.get("abort") == 1)
+        out, err = await process.communicate(b"and you?\n/exit\n")
+    assert (process.returncode, err) == (0, b"")
+    assert b"and you?\n" in out
+
+
+async def test_ctrl_c_ends_a_single_prompt_with_what_there_is(port):
+    process = await start("slow", "--url", url(port), "--prompt", "!forever on")
+    async with asyncio.timeout(SECONDS):
+        await process.stdout.readuntil(b"on")
+        process.send_signal(signal.SIGINT)
+        await process.communicate()
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nobody",), "fairlead: The model 'nobody' does not exist or you do not have access to it.\n"),
+        (("identity",), "fairlead: The model 'identity' takes tensors and gives tensors: ask it at /v2/models/identity/infer.\n"),
+        (("mortal", "--prompt", "!crash"), "fairlead: model 'mortal' died (exit code 7) while computing this request\n"),
+    ],
+)
+async def test_what_the_server_says_is_one_readable_line(port, arguments, message):
+    code, out, err = await run(*arguments, "--url", url(port), *(() if "--prompt" in arguments else ("--prompt", "hello")))
+    assert (code, err) == (2, message)
+    assert out.strip() == ""
+
+
+async def test_in_a_conversation_an_error_ends_one_answer_only(port):
+    code, out, _ = await run("talker", "--url", url(port), typed="!raise\nhello\n/exit\n")
+    assert code == 0
+    assert "the model failed on this request: it was asked to" in out
+    assert "> hello\n" in out
+
+
+async def test_a_server_that_is_not_there(unused_tcp_port):
+    code, _, err = await run("talker", "--url", f"http://127.0.0.1:{unused_tcp_port}", "--prompt", "hello")
+    assert code == 2
+    assert err == f"fairlead: no answer from http://127.0.0.1:{unused_tcp_port}: Connection refused. Is `fairlead serve` running there?\n"
+
+
+async def test_a_server_that_goes_away_in_the_middle():
+    async def half(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        chunk = b'data: {"choices": [{"delta": {"content": "half\\u001b[2J"}}]}\n\n'
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(chunk), chunk))
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(half, "127.0.0.1", 0)
+    async with server:
+        address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        code, out, err = await run("talker", "--url", address, "--prompt", "hello")
+    assert (code, out) == (2, "half[2J"), "and no control character reaches the terminal"
+    assert err == f"fairlead: {address} broke off its answer (IncompleteRead)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("talker", "--json"), "--json needs --prompt"),
+        (("talker", "--url", "localhost:8000", "--prompt", "x"), "--url must look like http://127.0.0.1:8000, not 'localhost:8000'"),
+        (("talker", "--temperature", "-1"), "'--temperature'"),
+    ],
+)
+async def test_options_that_make_no_sense(arguments, message):
+    code, _, err = await run(*arguments)
+    assert code == 2
+    assert message in err
