@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 import table
-from http_load import Load, chat, load
+from http_load import Load, Refused, Server, chat, load
 from registry import ENGINES, HERE, MAIN, Engine
 from tree import Meter, Tree, precede
 from workloads import WORKLOADS
@@ -84,24 +84,27 @@ class Served:
         self.name = name
         self.log = log
         self.model = model
-        self.port = free_port()
+        port = free_port()
         self.tree = Tree(
-            engine.command(engine.serve, model=model, port=self.port),
+            engine.command(engine.serve, model=model, port=port),
             env=os.environ | engine.environ,
             cwd=HERE,
             stdin=subprocess.DEVNULL,
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
         )
-        self.served = "m" if "m" in engine.serve.split() else model.name if name == "fairlead" else str(model)
+        served = "m" if " m " in f"{engine.serve} " else model.name if name == "fairlead" else str(model)
+        self.server = Server(port, served, engine.fields)
 
     def ready(self) -> float:
         """When a chat has been answered. Raises RuntimeError where that does not come to pass."""
         until, error = time.monotonic() + START_SECONDS, None
         while time.monotonic() < until and self.tree.process.poll() is None:
             try:
-                asyncio.run(chat(self.port, self.served, "a", 2, timeout=60))
+                asyncio.run(chat(self.server, "a", 2, timeout=60))
                 return time.perf_counter() - self.tree.started
+            except Refused:
+                raise
             except (OSError, RuntimeError, EOFError, ValueError) as unanswered:
                 error = unanswered
             time.sleep(0.02)
@@ -109,8 +112,8 @@ class Served:
 
     def ask(self, workload: str, seed: int) -> dict[str, float]:
         shape = Load(requests=int(workload.removeprefix("http")))
-        asyncio.run(load(self.port, self.model, self.served, -seed, shape._replace(requests=shape.clients, output=4)))  # awake
-        return asyncio.run(load(self.port, self.model, self.served, seed, shape))
+        asyncio.run(load(self.server, self.model, -seed, shape._replace(requests=shape.clients, output=4)))  # awake
+        return asyncio.run(load(self.server, self.model, seed, shape))
 
 
 def free_port() -> int:
@@ -120,7 +123,7 @@ def free_port() -> int:
 
 
 def wait_for_quiet() -> None:
-    until = time.monotonic() + QUIET_SECONDS
+    until = time.monotonic() + (0 if PRECEDE else QUIET_SECONDS)
     while psutil.cpu_percent(interval=0.3) > QUIET_CORES / psutil.cpu_count() * 100 and time.monotonic() < until:
         pass
 
@@ -149,7 +152,7 @@ def started(kind: type[Offline] | type[Served], names: list[str], model: Path, w
     return engines
 
 
-def take_turns(engines: list, workloads: list[str], rounds: int, write: Write, seed: int) -> None:
+def take_turns(engines: list, workloads: list[str], rounds: int, write: Write, seed: int, *, rehearse: bool) -> None:
     """Until each has `rounds` undisturbed turns at each workload, at most twice as many in all."""
     quiet: Counter[tuple[str, str]] = Counter()
     for number in range(2 * rounds):
@@ -163,8 +166,8 @@ def take_turns(engines: list, workloads: list[str], rounds: int, write: Write, s
                 wait_for_quiet()
                 meter = Meter(engine.tree)
                 try:
-                    if number == 0:
-                        engine.ask(workload, seed + 99_000)  # the first of its shape
+                    if number == 0 and rehearse:  # the first of its shape
+                        engine.ask(workload, seed + 99_000)
                     with meter:
                         values = engine.ask(workload, seed + number)
                 except (RuntimeError, OSError, ExceptionGroup) as error:
@@ -172,7 +175,7 @@ def take_turns(engines: list, workloads: list[str], rounds: int, write: Write, s
                     engine.tree.stop()
                     engines.remove(engine)
                     continue
-                quiet[engine.name, workload] += meter.other_cores <= QUIET_CORES
+                quiet[engine.name, workload] += PRECEDE or meter.other_cores <= QUIET_CORES
                 write(engine=engine.name, kind=type(engine).__name__.lower(), workload=workload, meter=meter, **values)
                 engine.tree.pause()
     for engine in engines:
@@ -207,7 +210,7 @@ def main() -> None:
         out.unlink(missing_ok=True)
 
     def write(*, meter: Meter | None = None, **row: object) -> None:
-        about = {"model": args.model, **row} | ({"other_cores": meter.other_cores} if meter else {})
+        about = {"model": args.model, **row} | ({"other_cores": meter.other_cores, "preceded": PRECEDE} if meter else {})
         line = json.dumps(about)
         with out.open("a") as file:
             file.write(line + "\n")
@@ -226,7 +229,7 @@ def main() -> None:
         wanted = [name for name in names if (ENGINES[name].offline if kind is Offline else ENGINES[name].serve)]
         with contextlib.ExitStack() as stack:
             engines = started(kind, wanted if workloads else [], model, write, stack)
-            take_turns(engines, workloads, rounds, write, seed=int(time.time()) % 100_000 * 10)
+            take_turns(engines, workloads, rounds, write, seed=int(time.time()) % 100_000 * 10, rehearse=args.model == "S")
     results = table.Results(out)
     print(json.dumps(results.medians()) if args.json else "\n".join(table.markdown(results)))
 

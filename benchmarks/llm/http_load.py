@@ -31,6 +31,18 @@ class Load(NamedTuple):
     output: int = 64
 
 
+class Server(NamedTuple):
+    port: int
+    model: str
+    """The name it serves the model by."""
+    fields: dict[str, object]
+    """Of a request, beside the common ones."""
+
+
+class Refused(RuntimeError):
+    """The server will never answer this request."""
+
+
 def texts(model: Path, count: int, seed: int) -> list[str]:
     """Pieces of the standard library's source, other ones with every seed."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -42,28 +54,27 @@ def texts(model: Path, count: int, seed: int) -> list[str]:
     return [tokenizer.decode(ids[start : start + PROMPT_TOKENS]) for start in starts]
 
 
-async def chat(port: int, served: str, text: str, output: int, *, timeout: float = ANSWER_SECONDS) -> Answer:
-    """Raises OSError or RuntimeError where the server does not answer with a stream."""
-    body = json.dumps(
-        {
-            "model": served,
-            "messages": [{"role": "user", "content": text}],
-            "max_tokens": output,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+async def chat(server: Server, text: str, output: int, *, timeout: float = ANSWER_SECONDS) -> Answer:
+    """Raises Refused, or OSError or RuntimeError where the server does not answer with a stream."""
+    request = {
+        "model": server.model,
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": output,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    body = json.dumps(request | server.fields).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     asked = time.perf_counter()
     async with asyncio.timeout(timeout):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         with contextlib.closing(writer):
             writer.write(head.encode() + body)
             answered = await reader.readuntil(b"\r\n\r\n")
-            if b" 200 " not in answered.split(b"\r\n", 1)[0] or b"chunked" not in answered.lower():
-                raise RuntimeError((answered + await reader.read(600)).decode(errors="replace"))
+            status = int(answered.split(b" ", 2)[1])
+            if status != 200 or b"chunked" not in answered.lower():
+                raise (Refused if status in (400, 422) else RuntimeError)((answered + await reader.read(600)).decode(errors="replace"))
             events = []
             while size := int(await reader.readuntil(b"\r\n"), 16):
                 piece = (await reader.readexactly(size + 2))[:-2]
@@ -71,13 +82,13 @@ async def chat(port: int, served: str, text: str, output: int, *, timeout: float
             return Answer(asked, events)
 
 
-async def load(port: int, model: Path, served: str, seed: int, shape: Load) -> dict[str, float]:
+async def load(server: Server, model: Path, seed: int, shape: Load) -> dict[str, float]:
     waiting = texts(model, shape.requests, seed)
     answers: list[Answer] = []
 
     async def client() -> None:
         while waiting:
-            answers.append(await chat(port, served, waiting.pop(), shape.output))
+            answers.append(await chat(server, waiting.pop(), shape.output))
 
     began = time.perf_counter()
     async with asyncio.TaskGroup() as group:
@@ -87,22 +98,21 @@ async def load(port: int, model: Path, served: str, seed: int, shape: Load) -> d
 
 
 def summary(answers: list[Answer], seconds: float) -> dict[str, float]:
-    """A piece that carries text counts as the arrival of a token; tokens are counted by the server's usage."""
-    first, between, num_tokens, num_pieces = [], [], 0, 0
+    """Tokens are counted by the server's usage. Several may arrive at once: the time of one is a stream's, by its tokens."""
+    first, each, gaps, num_tokens = [], [], [], 0
     for answer in answers:
         tokens, stamps = read(answer)
         num_tokens += tokens
-        num_pieces += len(stamps)
         first.append(stamps[0] - answer.asked)
-        between += [later - earlier for earlier, later in pairwise(stamps)]
+        each.append((stamps[-1] - stamps[0]) / max(1, tokens - 1))
+        gaps += [later - earlier for earlier, later in pairwise(stamps)]
     return {
         "tok_s": num_tokens / seconds,
         "tokens": num_tokens / len(answers),
-        "pieces": num_pieces / len(answers),
         "ttft_p50_ms": percentile(first, 0.5) * 1e3,
         "ttft_p99_ms": percentile(first, 0.99) * 1e3,
-        "itl_p50_ms": percentile(between, 0.5) * 1e3,
-        "itl_p99_ms": percentile(between, 0.99) * 1e3,
+        "itl_p50_ms": percentile(each, 0.5) * 1e3,
+        "itl_p99_ms": percentile(gaps, 0.99) * 1e3,
     }
 
 

@@ -17,6 +17,8 @@ class Engine(NamedTuple):
     serve: str = ""
     """Empty: not measured so."""
     environ: dict[str, str] = {}
+    fields: dict[str, object] = {"ignore_eos": True}
+    """Of its requests over HTTP, beside the common ones."""
 
     def command(self, line: str, **fill: object) -> list[str]:
         program, *arguments = (part.format(here=HERE, **fill) for part in line.split())
@@ -42,7 +44,11 @@ def vllm(*options: str, **environ: str) -> Engine:
 def transformers(mode: str, serve: str) -> Engine:
     common = "transformers serve {model} --device cpu --host 127.0.0.1 --port {port}"
     return Engine(
-        python_of("transformers"), f"python {{here}}/bench_transformers.py {{model}} {mode}", f"{common} {serve}", {"HF_HUB_OFFLINE": "1"}
+        python_of("transformers"),
+        f"python {{here}}/bench_transformers.py {{model}} {mode}",
+        f"{common} {serve}",
+        {"HF_HUB_OFFLINE": "1"},
+        {},  # it refuses fields that it does not know; these weights hardly ever choose the end
     )
 
 

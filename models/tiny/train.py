@@ -8,6 +8,7 @@ A run that finds its checkpoint goes on from there; the budget counts the minute
 
 import argparse
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -16,9 +17,11 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.distributed
+import torch.multiprocessing
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from fairlead.cli.demo_models.tiny.checks import CHAT, DRAFT
 from models.tiny.data import conversations
@@ -30,7 +33,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "draft": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 320},
 }
 PEAK_LEARNING_RATE = {"chat": 3e-3, "draft": 4e-3}
-TOKENS_PER_STEP = 3072
+TOKENS_PER_BATCH = 2048
+"""Of one process: a step learns from as many batches as there are processes."""
 POOL = 1024
 """Conversations sorted by length together, so that a batch holds little padding."""
 IGNORED = -100
@@ -79,14 +83,14 @@ def labelled(tokenizer: Any, seed: int) -> Iterator[tuple[list[int], list[int]]]
 
 
 def batches(tokenizer: Any, *, seed: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids_BT, labels_BT) of about TOKENS_PER_STEP tokens, conversations of one length together, padded on the right."""
+    """(ids_BT, labels_BT) of about TOKENS_PER_BATCH tokens, conversations of one length together, padded on the right."""
     rng = Random(seed)
     source = labelled(tokenizer, seed)
     while True:
         pool = sorted(islice(source, POOL), key=lambda item: len(item[0]))
         groups: list[list[tuple[list[int], list[int]]]] = [[]]
         for item in pool:
-            if (len(groups[-1]) + 1) * len(item[0]) > TOKENS_PER_STEP:
+            if (len(groups[-1]) + 1) * len(item[0]) > TOKENS_PER_BATCH:
                 groups.append([])
             groups[-1].append(item)
         rng.shuffle(groups)
@@ -159,14 +163,22 @@ def learning_rate(peak: float, done: float) -> float:
     return peak * min(1.0, done / 0.02 + 0.01) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def train(name: str, *, minutes: float, checkpoint: Path, folder: Path) -> None:
-    tokenizer = train_tokenizer()
+def train(rank: int, num_processes: int, rendezvous: str, options: argparse.Namespace) -> None:
+    """One of `num_processes` that train together, each on its own conversations; the first one shows progress and saves.
+
+    Processes of one thread meet once a step; the threads of one process meet at every operation, and where the cores are busy
+    with other work they mostly wait for each other.
+    """
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=num_processes)
+    folder = options.out or FOLDERS[options.model]
+    tokenizer = AutoTokenizer.from_pretrained(folder) if options.checkpoint.exists() else train_tokenizer()
     torch.manual_seed(0)
-    model = build(name, tokenizer)
+    model = build(options.model, tokenizer)
     steppers = optimizers(model)
     spent, num_steps, seed = 0.0, 0, 1
-    if checkpoint.exists():
-        saved = torch.load(checkpoint)
+    if options.checkpoint.exists():
+        saved = torch.load(options.checkpoint)
         model.load_state_dict(saved["model"])
         for stepper, state in zip(steppers, saved["optimizers"], strict=True):
             stepper.load_state_dict(state)
@@ -175,38 +187,54 @@ def train(name: str, *, minutes: float, checkpoint: Path, folder: Path) -> None:
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizers": [stepper.state_dict() for stepper in steppers]}
-        torch.save({**state, "spent": spent, "num_steps": num_steps, "seed": seed}, checkpoint)
+        torch.save({**state, "spent": spent, "num_steps": num_steps, "seed": seed}, options.checkpoint)
         save_model(model, tokenizer, folder)
 
-    budget = 60.0 * minutes
+    budget = 60.0 * options.minutes
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[state]}"))
-    with Progress(*columns) as progress:
-        bar = progress.add_task(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M", total=budget, completed=spent, state="")
-        smooth, last_saved = None, spent
-        for ids_BT, labels_BT in batches(tokenizer, seed=seed, pad=model.config.pad_token_id):
-            if spent >= budget:
-                break
+    source = batches(tokenizer, seed=seed * num_processes + rank, pad=model.config.pad_token_id)
+    with Progress(*columns, disable=rank > 0) as progress:
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        bar = progress.add_task(f"{options.model}: {size:.2f}M", total=budget, completed=spent, state="")
+        smooth, last_saved, took = None, spent, 0.0
+        while spent < budget:
             began = time.perf_counter()
+            ids_BT, labels_BT = next(source)
             for stepper in steppers:
                 for group in stepper.param_groups:
-                    group["lr"] = learning_rate(PEAK_LEARNING_RATE[name], spent / budget)
+                    group["lr"] = learning_rate(PEAK_LEARNING_RATE[options.model], spent / budget)
             loss = answer_loss(model, ids_BT, labels_BT)
             loss.backward()
+            # The clock travels with the gradients: all processes stop at the same step.
+            mean_loss, spent = average(model, [loss.item(), spent + took])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for stepper in steppers:
                 stepper.step()
                 stepper.zero_grad()
             num_steps += 1
-            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+            smooth = mean_loss if smooth is None else 0.98 * smooth + 0.02 * mean_loss
             took = time.perf_counter() - began
-            spent += took
-            state = f"step {num_steps}  loss {smooth:.4f}  {ids_BT.numel() / took:,.0f} tok/s"
+            state = f"step {num_steps}  loss {smooth:.4f}  {num_processes * ids_BT.numel() / took:,.0f} tok/s"
             progress.update(bar, completed=spent, state=state)
-            if spent - last_saved > CHECKPOINT_SECONDS:
+            if rank == 0 and spent - last_saved > CHECKPOINT_SECONDS:
                 save()
                 progress.console.print(f"{spent / 60:.1f} min  {state}")
                 last_saved = spent
-        save()
+        if rank == 0:
+            save()
+    torch.distributed.destroy_process_group()
+
+
+def average(model: Any, numbers: list[float]) -> list[float]:
+    """Put the mean of all processes' gradients in place of each one's own; the mean of their `numbers`."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor(numbers)])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    *means, averaged = flat.split([*(gradient.numel() for gradient in gradients), len(numbers)])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return averaged.tolist()
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -224,10 +252,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=35.0)
     parser.add_argument("--checkpoint", type=Path, required=True, help="state to go on from; written every minute")
     parser.add_argument("--out", type=Path, help="folder of the finished checkpoint (default: the package's)")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="that train together, a thread each")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    train(options.model, minutes=options.minutes, checkpoint=options.checkpoint, folder=options.out or FOLDERS[options.model])
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(train, (options.processes, f"{folder}/rendezvous", options), nprocs=options.processes)
 
 
 if __name__ == "__main__":

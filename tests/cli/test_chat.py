@@ -4,13 +4,23 @@ import asyncio
 import json
 import signal
 import sys
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import structlog
+from click.testing import CliRunner
 
+from fairlead.cli import cli, demo_models
+from fairlead.core.errors import FairleadError
 from tests.api.openai.served import SECONDS, engines, until
 
-SPECS = {"talker": "", "slow": "parameters: {step_seconds: 0.01}", "mortal": "parameters: {step_seconds: 0.01}"}
+SPECS = {"talker": "", "growing": "", "slow": "parameters: {step_seconds: 0.01}", "mortal": "parameters: {step_seconds: 0.01}"}
+
+TINY = Path(demo_models.__file__).parent / "tiny" / "chat"
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -21,17 +31,23 @@ async def port(tmp_path_factory):
         yield running
 
 
-async def start(*arguments: str) -> asyncio.subprocess.Process:
-    pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(sys.executable, "-m", "fairlead", "chat", *arguments, stdin=pipe, stdout=pipe, stderr=pipe)
+@asynccontextmanager
+async def chatting(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    command = [sys.executable, "-m", "fairlead", "chat", *arguments]
+    process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    try:
+        async with asyncio.timeout(SECONDS):
+            yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
-async def run(*arguments: str, typed: str = "") -> tuple[int, str, str]:
+async def run(*arguments: str, typed: str = "") -> tuple[int | None, str, str]:
     """(exit code, what it said, what it complained of)."""
-    process = await start(*arguments)
-    async with asyncio.timeout(SECONDS):
+    async with chatting(*arguments) as process:
         out, err = await process.communicate(typed.encode())
-    assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 
 
@@ -62,7 +78,7 @@ async def test_sampling_is_passed_on(port):
 
 async def test_a_conversation_grows_and_can_be_forgotten(port):
     typed = "one\ntwo\n/reset\nthree\n/system be brief\nfour\n/nonsense\n\n/exit\nfive\n"
-    code, out, err = await run("talker", "--url", url(port), typed=typed)
+    code, out, err = await run("growing", "--url", url(port), typed=typed)
     assert (code, err) == (0, "")
     assert [line.removeprefix("> ") for line in out.splitlines()[1:]] == [
         "one",
@@ -74,6 +90,8 @@ async def test_a_conversation_grows_and_can_be_forgotten(port):
         "unknown command: /reset, /system TEXT, /exit",
         "> ",  # an empty line says nothing, and after /exit nobody listens
     ]
+    # each turn is its role and its words: one; one, one, two; three; be brief, four
+    await until(lambda: port.repository.find("growing").stats.num_prompt_tokens == 2 + 6 + 2 + 5)
 
 
 async def test_the_end_of_the_input_is_the_end(port):
@@ -83,21 +101,19 @@ async def test_the_end_of_the_input_is_the_end(port):
 
 
 async def test_ctrl_c_stops_the_answer_and_not_the_conversation(port):
-    process = await start("slow", "--url", url(port))
-    async with asyncio.timeout(SECONDS):
+    async with chatting("slow", "--url", url(port)) as process:
         process.stdin.write(b"!forever on\n")
         await process.stdout.readuntil(b"on")
         process.send_signal(signal.SIGINT)
         await process.stdout.readuntil(b" ...\n")
         await until(lambda: port.repository.find("slow").stats.finished.get("abort") == 1)
-        out, err = await process.communicate(b"and you?\n/exit\n")
+        out, err = await process.communicate(b"/reset\nand you?\n/exit\n")
     assert (process.returncode, err) == (0, b"")
     assert b"and you?\n" in out
 
 
 async def test_ctrl_c_ends_a_single_prompt_with_what_there_is(port):
-    process = await start("slow", "--url", url(port), "--prompt", "!forever on")
-    async with asyncio.timeout(SECONDS):
+    async with chatting("slow", "--url", url(port), "--prompt", "!forever on") as process:
         await process.stdout.readuntil(b"on")
         process.send_signal(signal.SIGINT)
         await process.communicate()
@@ -144,7 +160,7 @@ async def test_a_server_that_goes_away_in_the_middle():
         address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         code, out, err = await run("talker", "--url", address, "--prompt", "hello")
     assert (code, out) == (2, "half[2J"), "and no control character reaches the terminal"
-    assert err == f"fairlead: {address} broke off its answer (IncompleteRead)\n"
+    assert err == "fairlead: the server broke off its answer\n"
 
 
 @pytest.mark.parametrize(
@@ -159,3 +175,22 @@ async def test_options_that_make_no_sense(arguments, message):
     code, _, err = await run(*arguments)
     assert code == 2
     assert message in err
+
+
+@pytest.fixture
+def logs_as_they_are(monkeypatch):
+    """Computing right here makes the log quieter: not for the tests after it."""
+    monkeypatch.setattr(structlog, "configure", lambda **_: None)
+
+
+async def test_a_checkpoint_is_computed_right_here(logs_as_they_are):
+    arguments = ["--prompt", "What is 2 plus 3?", "--temperature", "0", "--max-tokens", "40", "--json"]
+    answer = json.loads(CliRunner().invoke(cli, ["chat", str(TINY), *arguments]).stdout)
+    assert "5" in answer["content"]
+    assert answer["tokens"] > 0
+
+
+async def test_a_folder_that_is_no_checkpoint(tmp_path, logs_as_they_are):
+    said = CliRunner().invoke(cli, ["chat", str(tmp_path), "--prompt", "hello"])
+    assert isinstance(said.exception, FairleadError)
+    assert said.exception.message.endswith("has no config.json")

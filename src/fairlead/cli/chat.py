@@ -180,7 +180,7 @@ def _streamed(lines: Iterable[bytes]) -> Iterator[str | Usage]:
             return
         if line.startswith(b"data: "):
             yield from _pieces(msgspec.json.decode(line.removeprefix(b"data: ")))
-    raise Unavailable("the answer ended before its end")
+    raise Unavailable("the server broke off its answer")
 
 
 def _pieces(chunk: dict[str, Any]) -> Iterator[str | Usage]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fairlead.backends.base import Kind as BackendKind
-from fairlead.core.errors import FairleadError, QueueFull, ShuttingDown, TooLarge, Unavailable
+from fairlead.core.errors import FairleadError, InvalidRequest, QueueFull, ShuttingDown, TooLarge, Unavailable
 from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
 from fairlead.core.specs import ModelSpec
 from fairlead.observe.metrics import add_stats, counted
@@ -77,7 +77,7 @@ class EngineInstance(ReplicaProcess):
 
     def submit(self, prompt: Prompt, consumer: Consumer, *, priority: int, age: float, timeout: float) -> int:
         """Send a request to the engine; returns its work's number. Times are seconds: since it arrived, and that it may
-        still wait for its start (0: any). Raises Unavailable, QueueFull or TooLarge."""
+        still wait for its start (0: any). Raises Unavailable, QueueFull, TooLarge or InvalidRequest."""
         if not self.ready:
             raise self._not_ready()
         if len(self._consumers) >= self.max_in_flight:
@@ -90,6 +90,8 @@ class EngineInstance(ReplicaProcess):
             life.connection.send(Frame(Kind.GENERATE, work=self._work, generation=generation))
         except WireError as error:
             raise TooLarge(f"request for model '{self.model}': {error}") from None
+        except OverflowError as error:  # a number beyond 64 bits
+            raise InvalidRequest(f"request cannot be passed to model '{self.model}': {error}") from None
         self._consumers[self._work] = consumer
         return self._work
 
