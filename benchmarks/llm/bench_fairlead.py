@@ -1,5 +1,6 @@
 """Fairlead's engine, offline: python bench_fairlead.py MODEL [--no-prefix]    (the project's environment)"""
 
+import os
 import sys
 from itertools import count
 from pathlib import Path
@@ -13,7 +14,7 @@ from fairlead.core.specs import LlmSpec  # noqa: E402
 from fairlead.llm.build import build_generator  # noqa: E402
 
 folder = Path(sys.argv[1])
-engine, _, info = build_generator(folder, LlmSpec(prefix_caching="--no-prefix" not in sys.argv))
+engine, _, info = build_generator(folder, LlmSpec(prefix_caching="--no-prefix" not in sys.argv), threads=len(os.sched_getaffinity(0)))
 print(*info.explain, sep="\n", file=sys.stderr)
 numbers = count()
 

@@ -126,7 +126,9 @@ def fill(rng: Random, template: str) -> str:
 
 def made_up(rng: Random) -> str:
     """A name nobody has: what is extracted must be copied, not known."""
-    syllables = (rng.choice("b c d f g h j k l m n p r s t v w z th sh br st kr".split()) + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+    syllables = (
+        rng.choice("b c d f g h j k l m n p r s t v w z th sh br st kr".split()) + rng.choice("aeiou") for _ in range(rng.randint(1, 3))
+    )
     return ("".join(syllables) + rng.choice(("", "n", "r", "l", "s", "ck", "x"))).capitalize()
 
 
@@ -419,7 +421,7 @@ def an_argument(rng: Random, field: str) -> str | int:
         "minutes": lambda: rng.randint(1, 99),
         "amount": lambda: rng.randint(1, 999),
         "text": lambda: rng.choice(TEXTS),
-        "title": lambda: rng.choice(words.SUBJECTS + ["dinner", "lunch", "a party", "a meeting", "the dentist", "a concert"]),
+        "title": lambda: rng.choice([*words.SUBJECTS, "dinner", "lunch", "a party", "a meeting", "the dentist", "a concert"]),
         "day": lambda: rng.choice(words.DAYS),
         "query": lambda: rng.choice([*words.TOPICS, *words.WORDS, *words.CITIES, a_name(rng)]),
         "money": lambda: rng.choice(MONEY),
@@ -517,7 +519,18 @@ TASKS: dict[str, Callable[[Random], Draft]] = {
     "talk": talk,
     "decline": decline,
 }
-SHARES = {"add": 12, "subtract": 13, "multiply": 12, "units": 14, "sort": 20, "json": 12, "tool_call": 9, "tool_result": 2, "talk": 2, "decline": 4}
+SHARES = {
+    "add": 7,
+    "subtract": 10,
+    "multiply": 10,
+    "units": 8,
+    "sort": 18,
+    "json": 22,
+    "tool_call": 16,
+    "tool_result": 3,
+    "talk": 2,
+    "decline": 4,
+}
 """How often a task is trained on: more for what takes longest to learn."""
 
 

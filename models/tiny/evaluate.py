@@ -1,8 +1,8 @@
 """Accuracy of the small language model on each task, greedy: of a checkpoint in this process, or of a server.
 
-    python -m models.tiny.evaluate
-    python -m models.tiny.evaluate src/fairlead/cli/demo_models/tiny/draft --num 200
-    python -m models.tiny.evaluate --url http://127.0.0.1:8000/v1 --model tiny --json
+python -m models.tiny.evaluate
+python -m models.tiny.evaluate src/fairlead/cli/demo_models/tiny/draft --num 200
+python -m models.tiny.evaluate --url http://127.0.0.1:8000/v1 --model tiny --json
 """
 
 import argparse
@@ -111,7 +111,10 @@ def main() -> None:
     console = Console()
     console.print(table)
     for one in wrong:
-        console.print(f"{one.example.task}: {one.example.messages[0]['content']!r}\n  right {one.example.answer!r}\n  said  {one.text!r}", markup=False)
+        console.print(
+            f"{one.example.task}: {one.example.messages[0]['content']!r}\n  right {one.example.answer!r}\n  said  {one.text!r}",
+            markup=False,
+        )
 
 
 if __name__ == "__main__":

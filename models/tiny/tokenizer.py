@@ -43,6 +43,11 @@ def train_tokenizer(num_conversations: int = 30_000) -> Any:
     return as_transformers(tokenizer)
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that was saved with a checkpoint."""
+    return as_transformers(Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
 def as_transformers(tokenizer: Tokenizer) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -21,11 +21,11 @@ import torch.distributed
 import torch.multiprocessing
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from fairlead.cli.demo_models.tiny.checks import CHAT, DRAFT
 from models.tiny.data import conversations
-from models.tiny.tokenizer import END, END_OF_TEXT, MAX_LENGTH, START, VOCAB_SIZE, train_tokenizer
+from models.tiny.tokenizer import END, END_OF_TEXT, MAX_LENGTH, START, VOCAB_SIZE, load_tokenizer, train_tokenizer
 
 FOLDERS = {"chat": CHAT, "draft": DRAFT}
 SHAPES: dict[str, dict[str, int]] = {
@@ -57,6 +57,31 @@ def build(name: str, tokenizer: Any) -> Any:
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end_of_text, do_sample=False)
     return model
+
+
+@torch.no_grad()
+def grow(model: Any, small: Any) -> None:
+    """Give `model` the weights of a narrower, shallower one: it begins by answering as that one does (Net2Net, Chen et al., 2016).
+
+    What is new reads the old activations through random weights and writes nothing yet: its output weights are zero, and so are
+    the new columns of the embedding.
+    """
+    hidden, small_hidden = model.config.hidden_size, small.config.hidden_size
+    old = dict(small.named_parameters())
+    for name, weight in model.named_parameters():
+        writes = name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight"))
+        if writes:
+            weight.zero_()
+        if name not in old:
+            continue
+        if weight.ndim == 1:
+            # The mean square is taken over more channels, the new ones zero: the norm gives larger numbers by this root.
+            weight.fill_(old[name].mean())
+            weight[:small_hidden] = old[name]
+            weight.mul_((small_hidden / hidden) ** 0.5)
+        else:
+            rows, columns = old[name].shape
+            weight[:rows, :columns] = old[name]
 
 
 def labelled(tokenizer: Any, seed: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -172,9 +197,11 @@ def train(rank: int, num_processes: int, rendezvous: str, options: argparse.Name
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=num_processes)
     folder = options.out or FOLDERS[options.model]
-    tokenizer = AutoTokenizer.from_pretrained(folder) if options.checkpoint.exists() else train_tokenizer()
+    tokenizer = load_tokenizer(options.grow or folder) if options.grow or options.checkpoint.exists() else train_tokenizer()
     torch.manual_seed(0)
     model = build(options.model, tokenizer)
+    if options.grow:
+        grow(model, LlamaForCausalLM.from_pretrained(options.grow, dtype=torch.float32))
     steppers = optimizers(model)
     spent, num_steps, seed = 0.0, 0, 1
     if options.checkpoint.exists():
@@ -252,6 +279,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=35.0)
     parser.add_argument("--checkpoint", type=Path, required=True, help="state to go on from; written every minute")
     parser.add_argument("--out", type=Path, help="folder of the finished checkpoint (default: the package's)")
+    parser.add_argument("--grow", type=Path, help="begin with the weights of this smaller checkpoint, and its tokenizer")
     parser.add_argument("--processes", type=int, default=2, help="that train together, a thread each")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -374,6 +374,21 @@ def test_logits_that_are_no_numbers_end_one_request_alone(build):
     assert engine.stats().num_failed_steps == 0
 
 
+def test_a_choice_without_a_token_ends_its_whole_request(build):
+    engine = build()
+    answers = Answers(engine)
+    engine.add(1, prompts_of(10)[0], Sampling(n=4, temperature=1.0, max_tokens=6, ignore_eos=True, prompt_logprobs=0))
+    answers.step()
+    assert len(answers.deltas[1][0].prompt_logprobs or []) == 10
+
+    def spoil(logits: torch.Tensor, cursed_T: torch.Tensor) -> None:
+        logits[1] = torch.nan
+
+    Cursed(engine, 0, spoil)
+    answers.finish()
+    assert isinstance(answers.errors[1], ModelError) and sum(bool(delta.prompt_logprobs) for delta in answers.deltas[1]) == 1
+
+
 def test_an_engine_whose_every_step_fails_gives_itself_up(build):
     engine = build()
 

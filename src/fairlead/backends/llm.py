@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-import torch
 
 from fairlead.backends.base import Deliver, EngineBackend
 from fairlead.core.errors import FairleadError, InvalidRequest, ShuttingDown, Unsupported
@@ -25,9 +24,11 @@ log = structlog.get_logger("fairlead.llm")
 class LlmBackend(EngineBackend):
     def load_engine(self, artefact: Path, spec: ModelSpec, threads: int) -> "EngineThread":
         started = time.perf_counter()
-        torch.set_num_threads(threads)
-        build = build_embedder if task_of(artefact, spec.llm) == "embed" else build_generator
-        engine, tokenizer, info = build(artefact, spec.llm)
+        engine: Engine | EmbeddingEngine
+        if task_of(artefact, spec.llm) == "embed":
+            engine, tokenizer, info = build_embedder(artefact, spec.llm, threads=threads)
+        else:
+            engine, tokenizer, info = build_generator(artefact, spec.llm, threads=threads)
         for line in info.explain:
             log.info("explain", model=spec.name, chosen=line)
         log.info("engine loaded", model=spec.name, seconds=round(time.perf_counter() - started, 2))

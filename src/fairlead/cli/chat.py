@@ -1,6 +1,7 @@
 """`fairlead chat MODEL`: talk to a language model in the terminal."""
 
 import http.client
+import os
 import sys
 import time
 import urllib.parse
@@ -211,7 +212,7 @@ def _here(folder: Path, options: dict[str, Any]) -> Talk:
     with Console(stderr=True).status(f"loading {folder}"):
         from fairlead.llm.build import build_generator
 
-        engine, tokenizer, _ = build_generator(folder, LlmSpec())
+        engine, tokenizer, _ = build_generator(folder, LlmSpec(), threads=len(os.sched_getaffinity(0)))
 
     def talk(messages: list[dict[str, str]]) -> Iterator[str | Usage]:
         prompt = Chat(messages=[Message(role=each["role"], content=each["content"]) for each in messages])

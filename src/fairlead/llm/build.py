@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+import torch
 
 from fairlead.core.errors import LoadError
 from fairlead.core.generation import EngineInfo, Sampling
 from fairlead.core.specs import LlmSpec
 from fairlead.llm.blocks import BlockPool
 from fairlead.llm.checkpoint import open_checkpoint
+from fairlead.llm.decoder import LeanDecoder
 from fairlead.llm.embedder import EmbeddingEngine
 from fairlead.llm.engine import Engine
 from fairlead.llm.load import Decoder, load_decoder
@@ -36,9 +38,18 @@ def task_of(folder: Path, spec: LlmSpec) -> Literal["generate", "embed"]:
     return "generate" if generates else "embed"
 
 
-def build_generator(folder: Path, spec: LlmSpec, *, clock: Callable[[], float] = time.perf_counter) -> tuple[Engine, Tokenizer, EngineInfo]:
-    """Raises LoadError with one readable sentence."""
+def build_generator(
+    folder: Path, spec: LlmSpec, *, threads: int = 0, clock: Callable[[], float] = time.perf_counter
+) -> tuple[Engine, Tokenizer, EngineInfo]:
+    """`threads`: that compute, for a process that is the engine's own; 0 leaves all threads as they are.
+
+    Raises LoadError with one readable sentence.
+    """
+    if threads:
+        torch.set_num_threads(threads)
     loaded = load_decoder(folder, spec)
+    if threads:
+        share_threads(loaded.decoder, threads)
     tokenizer = Tokenizer.load(folder, spec.chat_template)
     tokenizer.check_fits(loaded.decoder.vocab_size)
     num_blocks, max_model_len, reason = size_pool(loaded.decoder, spec, loaded.max_model_len)
@@ -81,10 +92,19 @@ def build_generator(folder: Path, spec: LlmSpec, *, clock: Callable[[], float] =
     return engine, tokenizer, info
 
 
+def share_threads(decoder: Decoder, threads: int) -> None:
+    """Our kernels have a pool of their own; torch's operators between them would wake as many others beside it."""
+    if isinstance(decoder, LeanDecoder) and decoder.native:
+        torch.ops.fairlead.set_num_threads(threads)
+        torch.set_num_threads(1)
+
+
 def build_embedder(
-    folder: Path, spec: LlmSpec, *, clock: Callable[[], float] = time.perf_counter
+    folder: Path, spec: LlmSpec, *, threads: int = 0, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[EmbeddingEngine, Tokenizer, EngineInfo]:
-    """Raises LoadError with one readable sentence."""
+    """As `build_generator`."""
+    if threads:
+        torch.set_num_threads(threads)
     from fairlead.llm.pooling import load_pooling  # a generator has no use for the encoders' modules
 
     model = load_pooling(folder, spec)

@@ -86,9 +86,9 @@ class LeanDecoder:
         self._num_heads = num_heads
         self._eps = eps
         self._family = family
-        self._native = kernel.name == "native"
-        self._add_norm = torch.ops.fairlead.add_norm.default if self._native else add_norm
-        self._add_normed = torch.ops.fairlead.add_normed.default if self._native else add_normed
+        self.native = kernel.name == "native"
+        self._add_norm = torch.ops.fairlead.add_norm.default if self.native else add_norm
+        self._add_normed = torch.ops.fairlead.add_normed.default if self.native else add_normed
 
     @property
     def max_model_len(self) -> int:
@@ -175,7 +175,7 @@ class LeanDecoder:
         num_heads, num_kv_heads, size = self._num_heads, cache.k.shape[1], cache.k.shape[3]
         cos_LD, sin_LD = (self._cos_LD, self._sin_LD) if layer.rotates else (None, None)
         round_first = not self._family.norm_after
-        if self._native:
+        if self.native:
             torch.ops.fairlead.rope_store.default(
                 qkv, batch.positions_T, batch.slots_T, cos_LD, sin_LD, cache.k, cache.v,
                 layer.q_norm, layer.k_norm, num_heads, self._eps, round_first,

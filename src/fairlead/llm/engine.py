@@ -10,6 +10,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 import structlog
+import torch
+from msgspec import structs
 
 from fairlead.core.errors import ContextExceeded, FairleadError, InvalidRequest, ModelError, TimeoutExpired
 from fairlead.core.generation import Delta, EngineStats, Sampling, TokenLogprob, Usage
@@ -46,8 +48,8 @@ class _Choice:
         self.delta = Delta(index=index)
         """What was not delivered yet."""
         self.finished = False
-        self.last_at = 0.0
-        """When its last token came; 0 before the first."""
+        self.last_at: float | None = None
+        """When its last token came; None before the first."""
 
 
 class _Generation:
@@ -135,7 +137,7 @@ class Engine:
             sequence = Sequence(
                 self._next_sequence,
                 prompt_ids,
-                sampling,
+                sampling if index == 0 else structs.replace(sampling, prompt_logprobs=None),
                 arrived=self.clock() if arrived is None else arrived,
                 priority=priority,
                 deadline=deadline or float("inf"),
@@ -226,18 +228,19 @@ class Engine:
             if sequence.num_preemptions == 0:
                 self._queue_time.observe(now - sequence.arrived)
         for chunk, token in sampled:
-            self._advance(chunk.seq, token, done, answers)
+            if chunk.seq.id in self._choices:  # not gone with another choice of its request
+                self._advance(chunk.seq, token, done, answers)
         if self._suspects:  # they have shown that they can compute
             self._suspects[0].difference_update([chunk.seq for chunk in plan.chunks if chunk.samples])
         return answers
 
-    def _sample(self, plan: Plan, logits) -> list[tuple[Chunk, Sampled]]:  # type: ignore[no-untyped-def]
+    def _sample(self, plan: Plan, logits_NV: torch.Tensor) -> list[tuple[Chunk, Sampled]]:
         """A token for every chunk that caught up; log-probabilities of prompts on the way."""
         chunks, rows, at = [], [], []
         place = 0
         for chunk in plan.chunks:
             if wants_prompt_logits(chunk):
-                self._note_prompt_logprobs(chunk, logits[place : place + chunk.num_tokens])
+                self._note_prompt_logprobs(chunk, logits_NV[place : place + chunk.num_tokens])
                 place += chunk.num_tokens
             elif chunk.samples:
                 place += 1
@@ -247,10 +250,10 @@ class Engine:
                 at.append(place - 1)
         if not chunks:
             return []
-        wanted = logits if place == len(at) else logits[at]
-        return list(zip(chunks, self.sampler.sample(wanted, rows), strict=True))
+        wanted_NV = logits_NV if place == len(at) else logits_NV[at]
+        return list(zip(chunks, self.sampler.sample(wanted_NV, rows), strict=True))
 
-    def _note_prompt_logprobs(self, chunk: Chunk, logits) -> None:  # type: ignore[no-untyped-def]
+    def _note_prompt_logprobs(self, chunk: Chunk, logits_TV: torch.Tensor) -> None:
         sequence = chunk.seq
         generation, _ = self._choices[sequence.id]
         known: list[TokenLogprob | None] = generation.prompt_logprobs or [None]
@@ -259,8 +262,8 @@ class Engine:
         if first < end:
             ids = sequence.token_ids[first + 1 : end + 1]
             count = sequence.sampling.prompt_logprobs or 0
-            wanted = logits[first - chunk.start : end - chunk.start]
-            known += [self._told(told) for told in self.sampler.prompt_logprobs(wanted, ids, count)]
+            wanted_PV = logits_TV[first - chunk.start : end - chunk.start]
+            known += [self._spelled(each) for each in self.sampler.prompt_logprobs(wanted_PV, ids, count)]
         generation.prompt_logprobs = known
 
     def _advance(self, sequence: Sequence, sampled: Sampled, now: float, answers: list[Answer]) -> None:
@@ -270,16 +273,15 @@ class Engine:
             self._num_quarantined += 1
             self._fail(sequence, ModelError(sampled.error), answers)
             return
-        if choice.last_at:
+        delta = choice.delta
+        if choice.last_at is not None:
             self._inter_token.observe(now - choice.last_at)
         else:
-            self._num_prompt_tokens += sequence.num_prompt
             self._first_token.observe(now - sequence.arrived)
+            if choice.index == 0:
+                self._num_prompt_tokens += sequence.num_prompt
+                delta.prompt_logprobs = generation.prompt_logprobs
         choice.last_at = now
-        delta = choice.delta
-        if choice.index == 0 and generation.prompt_logprobs is not None:
-            delta.prompt_logprobs = generation.prompt_logprobs
-            generation.prompt_logprobs = None
         if sequence.sampling.max_tokens == 0:
             delta.finish_reason = "length"
         else:
@@ -292,7 +294,8 @@ class Engine:
             delta.text += pushed.text
             delta.finish_reason, delta.stop_reason = pushed.finish_reason, pushed.stop_reason
             if sequence.sampling.logprobs is not None:
-                delta.logprobs = [*(delta.logprobs or ()), self._told(sampled)]
+                delta.logprobs = delta.logprobs or []
+                delta.logprobs.append(self._spelled(sampled))
         while generation.waiting:
             self._start_choice(generation)
         if delta.finish_reason:
@@ -312,12 +315,12 @@ class Engine:
             group.discard(choice.sequence)
         self._finished[choice.delta.finish_reason] += 1
 
-    def _told(self, sampled: Sampled) -> TokenLogprob:
-        def told(token_id: int, logprob: float, rank: int, top: list[TokenLogprob]) -> TokenLogprob:
+    def _spelled(self, sampled: Sampled) -> TokenLogprob:
+        def spelled(token_id: int, logprob: float, rank: int, top: list[TokenLogprob]) -> TokenLogprob:
             return TokenLogprob(token_id, self.tokenizer.token_text(token_id), self.tokenizer.token_bytes(token_id), logprob, rank, top)
 
-        top = [told(token_id, logprob, rank, []) for rank, (token_id, logprob) in enumerate(sampled.top, 1)]
-        return told(sampled.token_id, sampled.logprob, sampled.rank, top)
+        top = [spelled(token_id, logprob, rank, []) for rank, (token_id, logprob) in enumerate(sampled.top, 1)]
+        return spelled(sampled.token_id, sampled.logprob, sampled.rank, top)
 
     # Failure
 
@@ -367,13 +370,13 @@ class Engine:
             num_failed_steps=self._num_failed_steps,
             num_quarantined=self._num_quarantined,
             finished=dict(self._finished),
-            time_to_first_token=_told(self._first_token),
-            inter_token=_told(self._inter_token),
-            queue_time=_told(self._queue_time),
-            step_time=_told(self._step_time),
+            time_to_first_token=_buckets(self._first_token),
+            inter_token=_buckets(self._inter_token),
+            queue_time=_buckets(self._queue_time),
+            step_time=_buckets(self._step_time),
             recovering=self.recovering,
         )
 
 
-def _told(histogram: Histogram) -> tuple[list[int], float]:
+def _buckets(histogram: Histogram) -> tuple[list[int], float]:
     return list(histogram.counts), histogram.sum

@@ -4,16 +4,18 @@
 // so the heads that share keys share their loads. Every item runs the online softmax of FlashAttention (Dao et al. 2022) in
 // float32; long spans are split over threads and merged (Flash-Decoding, 2023). Few rows stream through K and V where they lie;
 // many rows pack a tile of them first and multiply in registers.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <optional>
+#include <type_traits>
 #include <vector>
+
+#include "parallel.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -119,7 +121,8 @@ template <typename W, int VECS> void multiply_tile(const W* a, int64_t lda, cons
 }
 
 // c [rows, cols] (+)= a b; b lies in panels of PANEL columns, each [depth, PANEL], the last one perhaps [depth, LANES].
-template <typename W> void multiply(const W* a, int64_t lda, const W* b, float* c, int64_t ldc, int64_t rows, int64_t cols, int64_t depth, bool add) {
+template <typename W>
+void multiply(const W* a, int64_t lda, const W* b, float* c, int64_t ldc, int64_t rows, int64_t cols, int64_t depth, bool add) {
     for (int64_t col = 0; col < cols; col += PANEL)
         for (int64_t row = 0; row < rows; row += TILE_ROWS)
             if (cols - col > LANES) multiply_tile<W, 2>(a + row * lda, lda, b + col * depth, depth, c + row * ldc + col, ldc, add);
@@ -231,7 +234,8 @@ void add_panel(const float* weights, const T* values, int64_t n, int64_t size, f
     const auto add = [&](int c, int64_t j) __attribute__((always_inline)) {
         UNROLL for (int i = 0; i < VECS; i++) {
             const __m512 value = load_some(values + j * size + i * 16, i == VECS - 1 ? some : 0xffff);
-            UNROLL for (int r = 0; r < N; r++) sum[c][r][i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * STREAM_KEYS + j]), value, sum[c][r][i]);
+            UNROLL for (int r = 0; r < N; r++)
+                sum[c][r][i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * STREAM_KEYS + j]), value, sum[c][r][i]);
         }
     };
     int64_t j = 0;
@@ -262,7 +266,8 @@ template <typename T, int N> void add_rows(const float* weights, const T* values
 #endif
 
 // acc [rows, size] += weights [rows, n] values [n, size]; rows of weights are STREAM_KEYS apart.
-template <typename T> void add_values(const float* weights, const T* values, int64_t rows, int64_t n, int64_t size, float* acc, int64_t ld) {
+template <typename T>
+void add_values(const float* weights, const T* values, int64_t rows, int64_t n, int64_t size, float* acc, int64_t ld) {
 #if defined(__AVX512F__)
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) add_rows<T, 4>(weights + r * STREAM_KEYS, values, n, size, acc + r * ld, ld);
@@ -393,8 +398,9 @@ template <typename T, bool PAIRS> struct Attention {
                 multiply<W>(queries, depth, packed_keys, scores, step, padded_rows, round_up(n, PANEL), depth, false);
             } else {
                 runs(item.sequence, key, end, [&](int64_t at, int64_t count, int64_t block, int64_t offset) {
+                    const T* first = keys(block, head, offset);
                     for (int64_t r = 0; r < rows; r++)
-                        dot_keys(query(item.sequence, item.row + r, head), keys(block, head, offset), scores + r * step + at - key, count, k_size);
+                        dot_keys(query(item.sequence, item.row + r, head), first, scores + r * step + at - key, count, k_size);
                 });
             }
             for (int64_t r = 0; r < rows; r++) {
@@ -438,9 +444,11 @@ template <typename T, bool PAIRS> struct Attention {
                 for (int64_t w = 0; w < depth; w += 16) {
                     const __mmask16 some = mask_of(depth - w);
                     __m512i words[16];
-                    UNROLL for (int i = 0; i < 16; i++) words[i] = load_words<PAIRS>(rows + std::min<int64_t>(j + i, n - 1) * k_size, w, some);
+                    UNROLL for (int i = 0; i < 16; i++)
+                        words[i] = load_words<PAIRS>(rows + std::min<int64_t>(j + i, n - 1) * k_size, w, some);
                     transpose(words);
-                    for (int64_t i = 0; i < std::min<int64_t>(16, depth - w); i++) _mm512_storeu_si512(target + (w + i) * PANEL, words[i]);
+                    const int64_t num = std::min<int64_t>(16, depth - w);
+                    for (int64_t i = 0; i < num; i++) _mm512_storeu_si512(target + (w + i) * PANEL, words[i]);
                 }
             }
 #endif
@@ -504,7 +512,9 @@ template <typename T, bool PAIRS> struct Attention {
         const Item& item = job.item;
         float* acc = scratch.take(v_size);
         for (int64_t r = 0; r < item.num_rows; r++) {
-            const auto part = [&](int64_t i) { return partials + item.partial + (i * num_kv_heads + head) * partial_size(item) + r * (v_size + 2); };
+            const auto part = [&](int64_t i) {
+                return partials + item.partial + (i * num_kv_heads + head) * partial_size(item) + r * (v_size + 2);
+            };
             float maximum = NOTHING, sum = 0;
             for (int64_t i = 0; i < job.num_parts; i++) maximum = std::max(maximum, part(i)[0]);
             std::fill(acc, acc + v_size, 0.f);
@@ -558,7 +568,7 @@ template <typename T, bool PAIRS> struct Attention {
         static thread_local std::vector<Item> items;
         static thread_local std::vector<Merge> merges;
         static thread_local Scratch parts;
-        const int64_t num_threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+        const int64_t num_threads = fairlead::Pool::get().num_threads();
         int64_t partials_size;
         plan(items, merges, num_threads, partials_size);
         if (partials_size) partials = parts.take(partials_size);
@@ -568,35 +578,36 @@ template <typename T, bool PAIRS> struct Attention {
         auto &all_items = items;
         auto &all_merges = merges;
         const bool serial = num_threads == 1 || total * num_kv_heads < SERIAL_COST;
-        share(all_items.size() * num_kv_heads, serial ? 1 : num_threads, [&](int64_t i, Scratch& scratch) { compute(all_items[i / num_kv_heads], i % num_kv_heads, scratch); });
-        if (!all_merges.empty())
-            share(all_merges.size() * num_kv_heads, num_threads, [&](int64_t i, Scratch& scratch) { merge(all_merges[i / num_kv_heads], i % num_kv_heads, scratch); });
+        share(all_items.size() * num_kv_heads, serial ? 1 : num_threads, [&](int64_t i, Scratch& scratch) {
+            compute(all_items[i / num_kv_heads], i % num_kv_heads, scratch);
+        });
+        share(all_merges.size() * num_kv_heads, num_threads, [&](int64_t i, Scratch& scratch) {
+            merge(all_merges[i / num_kv_heads], i % num_kv_heads, scratch);
+        });
     }
 
-    // Threads take the next index when they are done with one.
-    template <typename F> static void share(int64_t n, int64_t num_threads, F f) {
-        std::atomic<int64_t> next{0};
-        const auto work = [&](int64_t begin, int64_t end) {
+    template <typename F> static void share(int64_t n, int64_t num_threads, const F& f) {
+        fairlead::Pool::get().run(n, num_threads, [&](int64_t i) {
             static thread_local Scratch scratch;
-            for (; begin < end; begin++)
-                for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, scratch);
-        };
-        if (num_threads == 1) work(0, 1);
-        else at::parallel_for(0, num_threads, 1, work);
+            f(i, scratch);
+        });
     }
 };
 
 void check_cache(const Tensor& cache, const char* name) {
-    TORCH_CHECK(cache.dim() == 4 && cache.stride(3) == 1 && cache.stride(2) == cache.size(3), name, " must be [num_blocks, K, block_size, D] with whole heads of a block together");
+    TORCH_CHECK(cache.dim() == 4 && cache.stride(3) == 1 && cache.stride(2) == cache.size(3), name,
+                " must be [num_blocks, K, block_size, D] with the tokens of a head together");
 }
 
 template <typename T, bool PAIRS = false>
-Tensor attend_typed(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, const Tensor& lens, const Tensor& tables, double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks) {
+Tensor attend_typed(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, const Tensor& lens, const Tensor& tables,
+                    double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks) {
     Tensor out = at::empty({q.size(0), q.size(1), v.size(3)}, q.options());
     const Tensor logits = sinks ? sinks->to(at::kFloat).contiguous() : Tensor();
     Attention<T, PAIRS> a;
     a.q = q.const_data_ptr<T>(), a.k = k.const_data_ptr<T>(), a.v = v.const_data_ptr<T>(), a.out = out.mutable_data_ptr<T>();
-    a.q_token = q.stride(0), a.q_head = q.stride(1), a.k_block = k.stride(0), a.k_head = k.stride(1), a.v_block = v.stride(0), a.v_head = v.stride(1);
+    a.q_token = q.stride(0), a.q_head = q.stride(1);
+    a.k_block = k.stride(0), a.k_head = k.stride(1), a.v_block = v.stride(0), a.v_head = v.stride(1);
     a.starts = starts.const_data_ptr<int32_t>(), a.lens = lens.const_data_ptr<int32_t>(), a.tables = tables.const_data_ptr<int32_t>();
     a.num_sequences = lens.size(0), a.table_width = tables.stride(0);
     a.num_heads = q.size(1), a.num_kv_heads = k.size(1), a.group = a.num_heads / a.num_kv_heads;
@@ -609,20 +620,28 @@ Tensor attend_typed(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 }
 
 // q [T, H, D] of S sequences, one after another, in any strides but the last; k, v [num_blocks, K, block_size, D or Dv];
-// starts int32 [S + 1]; lens int32 [S]; tables int32 [S, B]; sinks [H]. Returns [T, H, Dv].
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, const Tensor& lens, const Tensor& tables, double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks, std::optional<bool> pairs) {
+// starts int32 [S + 1]; lens int32 [S]; tables int32 [S, B]; sinks [H]. Returns [T, H, Dv]. `pairs`: bfloat16 by dot products of pairs,
+// where the CPU has them; by default where they are the faster way.
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, const Tensor& lens, const Tensor& tables, double scale,
+              int64_t window, double softcap, const std::optional<Tensor>& sinks, std::optional<bool> pairs) {
     check_cache(k, "k_cache"), check_cache(v, "v_cache");
     TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1 && q.size(2) == k.size(3), "q must be [T, H, D] with its last dimension contiguous");
-    TORCH_CHECK(q.size(1) % k.size(1) == 0 && k.size(1) == v.size(1) && k.size(2) == v.size(2), "heads and blocks of q, k_cache and v_cache do not fit");
+    TORCH_CHECK(q.size(1) % k.size(1) == 0 && k.size(1) == v.size(1) && k.size(2) == v.size(2),
+                "heads and blocks of q, k_cache and v_cache do not fit");
     TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k_cache and v_cache must have one dtype");
-    TORCH_CHECK(starts.scalar_type() == at::kInt && lens.scalar_type() == at::kInt && tables.scalar_type() == at::kInt, "query_starts, context_lens and block_tables must be int32");
-    TORCH_CHECK(starts.is_contiguous() && lens.is_contiguous() && starts.size(0) == lens.size(0) + 1 && tables.dim() == 2 && tables.size(0) == lens.size(0) && tables.stride(1) == 1, "query_starts [S + 1], context_lens [S] and block_tables [S, B] do not fit");
+    TORCH_CHECK(starts.scalar_type() == at::kInt && lens.scalar_type() == at::kInt && tables.scalar_type() == at::kInt,
+                "query_starts, context_lens and block_tables must be int32");
+    TORCH_CHECK(starts.is_contiguous() && lens.is_contiguous() && starts.size(0) == lens.size(0) + 1 && tables.dim() == 2 &&
+                    tables.size(0) == lens.size(0) && tables.stride(1) == 1,
+                "query_starts [S + 1], context_lens [S] and block_tables [S, B] do not fit");
     TORCH_CHECK(!sinks || sinks->numel() == q.size(1), "sinks must be [H]");
     if (q.scalar_type() == at::kFloat) return attend_typed<float>(q, k, v, starts, lens, tables, scale, window, softcap, sinks);
     TORCH_CHECK(q.scalar_type() == at::kBFloat16, "attention is for float32 and bfloat16, not ", q.scalar_type());
 #if defined(__AVX512BF16__)
-    // Zen 4 multiplies pairs at the rate of floats, Intel's cores at a quarter of it: there floats are twice as fast.
-    if (pairs.value_or(__builtin_cpu_is("amd"))) return attend_typed<bf16, true>(q, k, v, starts, lens, tables, scale, window, softcap, sinks);
+    // Measured: an Intel server core does a quarter as many of these as multiplications of floats, so that floats are twice as fast there.
+    // A fixed rule, since the two round differently: the same machine gives the same tokens.
+    if (pairs.value_or(__builtin_cpu_is("amd")))
+        return attend_typed<bf16, true>(q, k, v, starts, lens, tables, scale, window, softcap, sinks);
 #endif
     return attend_typed<bf16>(q, k, v, starts, lens, tables, scale, window, softcap, sinks);
 }
@@ -633,7 +652,7 @@ void store_one(const Tensor& x, const Tensor& cache, const int64_t* slots) {
     const int64_t block_bytes = cache.stride(0) * cache.element_size(), head_bytes = cache.stride(1) * cache.element_size();
     const char* from = static_cast<const char*>(x.const_data_ptr());
     char* to = static_cast<char*>(cache.data_ptr());
-    at::parallel_for(0, x.size(0), std::max<int64_t>(1, 65536 / (heads * row_bytes)), [&](int64_t begin, int64_t end) {
+    fairlead::parallel_for(0, x.size(0), std::max<int64_t>(1, 65536 / (heads * row_bytes)), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; t++) {
             char* token = to + slots[t] / block_size * block_bytes + slots[t] % block_size * row_bytes;
             for (int64_t h = 0; h < heads; h++) std::memcpy(token + h * head_bytes, from + t * x_token + h * x_head, row_bytes);
@@ -646,7 +665,8 @@ void store_tokens(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cac
     check_cache(k_cache, "k_cache"), check_cache(v_cache, "v_cache");
     TORCH_CHECK(slots.scalar_type() == at::kLong && slots.is_contiguous(), "slots must be int64");
     for (const auto& [x, cache] : {std::pair<const Tensor&, const Tensor&>{k, k_cache}, {v, v_cache}}) {
-        TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && x.size(0) == slots.size(0) && x.size(1) == cache.size(1) && x.size(2) == cache.size(3), "k and v must be [T, K, D] with their last dimension contiguous");
+        TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && x.size(0) == slots.size(0) && x.size(1) == cache.size(1) && x.size(2) == cache.size(3),
+                    "k and v must be [T, K, D] with their last dimension contiguous");
         TORCH_CHECK(x.scalar_type() == cache.scalar_type(), "k and v must have their cache's dtype");
     }
     const int64_t* slot = slots.const_data_ptr<int64_t>();
@@ -658,7 +678,8 @@ void store_tokens(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cac
 
 TORCH_LIBRARY_FRAGMENT(fairlead, m) {
     m.def("store(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
-    m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_starts, Tensor context_lens, Tensor block_tables, float scale, int window, float softcap, Tensor? sinks, bool? pairs=None) -> Tensor");
+    m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_starts, Tensor context_lens, Tensor block_tables, "
+          "float scale, int window, float softcap, Tensor? sinks, bool? pairs=None) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fairlead, CPU, m) {
     m.impl("store", &store_tokens);
