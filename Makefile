@@ -1,4 +1,4 @@
-# The developer's manual: `make demo`, `make test`, `make lint`, `make bench`.
+# The developer's manual: `make demo`, `make test`, `make lint`, `make bench`, `make bench-llm`.
 # Everything runs in .venv, which is made once and again when the dependencies change.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 FIND_LINKS := $(foreach place,$(PIP_FIND_LINKS),--find-links $(place))
 TORCH := 2.13.0
 
-.PHONY: demo test lint format bench venv constraints clean
+.PHONY: demo test lint format bench bench-llm venv constraints clean
 
 demo: $(INSTALLED)  ## train small real models, serve them, ask each one
 	$(BIN)/fairlead demo $(ARGS)
@@ -30,6 +30,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)  ## Fairlead and its peers side by side, each in its own environment
 	bash benchmarks/tensors/bench.sh $(ARGS)
+
+bench-llm: $(INSTALLED)  ## the same for language models
+	bash benchmarks/llm/setup.sh
+	$(BIN)/python benchmarks/llm/bench.py $(ARGS)
 
 venv: $(INSTALLED)
 

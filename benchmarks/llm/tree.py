@@ -29,8 +29,8 @@ class Tree:
         return [process for process in self._seen.values() if _runs(process)]
 
     def memory_bytes(self) -> int:
-        """Resident sizes, added up."""
-        return sum(_of_each(self.processes(), lambda process: process.memory_info().rss))
+        """What they occupy together: a page that several of them share counts once (PSS)."""
+        return sum(_of_each(self.processes(), lambda process: process.memory_full_info().pss))
 
     def cpu_seconds(self) -> float:
         return sum(_of_each(self.processes(), lambda process: sum(process.cpu_times()[:4])))

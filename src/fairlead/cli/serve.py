@@ -13,7 +13,7 @@ from fairlead.core.settings import Settings, read_settings
 HELP = """Serve a model repository, or one model.
 
 PATH is a folder of models (`NAME/VERSION/artefact`), one model's folder, or a bare artefact: .onnx, .ubj or .json
-(XGBoost), .txt (LightGBM), .cbm, .skops, .pt, .pt2, model.py. Several may be given; an fsspec URL such as
+(XGBoost), .txt (LightGBM), .cbm, .skops, .pt, .pt2, model.py, a folder of a Hugging Face checkpoint. Several may be given; an fsspec URL such as
 s3://bucket/models works too. Flags win over fairlead.yaml.
 """
 
@@ -35,6 +35,7 @@ FLAGS = {
     "log_format": "logs.format",
     "log_requests": "logs.requests",
     "triton_metrics": "metrics.triton_names",
+    "vllm_metrics": "metrics.vllm_names",
 }
 
 
@@ -57,6 +58,7 @@ FLAGS = {
 @click.option("--log-format", type=click.Choice(["auto", "json", "console"]))
 @click.option("--log-requests/--no-log-requests", default=None, help="One line per finished request.  [default: on]")
 @click.option("--triton-metrics", is_flag=True, default=None, help="Metrics under Triton's nv_inference_* names too.")
+@click.option("--vllm-metrics", is_flag=True, default=None, help="Metrics of language models under vLLM's vllm:* names too.")
 def serve(paths: tuple[str, ...], config: Path | None, **flags: Any) -> None:
     settings = with_flags(read_settings(config) if config else Settings(), paths, flags)
     if not settings.models.repositories:

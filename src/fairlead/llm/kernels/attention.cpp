@@ -37,7 +37,7 @@ constexpr int64_t LANES = 4, TILE_ROWS = 4;
 #endif
 constexpr int64_t PANEL = 2 * LANES;     // columns multiplied at once
 constexpr int64_t ROWS = 128;            // rows of an item at most
-constexpr int64_t PACKED_KEYS = 64;      // keys packed at once
+constexpr int64_t PACKED_KEYS = 128;     // keys packed at once
 constexpr int64_t STREAM_KEYS = 256;     // keys streamed between two updates of the running maximum
 constexpr int64_t STREAM_ROWS = 8;       // packing pays off above
 constexpr int64_t SPLIT_KEYS = 512;      // a span is not split below
@@ -50,9 +50,14 @@ typedef int32_t IntVec __attribute__((vector_size(LANES * 4), aligned(4), may_al
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec all(float x) { return Vec{} + x; }
 
+#if defined(__AVX512F__)
+inline Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+inline float max_lane(Vec x) { return _mm512_reduce_max_ps((__m512)x); }
+inline float sum_lanes(Vec x) { return _mm512_reduce_add_ps((__m512)x); }
+#else
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 inline float max_lane(Vec x) {
     float best = x[0];
     for (int i = 1; i < LANES; i++) best = std::max(best, x[i]);
@@ -63,6 +68,7 @@ inline float sum_lanes(Vec x) {
     for (int i = 0; i < LANES; i++) sum += x[i];
     return sum;
 }
+#endif
 
 // 2^x for x <= 0, exactly 0 below 2^-126. Polynomial of Cephes' exp2f, 2e-7 off.
 inline Vec exp2_negative(Vec x) {
@@ -324,11 +330,17 @@ template <typename T, bool PAIRS> struct Attention {
     }
     int64_t partial_size(const Item& item) const { return item.num_rows * (v_size + 2); }
 
+    // The hardware's own prefetch ends with a page, and the next block lies elsewhere.
+    static void prefetch(const T* p, int64_t num) {
+        for (int64_t i = 0; i < num; i += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(p + i);
+    }
+    int64_t block_of(int64_t s, int64_t key) const { return tables[s * table_width + key / block_size]; }
+
     // Calls f(first key of the run, its length, block id, offset in it) for the runs of keys begin..end that lie together.
     template <typename F> void runs(int64_t s, int64_t begin, int64_t end, F f) const {
         for (int64_t key = begin; key < end;) {
             const int64_t offset = key % block_size, n = std::min(block_size - offset, end - key);
-            f(key, n, static_cast<int64_t>(tables[s * table_width + key / block_size]), offset);
+            f(key, n, block_of(s, key), offset);
             key += n;
         }
     }
@@ -339,19 +351,19 @@ template <typename T, bool PAIRS> struct Attention {
     // are masked. All exponents are of 2.
     template <bool AS_PAIRS> void soften(float* s, int64_t low, int64_t high, int64_t n, float& maximum, float& sum, float* acc) const {
         const int64_t padded = round_up(n, LANES);
+        float factor = scale * LOG2E;
         if (softcap > 0) {
-            for (int64_t j = 0; j < padded; j += LANES) store(s + j, tanh_vec(load(s + j) * (scale / softcap)) * (softcap * LOG2E));
-        } else {
-            for (int64_t j = 0; j < padded; j += LANES) store(s + j, load(s + j) * (scale * LOG2E));
+            for (int64_t j = 0; j < padded; j += LANES) store(s + j, tanh_vec(load(s + j) * (scale / softcap)));
+            factor = softcap * LOG2E;
         }
         std::fill(s, s + std::clamp<int64_t>(low, 0, padded), -INFINITY);
         std::fill(s + std::clamp<int64_t>(high, 0, padded), s + padded, -INFINITY);
-        Vec best = all(maximum);
-        for (int64_t j = 0; j < padded; j += LANES) best = larger(load(s + j), best);
-        const float next = max_lane(best);
+        Vec best = load(s);
+        for (int64_t j = LANES; j < padded; j += LANES) best = larger(load(s + j), best);
+        const float next = std::max(maximum, max_lane(best) * factor);
         Vec total = {};
         for (int64_t j = 0; j < padded; j += LANES) {
-            const Vec weight = exp2_negative(load(s + j) - next);
+            const Vec weight = exp2_negative(load(s + j) * factor - next);
             total += weight;
             store(s + j, weight);
         }
@@ -399,6 +411,7 @@ template <typename T, bool PAIRS> struct Attention {
             } else {
                 runs(item.sequence, key, end, [&](int64_t at, int64_t count, int64_t block, int64_t offset) {
                     const T* first = keys(block, head, offset);
+                    if (at + count < end) prefetch(keys(block_of(item.sequence, at + count), head, 0), block_size * k_size);
                     for (int64_t r = 0; r < rows; r++)
                         dot_keys(query(item.sequence, item.row + r, head), first, scores + r * step + at - key, count, k_size);
                 });
@@ -414,6 +427,7 @@ template <typename T, bool PAIRS> struct Attention {
                 multiply<W>(reinterpret_cast<W*>(scores), step, packed_values, acc, ld, padded_rows, ld, words, true);
             } else {
                 runs(item.sequence, key, end, [&](int64_t at, int64_t count, int64_t block, int64_t offset) {
+                    if (at + count < end) prefetch(values(block_of(item.sequence, at + count), head, 0), block_size * v_size);
                     add_values(scores + at - key, values(block, head, offset), rows, count, v_size, acc, ld);
                 });
             }
@@ -622,8 +636,8 @@ Tensor attend_typed(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 // q [T, H, D] of S sequences, one after another, in any strides but the last; k, v [num_blocks, K, block_size, D or Dv];
 // starts int32 [S + 1]; lens int32 [S]; tables int32 [S, B]; sinks [H]. Returns [T, H, Dv]. `pairs`: bfloat16 by dot products of pairs,
 // where the CPU has them; by default where they are the faster way.
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, const Tensor& lens, const Tensor& tables, double scale,
-              int64_t window, double softcap, const std::optional<Tensor>& sinks, std::optional<bool> pairs) {
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, const Tensor& lens, const Tensor& tables,
+              double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks, std::optional<bool> pairs) {
     check_cache(k, "k_cache"), check_cache(v, "v_cache");
     TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1 && q.size(2) == k.size(3), "q must be [T, H, D] with its last dimension contiguous");
     TORCH_CHECK(q.size(1) % k.size(1) == 0 && k.size(1) == v.size(1) && k.size(2) == v.size(2),
@@ -634,6 +648,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
     TORCH_CHECK(starts.is_contiguous() && lens.is_contiguous() && starts.size(0) == lens.size(0) + 1 && tables.dim() == 2 &&
                     tables.size(0) == lens.size(0) && tables.stride(1) == 1,
                 "query_starts [S + 1], context_lens [S] and block_tables [S, B] do not fit");
+    TORCH_CHECK(scale > 0, "scale must be positive");
     TORCH_CHECK(!sinks || sinks->numel() == q.size(1), "sinks must be [H]");
     if (q.scalar_type() == at::kFloat) return attend_typed<float>(q, k, v, starts, lens, tables, scale, window, softcap, sinks);
     TORCH_CHECK(q.scalar_type() == at::kBFloat16, "attention is for float32 and bfloat16, not ", q.scalar_type());
@@ -665,13 +680,15 @@ void store_tokens(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cac
     check_cache(k_cache, "k_cache"), check_cache(v_cache, "v_cache");
     TORCH_CHECK(slots.scalar_type() == at::kLong && slots.is_contiguous(), "slots must be int64");
     for (const auto& [x, cache] : {std::pair<const Tensor&, const Tensor&>{k, k_cache}, {v, v_cache}}) {
-        TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && x.size(0) == slots.size(0) && x.size(1) == cache.size(1) && x.size(2) == cache.size(3),
+        TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && x.size(0) == slots.size(0) && x.size(1) == cache.size(1) &&
+                        x.size(2) == cache.size(3),
                     "k and v must be [T, K, D] with their last dimension contiguous");
         TORCH_CHECK(x.scalar_type() == cache.scalar_type(), "k and v must have their cache's dtype");
     }
     const int64_t* slot = slots.const_data_ptr<int64_t>();
     const int64_t num_slots = k_cache.size(0) * k_cache.size(2);
-    for (int64_t t = 0; t < slots.size(0); t++) TORCH_CHECK(slot[t] >= 0 && slot[t] < num_slots, "slot ", slot[t], " is not one of ", num_slots);
+    for (int64_t t = 0; t < slots.size(0); t++)
+        TORCH_CHECK(slot[t] >= 0 && slot[t] < num_slots, "slot ", slot[t], " is not one of ", num_slots);
     store_one(k, k_cache, slot);
     store_one(v, v_cache, slot);
 }
