@@ -106,6 +106,7 @@ def test_it_builds_a_repository_of_every_kind_and_each_model_learnt_something(bu
     assert scores["denoise_torchscript"][0] > 50
     assert scores["search_python"][0] > 60
     assert 85 < scores["confidence_python"][0] <= 100
+    assert scores["assistant_llm"][0] > 75
 
 
 def test_building_again_uses_what_is_there(built: tuple[Path, list[DemoModel]]) -> None:
@@ -137,6 +138,8 @@ def test_every_model_answers_its_question(built: tuple[Path, list[DemoModel]], t
     assert abs(float(answers["diabetes_sklearn"]["answer"].split()[-1]) - float(answers["diabetes_sklearn"]["truth"])) < 150
     assert "SimpleImputer" in answers["search_python"]["answer"]
     assert answers["confidence_python"]["answer"].endswith("in 8 responses")
+    assert answers["embed_minilm"]["answer"].startswith(answers["embed_minilm"]["truth"])
+    assert json.loads(answers["assistant_llm"]["answer"]).keys() == json.loads(answers["assistant_llm"]["truth"]).keys()
     assert all(0 < row["latency"] < 60 for row in told["models"])
 
 
@@ -146,12 +149,23 @@ def test_without_a_terminal_it_ends_and_leaves_no_server_behind(told: dict[str, 
         assert probe.connect_ex((host, int(port))) != 0
 
 
-@pytest.mark.parametrize("tool", ["curl", "curl, a stream", "tritonclient, HTTP", "tritonclient, gRPC", "Python"])
+TOOLS = ("chat", "curl, a chat", "OpenAI's SDK", "curl", "curl, a stream", "tritonclient, HTTP", "tritonclient, gRPC", "Python")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
 def test_what_it_says_to_try_works_as_it_stands(terminal: Terminal, tool: str) -> None:
     lines = things_to_try(terminal.read_until("Ctrl-C ends it"))[tool]
     done = subprocess.run(["sh", "-c", lines], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     match tool:
+        case "chat":
+            assert done.stdout.strip().endswith("579")
+        case "curl, a chat":
+            chunks = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("data: {")]
+            text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+            assert text.endswith("42") and done.stdout.strip().endswith("data: [DONE]")
+        case "OpenAI's SDK":
+            assert done.stdout.strip() == "3, 7, 19, 42"
         case "curl":
             (output,) = json.loads(done.stdout)["outputs"]
             assert output["shape"] == [1]
@@ -170,7 +184,7 @@ def test_run_once_it_still_shows_what_to_try(built: tuple[Path, list[DemoModel]]
     done = subprocess.run([*COMMAND, "--models", built[0], "--once"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert f"fairlead serve {built[0]}" in done.stdout
-    assert things_to_try(done.stdout).keys() == {"curl", "curl, a stream", "tritonclient, HTTP", "tritonclient, gRPC", "Python"}
+    assert things_to_try(done.stdout).keys() == set(TOOLS)
     assert "curl -s http://127.0.0.1:8000/v2/models/diabetes_sklearn/infer" in done.stdout
 
 
