@@ -1,10 +1,11 @@
-"""Fairlead's engine, offline: python bench_fairlead.py MODEL [--no-prefix]    (the project's environment)"""
+"""Fairlead's engine, offline: python bench_fairlead.py MODEL [KEY=VALUE of the llm section]...    (the project's environment)"""
 
 import os
 import sys
 from itertools import count
 from pathlib import Path
 
+import msgspec
 from workloads import answers, serve_workloads
 
 answer = answers()
@@ -14,7 +15,8 @@ from fairlead.core.specs import LlmSpec  # noqa: E402
 from fairlead.llm.build import build_generator  # noqa: E402
 
 folder = Path(sys.argv[1])
-engine, _, info = build_generator(folder, LlmSpec(prefix_caching="--no-prefix" not in sys.argv), threads=len(os.sched_getaffinity(0)))
+spec = msgspec.convert(dict(argument.split("=") for argument in sys.argv[2:]), LlmSpec, strict=False)
+engine, _, info = build_generator(folder, spec, threads=len(os.sched_getaffinity(0)))
 print(*info.explain, sep="\n", file=sys.stderr)
 numbers = count()
 

@@ -52,6 +52,10 @@ def transformers(mode: str, serve: str) -> Engine:
     )
 
 
+def fairlead(*settings: str) -> Engine:
+    return Engine(FAIRLEAD_PYTHON, " ".join(["python {here}/bench_fairlead.py {model}", *settings]))
+
+
 LLAMA = HERE / "envs/llama/lib"
 ENGINES = {
     "fairlead": Engine(
@@ -59,7 +63,11 @@ ENGINES = {
         "python {here}/bench_fairlead.py {model}",
         "fairlead serve {model} --port {port} --grpc-port 0 --ops-port 0",
     ),
-    "fairlead-noprefix": Engine(FAIRLEAD_PYTHON, "python {here}/bench_fairlead.py {model} --no-prefix"),
+    # each optimisation off, and all of them
+    "fairlead-noprefix": fairlead("prefix_caching=false"),
+    "fairlead-graph": fairlead("decoder=graph"),
+    "fairlead-torch": fairlead("kernels=torch"),
+    "fairlead-plain": fairlead("decoder=graph", "kernels=torch", "prefix_caching=false"),
     # it leaves one core to its other processes: one thread where there are two
     "vllm": vllm(),
     "vllm-2": vllm(VLLM_CPU_OMP_THREADS_BIND=BOTH_CORES),

@@ -124,11 +124,12 @@ def fill(rng: Random, template: str) -> str:
     return re.sub(r"{(\w+)}", lambda hole: rng.choice(choices[hole[1]]), template)
 
 
+CONSONANTS = ("b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "th", "sh", "br", "st", "kr")
+
+
 def made_up(rng: Random) -> str:
     """A name nobody has: what is extracted must be copied, not known."""
-    syllables = (
-        rng.choice("b c d f g h j k l m n p r s t v w z th sh br st kr".split()) + rng.choice("aeiou") for _ in range(rng.randint(1, 3))
-    )
+    syllables = (rng.choice(CONSONANTS) + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
     return ("".join(syllables) + rng.choice(("", "n", "r", "l", "s", "ck", "x"))).capitalize()
 
 
@@ -389,7 +390,7 @@ TOOLS = (
           "Change {amount} {money} into {other_money}"),
          (("amount", lambda rng: rng.randint(2, 999)),)),
 )  # fmt: skip
-MONEY = "EUR USD GBP JPY CHF NOK SEK".split()
+MONEY = ("EUR", "USD", "GBP", "JPY", "CHF", "NOK", "SEK")
 TEXTS = ("I am late", "see you soon", "the train is late", "call me", "good luck", "dinner is ready", "I am at home", "happy birthday",
          "the meeting is over", "where are you", "thank you", "I am in the garden", "please buy bread", "please buy milk")  # fmt: skip
 

@@ -1,5 +1,7 @@
 """The words that the examples of the small language model are made of."""
 
+# ruff: noqa: SIM905 - a paragraph of words reads better than a list of quotes
+
 NAMES = """Ada Adam Aisha Alan Alice Amir Ana Anders Anna Anton Arthur Astrid Ben Bianca Boris Bruno Carla Carlos Chen Clara
 Daniel David Diana Dora Edgar Elena Elias Emil Emma Erik Eva Felix Finn Frida Georg Grace Greta Hana Hans Helen Henrik Hugo Ida Igor
 Ines Ingrid Iris Ivan Jack Jana Jonas Julia Kai Karin Karl Kofi Lara Laura Leo Lena Lina Lucas Luis Magnus Mara Maria Marta Martin Max

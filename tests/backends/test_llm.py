@@ -12,7 +12,7 @@ import pytest
 from fairlead.backends.llm import BACKEND, EngineThread
 from fairlead.core.errors import ContextExceeded, FairleadError, InvalidRequest, LoadError, ShuttingDown, Unsupported
 from fairlead.core.generation import Chat, Delta, Detokenize, Embed, Generate, Message, Prompt, Sampling, Tokenize
-from fairlead.core.specs import LlmSpec, ModelSpec
+from fairlead.core.specs import InstancesSpec, LlmSpec, ModelSpec
 from tests.llm.tiny import tiny_checkpoint
 
 GREEDY = Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -107,6 +107,30 @@ def test_a_cancelled_request_says_nothing_more_and_frees_its_memory(running):
     assert stats.num_running == 0 and stats.num_free_blocks == stats.num_blocks
 
 
+def test_a_text_that_takes_long_to_read_holds_up_no_step(running, monkeypatch):
+    # Given a text that the tokenizer is not done with
+    read, reads, encode = threading.Event(), threading.Event(), running.engine.tokenizer.encode
+
+    def slow(text: str, **options: bool) -> list[int]:
+        reads.set()
+        assert read.wait(SECONDS)
+        return encode(text, **options)
+
+    monkeypatch.setattr(running.engine.tokenizer, "encode", slow)
+    long = Sampling(max_tokens=200, ignore_eos=True)
+    running.submit(1, Generate(token_ids=[5, 6, 7], sampling=long))
+    running.submit(2, Generate(text="a long text", sampling=long))
+    assert reads.wait(SECONDS)
+    # Then what computes goes on to its end
+    work, answer = running.answers.get(timeout=SECONDS)
+    assert work == 1 and len(answer.token_ids) == 200
+    # When its caller leaves before it was read, it is never computed
+    running.engine.cancel(2)
+    read.set()
+    assert len(running.ask(Generate(text="hello", sampling=GREEDY)).token_ids) == 6
+    assert running.engine.stats().finished == {"length": 2}
+
+
 def test_closing_ends_what_is_left(checkpoint):
     running = Running(BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=SPEC), 1))
     for work in range(3):
@@ -127,3 +151,14 @@ def test_kv_memory_that_holds_no_sequence_is_refused(checkpoint):
         BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=LlmSpec(kv_cache_bytes=20_000, max_model_len=200)), 1)
     small = BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=LlmSpec(kv_cache_bytes=60_000, dtype="float32", kernels="torch")), 1)
     assert small.info.max_model_len == 96 and any("bounded to 96" in line for line in small.info.explain)
+
+
+def test_instances_divide_the_free_memory_of_the_container(checkpoint, monkeypatch):
+    # Given a container that has less left than the machine
+    monkeypatch.setattr("fairlead.llm.build.cgroup_free_bytes", lambda: 4 << 20)
+    blocks = {}
+    for count in (1, 4):
+        spec = ModelSpec(name="m", llm=SPEC, instances=InstancesSpec(count=count))
+        blocks[count] = BACKEND.load_engine(checkpoint, spec, 1).info.num_kv_blocks
+    # Then a quarter of it, 1 MiB, is theirs together: blocks of 32 tokens in 2 layers of 2 heads of 16 float32 for K and for V
+    assert blocks == {1: (1 << 20) // (32 * 2 * 2 * 2 * 16 * 4), 4: (1 << 18) // (32 * 2 * 2 * 2 * 16 * 4)}

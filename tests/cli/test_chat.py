@@ -57,6 +57,7 @@ def url(port) -> str:
 
 async def test_one_prompt_is_answered_and_that_is_all(port):
     assert await run("talker", "--url", url(port), "--prompt", "to be or not") == (0, "to be or not\n", "")
+    assert await run("talker", "--url", url(port) + "/v1/", "--prompt", "as OpenAI has it") == (0, "as OpenAI has it\n", "")
 
 
 async def test_one_prompt_for_a_script(port):
@@ -168,6 +169,7 @@ async def test_a_server_that_goes_away_in_the_middle():
     [
         (("talker", "--json"), "--json needs --prompt"),
         (("talker", "--url", "localhost:8000", "--prompt", "x"), "--url must look like http://127.0.0.1:8000, not 'localhost:8000'"),
+        (("talker", "--url", "http://localhost:no", "--prompt", "x"), "must look like http://127.0.0.1:8000, not 'http://localhost:no'"),
         (("talker", "--temperature", "-1"), "'--temperature'"),
     ],
 )

@@ -16,7 +16,6 @@ from click.testing import CliRunner, Result
 from fairlead.backends import BACKENDS
 from fairlead.cli import cli
 from fairlead.cli.demo_models.tiny.checks import CHAT
-from fairlead.cli.doctor import cgroup_cpus, cgroup_memory_bytes
 
 ECHO = """
 class Echo:
@@ -186,33 +185,6 @@ def test_a_wrong_configuration_is_told_where(tmp_path: Path, text: str | None, t
     code, findings = doctor("--config", config)
     assert code == 1
     assert told in finding(findings, "fairlead.yaml")["detail"]
-
-
-def test_limits_of_containers_are_read_from_both_versions_of_control_groups(tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    assert cgroup_cpus(tmp_path, own) is None  # no control groups at all
-
-    own.write_text("0::/system.slice/server\n")
-    inner = tmp_path / "v2/system.slice/server"
-    inner.mkdir(parents=True)
-    (inner / "cpu.max").write_text("max 100000\n")
-    (inner.parent / "cpu.max").write_text("150000 100000\n")
-    (inner / "memory.max").write_text("2147483648\n")
-    (inner.parent / "memory.max").write_text("max\n")
-    assert cgroup_cpus(tmp_path / "v2", own) == 1.5
-    assert cgroup_memory_bytes(tmp_path / "v2", own) == 2 << 30
-
-    own.write_text("5:cpu,cpuacct:/\n4:memory:/box\n0::/\n")
-    for folder, name, value in (
-        ("cpu", "cpu.cfs_quota_us", "50000"),
-        ("cpu", "cpu.cfs_period_us", "100000"),
-        ("memory", "memory.limit_in_bytes", "9223372036854771712"),
-        ("memory/box", "memory.limit_in_bytes", "1073741824"),
-    ):
-        (tmp_path / "v1" / folder).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "v1" / folder / name).write_text(value)
-    assert cgroup_cpus(tmp_path / "v1", own) == 0.5
-    assert cgroup_memory_bytes(tmp_path / "v1", own) == 1 << 30
 
 
 @pytest.mark.parametrize(

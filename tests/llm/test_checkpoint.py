@@ -15,7 +15,7 @@ from fairlead.core.errors import LoadError
 from fairlead.core.specs import LlmSpec
 from fairlead.llm.checkpoint import INDEX, WEIGHTS, choose_dtype, load_generator, open_checkpoint
 from fairlead.llm.load import load_decoder
-from tests.llm.tiny import EOS_ID, edit_json, tiny_checkpoint
+from tests.llm.tiny import EOS_ID, VOCAB, edit_json, tiny_checkpoint
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 
@@ -205,6 +205,11 @@ def test_a_damaged_header(folder: Path) -> None:
     assert f"tiny/{WEIGHTS} is no safetensors file: its header is damaged" in why(folder)
     (folder / WEIGHTS).write_bytes(b"\xff" * 64)
     assert f"tiny/{WEIGHTS} is truncated, or no safetensors file" in why(folder)
+
+
+def test_a_padding_token_that_has_no_embedding(folder: Path) -> None:
+    edit_json(folder / "config.json", pad_token_id=VOCAB)
+    assert why(folder) == f"tiny/{WEIGHTS} cannot be loaded as LlamaForCausalLM: Padding_idx must be within num_embeddings"
 
 
 def test_a_missing_tensor(folder: Path) -> None:

@@ -14,7 +14,7 @@ from fairlead.core.generation import Delta, Sampling
 from fairlead.core.specs import LlmSpec
 from fairlead.llm.build import build_generator
 from fairlead.llm.engine import Engine, EngineBroken
-from tests.llm.tiny import tiny_checkpoint, tiny_model
+from tests.llm.tiny import EOS_ID, edit_json, tiny_checkpoint, tiny_model
 
 GREEDY = Sampling(temperature=0.0, max_tokens=8, ignore_eos=True)
 NUM_NEW = 8
@@ -243,6 +243,16 @@ def test_each_way_to_end(build):
     assert len(longer.token_ids) >= 6 and tokens[3] not in longer.token_ids[:5]
 
 
+@pytest.mark.parametrize(
+    ("config", "ends"), [([4, EOS_ID], {4, EOS_ID}), (None, {EOS_ID}), (4, {4, EOS_ID}), (-1, {EOS_ID}), (999, {EOS_ID})]
+)
+def test_the_ends_are_those_of_the_config_and_the_tokenizers(build, tmp_path, config, ends):
+    folder = tiny_checkpoint(tmp_path)
+    (folder / "generation_config.json").unlink()
+    edit_json(folder / "config.json", eos_token_id=config)
+    assert build(folder=folder).eos_ids == ends
+
+
 def test_an_answer_that_is_not_streamed_comes_in_one_piece(build):
     engine = build()
     engine.add(1, prompts_of(5)[0], GREEDY, stream=False)
@@ -304,6 +314,22 @@ def test_a_request_that_waits_past_its_deadline_is_given_up(build):
     clock.now = 6.0
     answers.finish()
     assert isinstance(answers.errors[2], TimeoutExpired) and len(answers.ids(1)) == 16
+
+
+def test_a_request_that_has_started_is_not_given_up_because_its_choices_wait(build):
+    # Given a full engine, and a request whose other choices find no row before its deadline
+    clock = Clock()
+    engine = build(num_blocks=12, clock=clock, max_num_seqs=2)
+    answers = Answers(engine)
+    engine.add(1, prompts_of(20)[0], Sampling(n=4, temperature=0.0, max_tokens=8, ignore_eos=True), deadline=5.0)
+    answers.step()
+    answers.step()
+    assert engine.stats().num_waiting > 1
+    # When the deadline passes
+    clock.now = 6.0
+    answers.finish()
+    # Then all of them come
+    assert not answers.errors and all(len(answers.ids(1, index)) == 8 for index in range(4))
 
 
 # Failure

@@ -170,6 +170,14 @@ def test_a_decoder_embeds_by_its_last_token(tmp_path: Path, model_type: str) -> 
             assert np.abs(vector - last / np.linalg.norm(last)).max() < 1e-5
 
 
+def test_texts_are_padded_where_the_config_says_that_there_is_no_padding_token(tmp_path: Path) -> None:
+    model = load_pooling(tiny_checkpoint(tmp_path / "tiny"), LlmSpec())
+    ids = [[5, 6, 7, 8], [5, 6, 7]]
+    padded = model.embed(ids)
+    edit_json(tmp_path / "tiny" / "config.json", pad_token_id=-1)
+    assert np.array_equal(load_pooling(tmp_path / "tiny", LlmSpec()).embed(ids), padded)
+
+
 @pytest.mark.parametrize(("model_type", "positions"), [("bert", 256), ("roberta", 255), ("distilbert", 256), ("mpnet", 254)])
 def test_no_more_tokens_than_there_are_positions(tmp_path: Path, model_type: str, positions: int) -> None:
     """RoBERTa's family counts positions from the padding's id on: id 0 here, and always 1 in MPNet."""

@@ -662,7 +662,7 @@ def test_the_answers_do_not_depend_on_the_schedule():
         steps = Steps(max_model_len=48, **kwargs)
         seqs = [steps.add(rng.choice(PREFIXES)[: rng.randint(4, 30)], rng.randint(1, 16)) for _ in range(20)]
         steps.run(max_steps=2_000)
-        return [seq.generated_ids for seq in seqs]
+        return [seq.token_ids[seq.num_prompt :] for seq in seqs]
 
     alone = answers(num_blocks=400, max_num_seqs=1, max_batch_tokens=64, prefix_caching=False)
     assert answers(num_blocks=400, max_num_seqs=20, max_batch_tokens=640) == alone

@@ -85,7 +85,7 @@ def test_vllms_names_know_no_versions():
         model.latency.observe(0.002)
     found = samples(metrics)
     key = frozenset({("model_name", "llm")})
-    assert found["vllm:kv_cache_usage_perc", key] == 0.5
+    assert found["vllm:kv_cache_usage_perc", key] == found["vllm:gpu_cache_usage_perc", key] == 0.5
     assert found["vllm:prefix_cache_hits_total", key] == 10
     assert found["vllm:request_success_total", key | {("finished_reason", "stop")}] == 2
     assert found["vllm:request_queue_time_seconds_sum", key] == 0.5

@@ -149,18 +149,15 @@ def _answer(talk: Talk, messages: list[dict[str, str]], *, quiet: bool = False) 
 
 def _served(url: str, model: str, options: dict[str, Any]) -> Talk:
     """Ask a server, as any client would."""
-    parsed = urllib.parse.urlsplit(url)
-    if parsed.scheme not in ("http", "https") or not parsed.hostname:
-        raise FairleadError(f"--url must look like http://127.0.0.1:8000, not {url!r}")
-    connect = http.client.HTTPSConnection if parsed.scheme == "https" else http.client.HTTPConnection
-    host, port, path = parsed.hostname, parsed.port, parsed.path.rstrip("/") + "/v1/chat/completions"
+    scheme, host, port, path = _parted(url)
+    connect = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
 
     def talk(messages: list[dict[str, str]]) -> Iterator[str | Usage]:
         body = {"model": model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
         # closing the connection in the middle is what tells the server to stop
         with closing(connect(host, port, timeout=TIMEOUT_SECONDS)) as connection:
             try:
-                connection.request("POST", path, msgspec.json.encode(body), {"content-type": "application/json"})
+                connection.request("POST", f"{path}/v1/chat/completions", msgspec.json.encode(body), {"content-type": "application/json"})
                 with connection.getresponse() as response:
                     if response.status != 200:
                         raise FairleadError(_message(response.read(), f"{response.status} {response.reason}"))
@@ -173,6 +170,18 @@ def _served(url: str, model: str, options: dict[str, Any]) -> Talk:
                 raise Unavailable(f"{url} broke off its answer ({type(error).__name__})") from None
 
     return talk
+
+
+def _parted(url: str) -> tuple[str, str, int | None, str]:
+    """(scheme, host, port, path). An OpenAI client's base URL does as well: `/v1` at its end is left out. Raises FairleadError."""
+    try:
+        parsed = urllib.parse.urlsplit(url)
+        port = parsed.port
+    except ValueError:
+        parsed, port = urllib.parse.urlsplit(""), None
+    if parsed.scheme not in ("http", "https") or not parsed.hostname:
+        raise FairleadError(f"--url must look like http://127.0.0.1:8000, not {url!r}")
+    return parsed.scheme, parsed.hostname, port, parsed.path.rstrip("/").removesuffix("/v1")
 
 
 def _streamed(lines: Iterable[bytes]) -> Iterator[str | Usage]:

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from fairlead import __version__
 from fairlead.backends import BACKENDS, Kind, detect
+from fairlead.core.cgroups import cgroup_cpus, cgroup_memory_bytes
 from fairlead.core.errors import FairleadError
 from fairlead.core.settings import Listen, Settings, check_exposure, read_settings
 from fairlead.runtime.source import Listing, Source, choose_versions
@@ -33,7 +34,6 @@ from fairlead.runtime.source import Listing, Source, choose_versions
 GIB, MIB = 1 << 30, 1 << 20
 FEW_FILES = 4096
 SMALL_SHARED_MEMORY_BYTES = 256 * MIB
-CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class State(StrEnum):
@@ -138,46 +138,6 @@ def _open_files() -> Findings:
         )
     else:
         yield Finding("machine", "open files", State.OK, "unlimited" if soft < 0 else f"{soft} at once")
-
-
-def cgroup_cpus(root: Path = CGROUP, own: Path = OWN_CGROUP) -> float | None:
-    """The tightest processor quota upon this process in cores; None: no limit."""
-    quotas = []
-    for folder in _cgroups(root, own, "cpu"):
-        match _words(folder / "cpu.max") or _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us"):
-            case [quota, period] if quota.isdigit():
-                quotas.append(int(quota) / int(period))
-    return min(quotas, default=None)
-
-
-def cgroup_memory_bytes(root: Path = CGROUP, own: Path = OWN_CGROUP) -> int | None:
-    """The tightest memory limit upon this process; None: no limit."""
-    limits = []
-    for folder in _cgroups(root, own, "memory"):
-        match _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes"):
-            case [limit] if limit.isdigit() and int(limit) < 1 << 62:
-                limits.append(int(limit))
-    return min(limits, default=None)
-
-
-def _cgroups(root: Path, own: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's control group and its ancestors, of version 2 (one tree) and 1 (one a controller)."""
-    for _, controllers, path in (line.split(":", 2) for line in _text(own).splitlines()):
-        top = root if not controllers else root / controller if controller in controllers.split(",") else None
-        if top is not None:
-            folder = top / path.lstrip("/")
-            yield from (parent for parent in (folder, *folder.parents) if parent.is_relative_to(top))
-
-
-def _words(file: Path) -> list[str]:
-    return _text(file).split()
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
 
 
 def accelerators() -> Findings:

@@ -14,6 +14,9 @@ Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+"""Of one stop string: each of the n choices looks for it on its own."""
 
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -34,8 +37,8 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     logit_bias: dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]] = field(default_factory=dict)
     seed: int | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[Count, ...] = ()
+    stop: Annotated[tuple[str, ...], Meta(max_length=MAX_STOPS)] = ()
+    stop_token_ids: Annotated[tuple[Count, ...], Meta(max_length=MAX_STOPS)] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -48,6 +51,8 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise ValueError(f"`min_tokens` ({self.min_tokens}) must be at most `max_tokens` ({self.max_tokens})")
         if any(not text for text in self.stop):
             raise ValueError("`stop` must not hold an empty string")
+        if any(len(text) > MAX_STOP_CHARS for text in self.stop):
+            raise ValueError(f"`stop` must hold strings of at most {MAX_STOP_CHARS} characters")
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Sampling":
         """The fields that are None filled in, by the model's own defaults first."""

@@ -137,7 +137,8 @@ class LlmSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_model_len: Count = 0
     """Tokens of prompt and answer together; 0: the checkpoint's context, as far as KV memory holds it."""
     kv_cache_bytes: Count = 0
-    """KV memory; 0: enough for `max_num_seqs` sequences of 2,048 tokens, at most a quarter of the memory that is free."""
+    """KV memory of one instance; 0: enough for `max_num_seqs` sequences of 2,048 tokens, at most a quarter of the memory that
+    is free for all instances of the model together."""
     block_size: Literal[16, 32, 64, 128] = 32
     """Tokens of one KV block."""
     max_num_seqs: Positive = 64

@@ -8,6 +8,7 @@ from typing import Literal
 import psutil
 import torch
 
+from fairlead.core.cgroups import cgroup_free_bytes
 from fairlead.core.errors import LoadError
 from fairlead.core.generation import EngineInfo, Sampling
 from fairlead.core.specs import LlmSpec
@@ -16,7 +17,7 @@ from fairlead.llm.checkpoint import open_checkpoint
 from fairlead.llm.decoder import LeanDecoder
 from fairlead.llm.embedder import EmbeddingEngine
 from fairlead.llm.engine import Engine
-from fairlead.llm.load import Decoder, load_decoder
+from fairlead.llm.load import Decoder, Loaded, load_decoder
 from fairlead.llm.runner import Runner
 from fairlead.llm.sampler import Sampler
 from fairlead.llm.scheduler import Chunk, Scheduler
@@ -39,9 +40,10 @@ def task_of(folder: Path, spec: LlmSpec) -> Literal["generate", "embed"]:
 
 
 def build_generator(
-    folder: Path, spec: LlmSpec, *, threads: int = 0, clock: Callable[[], float] = time.perf_counter
+    folder: Path, spec: LlmSpec, *, threads: int = 0, instances: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[Engine, Tokenizer, EngineInfo]:
-    """`threads`: that compute, for a process that is the engine's own; 0 leaves all threads as they are.
+    """`threads`: that compute, for a process that is the engine's own; 0 leaves all threads as they are. `instances`: of this
+    model on this machine, which divide the memory for KV.
 
     Raises LoadError with one readable sentence.
     """
@@ -52,7 +54,7 @@ def build_generator(
         share_threads(loaded.decoder, threads)
     tokenizer = Tokenizer.load(folder, spec.chat_template)
     tokenizer.check_fits(loaded.decoder.vocab_size)
-    num_blocks, max_model_len, reason = size_pool(loaded.decoder, spec, loaded.max_model_len)
+    num_blocks, max_model_len, reason = size_pool(loaded.decoder, spec, loaded.max_model_len, instances)
     runner = Runner(
         loaded.decoder,
         num_blocks=num_blocks,
@@ -75,7 +77,7 @@ def build_generator(
         Sampler(loaded.decoder.vocab_size),
         tokenizer,
         max_model_len=max_model_len,
-        eos_ids=loaded.eos_ids,
+        eos_ids=ends(loaded, tokenizer),
         defaults=loaded.defaults,
         clock=clock,
     )
@@ -90,6 +92,12 @@ def build_generator(
         explain=(*loaded.explain, reason),
     )
     return engine, tokenizer, info
+
+
+def ends(loaded: Loaded, tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end an answer: those of the configs and, as in vLLM, the tokenizer's own, which chat models that were tuned
+    without a new config end their turns with. Ids that the model has no logits for are left out."""
+    return frozenset(id for id in (*loaded.eos_ids, tokenizer.eos_id) if id is not None and 0 <= id < loaded.decoder.vocab_size)
 
 
 def share_threads(decoder: Decoder, threads: int) -> None:
@@ -124,17 +132,18 @@ def build_embedder(
     return engine, tokenizer, info
 
 
-def size_pool(decoder: Decoder, spec: LlmSpec, context: int) -> tuple[int, int, str]:
-    """(blocks, longest sequence, why): KV memory from a budget in bytes. Raises LoadError where it cannot hold one sequence."""
+def size_pool(decoder: Decoder, spec: LlmSpec, context: int, instances: int = 1) -> tuple[int, int, str]:
+    """(blocks, longest sequence in tokens, why): KV memory from a budget in bytes. Raises LoadError where it cannot hold one
+    sequence."""
     block_bytes = spec.block_size * sum(shape.nbytes(decoder.dtype) for shape in decoder.layers)
     if spec.kv_cache_bytes:
         budget, source = spec.kv_cache_bytes, "`kv_cache_bytes`"
     else:
         usual = spec.max_num_seqs * min(context, USUAL_TOKENS) // spec.block_size * block_bytes
-        free = int(psutil.virtual_memory().available * SHARE_OF_FREE)
+        free = int(free_bytes() * SHARE_OF_FREE) // instances  # blocks become memory when they are used: the others' look free
         budget, source = min(usual, free), f"{spec.max_num_seqs} sequences of {min(context, USUAL_TOKENS)} tokens"
         if free < usual:
-            source = f"{SHARE_OF_FREE:.0%} of the free memory"
+            source = f"{SHARE_OF_FREE:.0%} of the free memory" + (f" for {instances} instances" if instances > 1 else "")
         budget = max(budget, min(free, -(-context // spec.block_size) * block_bytes))  # one whole sequence, where that fits
     num_blocks = budget // block_bytes
     longest = min(context, num_blocks * spec.block_size)
@@ -147,6 +156,12 @@ def size_pool(decoder: Decoder, spec: LlmSpec, context: int) -> tuple[int, int, 
     if longest < context:
         reason += f"; sequences are bounded to {longest} of the checkpoint's {context} tokens"
     return num_blocks, longest, reason
+
+
+def free_bytes() -> int:
+    """Memory that is free on this machine, or in the container that this process is in."""
+    available, left = psutil.virtual_memory().available, cgroup_free_bytes()
+    return int(available if left is None else min(available, left))
 
 
 def warm_up(runner: Runner, max_batch_tokens: int, max_model_len: int) -> None:

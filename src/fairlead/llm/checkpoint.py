@@ -276,7 +276,7 @@ def load_model(auto: Any, checkpoint: Checkpoint, dtype: torch.dtype, attention:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, AssertionError) as error:
         raise LoadError(f"{folder}/{checkpoint.weights} cannot be loaded as {checkpoint.architecture}: {_first_line(error)}") from error
     name = type(model).__name__
     for key, found, needed in sorted(info["mismatched_keys"]):

@@ -23,6 +23,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
 }
+PROBE_TOKENS = 32
+"""Positions that the probe computes, whatever the model's longest text."""
 # These scale by the length of what is read, which a table by position cannot.
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
@@ -309,7 +311,7 @@ def _layer(module: Any, config: Any, *, norm_after: bool, native: bool) -> Layer
 
 def probe(model: Any, decoder: LeanDecoder) -> str:
     """Run both on the same random tokens, the model at once and the decoder in three steps: "" or why they are not the same."""
-    num_tokens, block_size = 32, 16
+    num_tokens, block_size = PROBE_TOKENS, 16
     generator = torch.Generator().manual_seed(0)
     ids_T = torch.randint(decoder.vocab_size, (num_tokens,), generator=generator).to(decoder.device)
     implementation = model.config._attn_implementation

@@ -1,4 +1,4 @@
-"""The embedding engine: texts that wait are computed together, shortest first, within a token budget."""
+"""The embedding engine: texts that wait are computed together, within a token budget."""
 
 import time
 from collections import Counter, deque
@@ -51,7 +51,10 @@ class EmbeddingEngine:
     def add(
         self, id: int, ids: list[int], dimensions: int | None, *, arrived: float | None = None, priority: int = 0, deadline: float = 0.0
     ) -> None:
-        """Queue one text. Raises InvalidRequest, or QueueFull."""
+        """Queue one text. `arrived`, `deadline`: on the engine's clock; 0 is no deadline. `priority`: smaller goes first.
+
+        Raises InvalidRequest, or QueueFull.
+        """
         size = self.model.dimensions
         if dimensions is not None and dimensions > size:
             raise InvalidRequest(f"`dimensions` must be at most {size}, the length of this model's vectors, not {dimensions}")

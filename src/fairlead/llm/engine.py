@@ -148,6 +148,8 @@ class Engine:
             row = SampleRow(sampling, prompt_ids, seed=seed, index=index, stop_ids=stop_ids | self.eos_ids)
             generation.waiting.append(_Choice(index, sequence, output, row))
         self._start_choice(generation, bounded=True)
+        for choice in generation.waiting:  # the request has started when they begin to wait
+            choice.sequence.deadline = float("inf")
         self._generations[id] = generation
 
     def _check(self, prompt_ids: list[int], sampling: Sampling) -> Sampling:
@@ -155,11 +157,6 @@ class Engine:
         vocab_size, num = self.runner.decoder.vocab_size, len(prompt_ids)
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty: it must have at least one token")
-        if max(prompt_ids) >= vocab_size or min(prompt_ids) < 0:
-            raise InvalidRequest(f"the prompt holds token ids outside the vocabulary of {vocab_size}")
-        for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            if any(not 0 <= token_id < vocab_size for token_id in ids):
-                raise InvalidRequest(f"`{name}` holds token ids outside the vocabulary of {vocab_size}")
         room = self.max_model_len - num
         wanted = sampling.max_tokens
         if room < (wanted if wanted is not None else 1):
@@ -167,6 +164,11 @@ class Engine:
             raise ContextExceeded(
                 f"this model's maximum context length is {self.max_model_len} tokens, but {num + (wanted or 0)} tokens were requested{asked}: shorten the prompt or ask for fewer"
             )
+        if max(prompt_ids) >= vocab_size or min(prompt_ids) < 0:
+            raise InvalidRequest(f"the prompt holds token ids outside the vocabulary of {vocab_size}")
+        for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            if any(not 0 <= token_id < vocab_size for token_id in ids):
+                raise InvalidRequest(f"`{name}` holds token ids outside the vocabulary of {vocab_size}")
         return sampling.with_defaults(self.defaults)
 
     def _start_choice(self, generation: _Generation, *, bounded: bool = False) -> None:

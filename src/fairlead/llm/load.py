@@ -11,11 +11,8 @@ from fairlead.core.specs import LlmSpec
 from fairlead.llm.attention import AttentionKernel, choose
 from fairlead.llm.batch import LayerCache, LayerShape, StepBatch
 from fairlead.llm.checkpoint import Checkpoint, choose_dtype, load_generator, open_checkpoint
-from fairlead.llm.decoder import LeanDecoder, probe
+from fairlead.llm.decoder import PROBE_TOKENS, LeanDecoder, probe
 from fairlead.llm.graph import ATTENTION, GraphDecoder, check_config, freeze_rope, prove
-
-PROBE_TOKENS = 32
-"""Positions that the lean decoder's probe computes, whatever the model's longest text."""
 
 
 class Decoder(Protocol):

@@ -73,7 +73,8 @@ class PoolingModel:
         self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
         self.dimensions: int = config.hidden_size * len(pooling.modes)
         """Length of a vector."""
-        self._pad_id = config.pad_token_id or 0
+        pad_id = getattr(config, "pad_token_id", None) or 0
+        self._pad_id = pad_id if 0 <= pad_id < self.vocab_size else 0  # -1 says that there is none; the mask hides any
 
     def check(self, ids: Sequence[int]) -> None:
         """Raises InvalidRequest for a text that cannot be embedded."""

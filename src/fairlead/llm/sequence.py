@@ -70,9 +70,5 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
-    @property
-    def generated_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt :]
-
     def __repr__(self) -> str:
         return f"Sequence({self.id}, {self.num_computed}/{self.num_tokens} tokens, {len(self.blocks)} blocks)"

@@ -382,6 +382,10 @@ def _engine_families(engines: Engines) -> Iterator[Metric]:
     yield sequences
 
 
+def _kv_usage(stats: EngineStats) -> float:
+    return 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
+
+
 def _vllm_families(engines: Engines) -> Iterator[Metric]:
     """vLLM's names (docs/usage/metrics.md of its repository), for dashboards that exist. They know no versions: a model's are added up."""
     labels = ["model_name"]
@@ -392,7 +396,8 @@ def _vllm_families(engines: Engines) -> Iterator[Metric]:
     gauges: dict[str, Callable[[EngineStats], float]] = {
         "num_requests_running": lambda s: s.num_running,
         "num_requests_waiting": lambda s: s.num_waiting,
-        "kv_cache_usage_perc": lambda s: 1 - s.num_free_blocks / s.num_blocks if s.num_blocks else 0.0,
+        "kv_cache_usage_perc": _kv_usage,
+        "gpu_cache_usage_perc": _kv_usage,  # the older name, which dashboards still ask for
     }
     counters: dict[str, Callable[[EngineStats], int]] = {
         "prefix_cache_queries": lambda s: s.num_prefix_queried_tokens,

@@ -128,6 +128,7 @@ def test_nothing_but_the_prompt_can_be_asked_for():
         ({"seed": 1 << 63}, "seed", "invalid_value"),
         ({"stop": ["a"] * 17}, "stop", "invalid_value"),
         ({"stop": ["a", ""]}, "stop", "invalid_value"),
+        ({"stop": "a" * 1025}, "stop", "invalid_value"),
         ({"stop": 5}, "stop", "invalid_type"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "invalid_value"),
         ({"logit_bias": {"five": 1}}, "logit_bias", "invalid_value"),

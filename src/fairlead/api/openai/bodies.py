@@ -11,7 +11,7 @@ from msgspec import Meta, Struct, msgpack
 from msgspec.structs import replace
 
 from fairlead.api.openai.errors import BadParameter
-from fairlead.core.generation import MAX_CHOICES, MAX_LOGPROBS, Chat, Message, Penalty, Sampling
+from fairlead.core.generation import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS, Chat, Message, Penalty, Sampling
 
 LARGEST = (1 << 31) - 1
 Count = Annotated[int, Meta(ge=0, le=LARGEST)]
@@ -22,7 +22,6 @@ Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 DEFAULT_MAX_TOKENS = 16
 """Of a text completion, as OpenAI has it."""
-MAX_STOPS = 16
 MAX_PROMPTS = 2048
 """Texts in one request."""
 _DIRECT = (
