@@ -106,6 +106,8 @@ def test_generation_defaults_and_ends(folder: Path) -> None:
     edit_json(path, temperature=0.6, top_k=20, top_p=None, do_sample=True, eos_token_id=[2, 4], max_length=99)
     checkpoint = open_checkpoint(folder)
     assert (checkpoint.defaults, checkpoint.eos_ids) == ({"temperature": 0.6, "top_k": 20}, (2, 4))
+    edit_json(path, do_sample=False)
+    assert open_checkpoint(folder).defaults["temperature"] == 0.0
     path.unlink()
     edit_json(folder / "config.json", eos_token_id=[5, 6])
     checkpoint = open_checkpoint(folder)

@@ -196,6 +196,11 @@ async def test_more_than_the_engine_can_hold_are_refused_with_the_time_that_plac
     assert isinstance(error, QueueFull) and error.retry_after > 1.0
     clock.now += 1e6
     assert it.instance.retry_after() == 60.0
+    for heard in asked[4:]:
+        it.puppet.answer(Answer(heard.work, Delta(usage=Usage())))
+        await heard.end()
+    it.ask()
+    assert it.instance.retry_after() == 1.0  # another burst: how slow the last one ended says nothing of it
 
 
 async def test_a_prompt_that_no_frame_holds_is_refused(play, monkeypatch):

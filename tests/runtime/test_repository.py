@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import os
 import shutil
+import signal
 import weakref
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -110,6 +112,21 @@ async def test_with_strict_readiness_one_failure_makes_the_server_not_ready(root
     async with repository(root, tmp_path, strict_readiness=True) as models:
         assert not models.ready
         assert "unknown key `nonsense`" in models.failures()["bad"]
+
+
+async def test_with_strict_readiness_a_model_whose_replica_died_makes_the_server_not_ready(root, tmp_path):
+    put(root, "add", 1)
+    (root / "add" / "model.yaml").write_text("instances: {isolation: process}\n")
+    async with repository(root, tmp_path, strict_readiness=True) as models:
+        assert models.ready
+        (slot,) = models.find("add").slots
+        os.kill(slot.instance.pid, signal.SIGKILL)
+        while slot.instance.ready:
+            await asyncio.sleep(0)
+        assert not models.ready
+        while not slot.instance.ready:
+            await asyncio.sleep(0.01)
+        assert models.ready
 
 
 async def test_polling_serves_a_new_version_and_drains_the_old(root, tmp_path):

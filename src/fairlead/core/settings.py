@@ -34,7 +34,7 @@ class Models(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     load: tuple[str, ...] = ()
     """Loaded at the start where `control` is explicit; `*` for all."""
     strict_readiness: bool = False
-    """Ready only while every model that should be loaded is."""
+    """Ready only while every model that should be loaded is, and answers."""
     load_concurrency: Positive = 4
 
 

@@ -77,6 +77,7 @@ class _GenerationConfig(Struct):
     top_k: Annotated[int, Meta(ge=-1)] | None = None
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
+    do_sample: bool | None = None
     eos_token_id: int | list[int] | None = None
 
 
@@ -87,6 +88,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     generation = _read_generation_config(folder)
     defaults = {name: value for name in _GenerationConfig.__struct_fields__ if (value := getattr(generation, name)) is not None}
     eos = defaults.pop("eos_token_id", None)
+    if defaults.pop("do_sample", True) is False:
+        defaults["temperature"] = 0.0
     if eos is None:
         eos = getattr(config.get_text_config(), "eos_token_id", None)
     return Checkpoint(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import transformers
 from msgspec import Struct
 
-from fairlead.core.errors import InvalidRequest, LoadError
+from fairlead.core.errors import ContextExceeded, InvalidRequest, LoadError
 from fairlead.core.specs import LlmSpec
 from fairlead.llm.checkpoint import Checkpoint, choose_dtype, load_model, open_checkpoint, quiet, read_json
 
@@ -81,7 +81,7 @@ class PoolingModel:
         if not ids:
             raise InvalidRequest("the input is empty: it must have at least one token")
         if len(ids) > self.max_length:
-            raise InvalidRequest(
+            raise ContextExceeded(
                 f"this model's maximum context length is {self.max_length} tokens, but the input has {len(ids)}: shorten it"
             )
         if max(ids) >= self.vocab_size or min(ids) < 0:

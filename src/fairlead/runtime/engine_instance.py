@@ -92,6 +92,8 @@ class EngineInstance(ReplicaProcess):
             raise TooLarge(f"request for model '{self.model}': {error}") from None
         except OverflowError as error:  # a number beyond 64 bits
             raise InvalidRequest(f"request cannot be passed to model '{self.model}': {error}") from None
+        if not self._consumers:
+            self._completions.clear()  # the rate is that of the time in which there is work
         self._consumers[self._work] = consumer
         return self._work
 

@@ -66,7 +66,7 @@ class RepositorySettings(Struct, frozen=True, kw_only=True):
     load: tuple[str, ...] = ()
     """Models loaded at the start in explicit mode; `*` for all."""
     strict_readiness: bool = False
-    """Ready only while every model that should be loaded is."""
+    """Ready only while every model that should be loaded is, and answers: none is being started again."""
     drain_timeout: float = 30.0
     load_concurrency: int = 4
     cache_folder: Path = field(
@@ -138,7 +138,10 @@ class ModelRepository:
     def ready(self) -> bool:
         if not self.started or self.stopping:
             return False
-        return not self.settings.strict_readiness or not self.failures()
+        if not self.settings.strict_readiness:
+            return True
+        served = [version for each in self._served.values() for version in each.by_version.values()]
+        return not self.failures() and all(version.ready for version in served)
 
     def failures(self) -> dict[str, str]:
         """What should be loaded and is not: `name` or `name@version` → why."""
