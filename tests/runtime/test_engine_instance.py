@@ -261,7 +261,7 @@ async def test_counts_outlive_the_replica_and_what_was_true_of_it_does_not(play)
     ("code", "says"),
     [
         (70, "a step took longer than `llm.step_timeout`"),
-        (-14, "a step took longer than `llm.step_timeout`"),
+        (-27, "a step took longer than `llm.step_timeout`"),
         (71, "step after step failed"),
         (9, "exit code 9"),
     ],

@@ -335,6 +335,20 @@ async def test_a_step_that_hangs_ends_its_process(load, how):
     assert await answer(version, "again ") == "again "
 
 
+async def test_a_process_that_was_stopped_longer_than_a_step_may_take_goes_on(load):
+    version = await load(llm={"step_timeout": 0.4}, step_seconds=0.02)
+    pid = version.instances[0].pid
+    async with aclosing(version.infer(prompt("on !forever "))) as stream, asyncio.timeout(SECONDS):
+        await anext(stream)
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(1.2)  # the machine's time, not the test's: as long as a debugger, or a freezer, takes
+        os.kill(pid, signal.SIGCONT)
+        for _ in range(30):
+            await anext(stream)
+    await asyncio.sleep(0)
+    assert version.ready and version.instances[0].pid == pid and version.instances[0].restarts == 0
+
+
 async def test_an_engine_that_gives_up_is_started_again(load):
     version = await load()
     with pytest.raises(ReplicaDied, match="step after step failed"):

@@ -35,7 +35,7 @@ class EngineInstance(ReplicaProcess):
 
     exits = {
         HUNG_EXIT: "a step took longer than `llm.step_timeout`",
-        -signal.SIGALRM: "a step took longer than `llm.step_timeout`",
+        -signal.SIGPROF: "a step took longer than `llm.step_timeout`",
         BROKEN_EXIT: "step after step failed",
     }
 

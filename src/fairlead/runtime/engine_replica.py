@@ -62,22 +62,25 @@ def serve_engine(load: Load, engine: Engine, sock: socket.socket) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
-    code: int = loop.run_until_complete(EngineReplica(load.spec.name, engine, load.spec.llm.step_timeout).run(sock))
+    code: int = loop.run_until_complete(EngineReplica(load.spec.name, engine, load.spec.llm.step_timeout, load.threads).run(sock))
     return code
 
 
 class EngineReplica:
     """States: open → closing (CLOSE came: what runs may end) → ended."""
 
-    def __init__(self, name: str, engine: Engine, step_timeout: float) -> None:
+    def __init__(self, name: str, engine: Engine, step_timeout: float, threads: int = 1) -> None:
         self.name = name
         self.engine = engine
         self.step_timeout = step_timeout
+        self.threads = threads
         self._works: set[int] = set()
         """What must still be answered."""
         self._interval = min(STATS_SECONDS, step_timeout / 4)
         self._timer: asyncio.TimerHandle | None = None
-        self._told_at = 0.0
+        self._told_at = self._looked_at = 0.0
+        self._step_seconds = 0.0
+        """How long this process has run since the running step began; a process that was stopped meanwhile did not."""
         self._closing = False
         self._ended = asyncio.Event()
         self._code = 0
@@ -88,7 +91,7 @@ class EngineReplica:
     async def run(self, sock: socket.socket) -> int:
         """Until the gateway says CLOSE or is gone, or the engine fails. Returns the exit code."""
         self._loop = asyncio.get_running_loop()
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
         await self._loop.create_unix_connection(lambda: self._connection, sock=sock)
         self._thread.start()
         await self._ended.wait()
@@ -97,7 +100,7 @@ class EngineReplica:
             await asyncio.wait_for(self._returned.wait(), END_SECONDS)
         if self._timer is not None:
             self._timer.cancel()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         return self._code
 
     def _on_frame(self, frame: Frame, body: Buffer) -> None:
@@ -183,14 +186,19 @@ class EngineReplica:
     def _watch(self) -> None:
         """Look at the engine now and then until it is idle."""
         if self._timer is None:
+            self._looked_at = self._loop.time()
             self._timer = self._loop.call_later(self._interval, self._look)
-            # A step that holds the interpreter's lock keeps this loop from looking: then the kernel ends the process
-            signal.setitimer(signal.ITIMER_REAL, self.step_timeout + 4 * self._interval)
+            # A step that holds the interpreter's lock keeps this loop from looking: then the kernel ends the process. It
+            # counts processor time, which a process that is stopped does not use.
+            signal.setitimer(signal.ITIMER_PROF, self.threads * (self.step_timeout + 4 * self._interval))
 
     def _look(self) -> None:
         self._timer = None
+        since = self._loop.time() - self._looked_at
         seconds = self.engine.step_seconds()
-        if seconds > self.step_timeout:
+        ran = min(since, 2 * self._interval)  # longer: the process was stopped, or the machine
+        self._step_seconds = self._step_seconds + ran if seconds > since else min(seconds, ran)
+        if self._step_seconds > self.step_timeout:
             stack = "".join(traceback.format_stack(sys._current_frames()[self._thread.ident or 0]))
             log.error("step hung: its process ends", model=self.name, seconds=round(seconds, 1), stack=stack)
             os._exit(HUNG_EXIT)
@@ -198,7 +206,7 @@ class EngineReplica:
         if self._works or stats.num_running or stats.num_waiting:
             self._watch()
         else:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _tell(self) -> EngineStats:
         self._told_at = self._loop.time()
