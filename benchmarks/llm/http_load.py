@@ -103,6 +103,8 @@ def summary(answers: list[Answer], seconds: float) -> dict[str, float]:
     for answer in answers:
         tokens, stamps = read(answer)
         num_tokens += tokens
+        if not stamps:  # special tokens alone, which random weights choose too, have no text
+            continue
         first.append(stamps[0] - answer.asked)
         each.append((stamps[-1] - stamps[0]) / max(1, tokens - 1))
         gaps += [later - earlier for earlier, later in pairwise(stamps)]

@@ -129,16 +129,16 @@ CONSONANTS = ("b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "
 
 def made_up(rng: Random) -> str:
     """A name nobody has: what is extracted must be copied, not known."""
-    syllables = (rng.choice(CONSONANTS) + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+    syllables = (rng.choice(CONSONANTS) + rng.choice("aeiou") for _ in range(rng.choice((1, 2, 2))))
     return ("".join(syllables) + rng.choice(("", "n", "r", "l", "s", "ck", "x"))).capitalize()
 
 
 def a_name(rng: Random) -> str:
-    return made_up(rng) if rng.random() < 0.3 else rng.choice(words.NAMES)
+    return made_up(rng) if rng.random() < 0.2 else rng.choice(words.NAMES)
 
 
 def a_city(rng: Random) -> str:
-    return made_up(rng) if rng.random() < 0.3 else rng.choice(words.CITIES)
+    return made_up(rng) if rng.random() < 0.2 else rng.choice(words.CITIES)
 
 
 # Arithmetic as at school: a column at a time from the right, so that each step is a fact small enough to learn
@@ -207,9 +207,9 @@ def multiply(rng: Random) -> Draft:
 
 
 def worked_product(number: int, digit: int) -> str:
-    """The steps of `46 * 7: 6*7=42, 4*7=28, 28+4=32, so `; of two digits `6 * 7 = `."""
+    """The steps of `46 * 7: 6*7=42, 4*7=28, 28+4=32, so `; of one digit `: 6*7=42, so `."""
     if number < 10:
-        return " = "
+        return f": {number}*{digit}={number * digit}, so "
     tens, ones = divmod(number, 10)
     last, first = ones * digit, tens * digit
     carried = f", {first}+{last // 10}={first + last // 10}" if last > 9 else ""
@@ -273,7 +273,7 @@ def sort(rng: Random) -> Draft:
         ordered, template = sorted(items), rng.choice(SORT_WORDS)
         key = ",".join(ordered)
     else:
-        numbers = rng.sample(range(100), count)
+        numbers = rng.sample([*range(100), *range(10)], count)
         down = rng.random() < 0.3
         items, ordered = [str(n) for n in numbers], [str(n) for n in sorted(numbers, reverse=down)]
         template = rng.choice(SORT_DOWN if down else SORT_NUMBERS)
