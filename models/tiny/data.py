@@ -13,8 +13,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from fairlead.cli.demo_models.tiny.checks import FOLDER, Example, tool_call_text
 from models.tiny import words
+
+from fairlead.cli.demo_models.tiny.checks import FOLDER, Example, tool_call_text
 
 Split = Literal["train", "test"]
 Tool = dict[str, Any]

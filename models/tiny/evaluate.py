@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models.tiny.data import TASKS, examples
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fairlead.cli.demo_models.tiny.checks import CHAT, Example, check, held_out, tool_call_text
-from models.tiny.data import TASKS, examples
 
 MAX_NEW_TOKENS = 128
 

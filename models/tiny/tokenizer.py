@@ -4,10 +4,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from models.tiny.data import conversations
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-from models.tiny.data import conversations
 
 VOCAB_SIZE = 1536
 MAX_LENGTH = 1024

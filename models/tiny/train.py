@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.multiprocessing
+from models.tiny.data import conversations
+from models.tiny.tokenizer import END, END_OF_TEXT, MAX_LENGTH, START, VOCAB_SIZE, load_tokenizer, train_tokenizer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from fairlead.cli.demo_models.tiny.checks import CHAT, DRAFT
-from models.tiny.data import conversations
-from models.tiny.tokenizer import END, END_OF_TEXT, MAX_LENGTH, START, VOCAB_SIZE, load_tokenizer, train_tokenizer
 
 FOLDERS = {"chat": CHAT, "draft": DRAFT}
 SHAPES: dict[str, dict[str, int]] = {

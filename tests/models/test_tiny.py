@@ -8,9 +8,9 @@ import sys
 from itertools import islice
 
 import pytest
+from models.tiny.data import TASKS, conversations, examples
 
 from fairlead.cli.demo_models.tiny.checks import CHAT, CHECKS, DRAFT, Example, check, held_out, tool_call_text
-from models.tiny.data import TASKS, conversations, examples
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
