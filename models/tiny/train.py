@@ -32,7 +32,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "chat": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 704},
     "draft": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 320},
 }
-PEAK_LEARNING_RATE = {"chat": 1e-3, "draft": 4e-3}
+PEAK_LEARNING_RATE = {"chat": 2e-3, "draft": 4e-3}
 TOKENS_PER_BATCH = 2048
 """Of one process: a step learns from as many batches as there are processes."""
 POOL = 1024
