@@ -162,3 +162,8 @@ def test_instances_divide_the_free_memory_of_the_container(checkpoint, monkeypat
         blocks[count] = BACKEND.load_engine(checkpoint, spec, 1).info.num_kv_blocks
     # Then a quarter of it, 1 MiB, is theirs together: blocks of 32 tokens in 2 layers of 2 heads of 16 float32 for K and for V
     assert blocks == {1: (1 << 20) // (32 * 2 * 2 * 2 * 16 * 4), 4: (1 << 18) // (32 * 2 * 2 * 2 * 16 * 4)}
+
+
+def test_a_device_that_would_not_be_used_is_refused(checkpoint):
+    with pytest.raises(LoadError, match="`instances.device: cuda` cannot be heeded"):
+        BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=SPEC, instances=InstancesSpec(device="cuda")), 1)

@@ -13,7 +13,7 @@ import structlog
 from msgspec import structs
 
 from fairlead.backends.base import Deliver, EngineBackend
-from fairlead.core.errors import FairleadError, InvalidRequest, ShuttingDown, Unsupported
+from fairlead.core.errors import FairleadError, InvalidRequest, LoadError, ShuttingDown, Unsupported
 from fairlead.core.generation import Delta, Detokenize, Embed, EngineInfo, EngineStats, Generate, Prompt, Tokenize, Usage
 from fairlead.core.specs import ModelSpec
 from fairlead.llm.build import build_embedder, build_generator, task_of
@@ -27,6 +27,8 @@ log = structlog.get_logger("fairlead.llm")
 class LlmBackend(EngineBackend):
     def load_engine(self, artefact: Path, spec: ModelSpec, threads: int) -> "EngineThread":
         started = time.perf_counter()
+        if spec.instances.device != "cpu":
+            raise LoadError(f"`instances.device: {spec.instances.device}` cannot be heeded: language models compute on `cpu` for now")
         engine: Engine | EmbeddingEngine
         if task_of(artefact, spec.llm) == "embed":
             engine, tokenizer, info = build_embedder(artefact, spec.llm, threads=threads)
