@@ -6,7 +6,8 @@ import pytest
 
 from fairlead.core.config import read_yaml
 from fairlead.core.errors import ConfigError
-from fairlead.core.settings import Listen, Settings, check_exposure, read_settings
+from fairlead.core.policy import AuthSettings
+from fairlead.core.settings import Listen, Settings, asks_for_keys, read_settings
 from fairlead.core.specs import ModelSpec
 
 
@@ -77,9 +78,16 @@ def test_an_absent_settings_file_is_one_readable_line(tmp_path):
         read_settings(tmp_path / "fairlead.yaml")
 
 
-def test_nobody_listens_beyond_loopback_by_accident():
-    check_exposure(Settings().listen)
-    check_exposure(Listen(host="0.0.0.0", open=True))
-    for listen in (Listen(host="0.0.0.0"), Listen(ops_host="::")):
-        with pytest.raises(ConfigError, match="nothing asks callers for a key"):
-            check_exposure(listen)
+def test_keys_are_asked_for_beyond_loopback_and_only_there_unless_told_otherwise():
+    assert not asks_for_keys(Settings())
+    assert asks_for_keys(Settings(listen=Listen(host="0.0.0.0")))
+    assert asks_for_keys(Settings(listen=Listen(ops_host="::")))
+    assert not asks_for_keys(Settings(listen=Listen(host="0.0.0.0", open=True)))
+    assert asks_for_keys(Settings(auth=AuthSettings(required=True)))
+
+
+def test_nobody_serves_strangers_by_accident():
+    with pytest.raises(ConfigError, match=r"reachable from other machines and `auth\.required` is false: pass --open"):
+        asks_for_keys(Settings(listen=Listen(host="0.0.0.0"), auth=AuthSettings(required=False)))
+    with pytest.raises(ConfigError, match="contradict"):
+        asks_for_keys(Settings(listen=Listen(open=True), auth=AuthSettings(required=True)))

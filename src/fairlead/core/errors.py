@@ -4,9 +4,14 @@ FairleadError
 ├── InvalidRequest          the caller's input is wrong
 │   ├── TooLarge            ... because it exceeds a size limit
 │   └── ContextExceeded     ... because prompt and answer are longer than the model's context
+├── Filtered                a text of the request, or of its answer, that a filter blocks
+├── Unauthenticated         no credentials, or ones that prove nothing
+├── Forbidden               the caller is known and may not do that
 ├── NotFound                no such model, version or route
 ├── Unsupported             a valid wish that this server does not grant
 ├── Unavailable             not now: worth a retry
+│   ├── LimitExceeded       a limit of the tenant, project, key or model
+│   ├── Shed                there are too many requests, and this one is not among those that are served
 │   ├── QueueFull           the model's waiting line is at its bound
 │   ├── TimeoutExpired      the request waited longer than it was allowed to
 │   └── ShuttingDown        the server or the version is draining
@@ -19,13 +24,27 @@ FairleadError
 Protocols translate these in one table, `fairlead.api.status`.
 """
 
+from collections.abc import Mapping
+from typing import Self
+
 
 class FairleadError(Exception):
     """The root; `message` is safe to show to the caller."""
 
+    headers: Mapping[str, str] = {}
+    """What else the caller is told: rate limits, challenges."""
+
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+    def saying(self, message: str) -> Self:
+        """The same error in other words."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.message = message
+        other.args = (message,)
+        return other
 
 
 class InvalidRequest(FairleadError):
@@ -48,21 +67,53 @@ class Unsupported(FairleadError):
     pass
 
 
+class Filtered(FairleadError):
+    """`rule` names what it hit, never the text."""
+
+    def __init__(self, message: str, rule: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+
+
+class Unauthenticated(FairleadError):
+    headers = {"WWW-Authenticate": 'Bearer realm="fairlead"'}
+
+
+class Forbidden(FairleadError):
+    pass
+
+
 class Unavailable(FairleadError):
     retry_after = 1.0
     """Seconds after which a retry may succeed."""
+    reason = "unavailable"
+    """Why, in one word of the table in docs/gateway.md: a header of the answer and a label of the metrics."""
+
+
+class LimitExceeded(Unavailable):
+    def __init__(self, message: str, *, reason: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after = retry_after
+
+
+class Shed(Unavailable):
+    def __init__(self, message: str, *, reason: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after = retry_after
 
 
 class QueueFull(Unavailable):
-    pass
+    reason = "queue-full"
 
 
 class TimeoutExpired(Unavailable):
-    pass
+    reason = "queue-timeout"
 
 
 class ShuttingDown(Unavailable):
-    pass
+    reason = "draining"
 
 
 class Cancelled(FairleadError):

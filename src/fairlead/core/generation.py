@@ -121,7 +121,7 @@ class Detokenize(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="det
 Prompt = Generate | Embed | Tokenize | Detokenize
 """What goes down in `Request.prompt`."""
 
-FinishReason = Literal["", "stop", "length", "abort"]
+FinishReason = Literal["", "stop", "length", "abort", "content_filter"]
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True):

@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 
 from fairlead.core.config import read_yaml
 from fairlead.core.errors import ConfigError
+from fairlead.core.policy import AuthSettings, GatewaySettings, StoreSettings, TlsSettings
 from fairlead.core.specs import Positive, Seconds
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -23,7 +24,7 @@ class Listen(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ops_port: Port = 8002
     """Metrics and health."""
     open: bool = False
-    """Answer beyond loopback although nothing asks callers for a key."""
+    """Ask nobody for keys, not even beyond loopback."""
 
 
 class Models(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,15 +66,28 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     limits: Limits = Limits()
     logs: Logs = Logs()
     metrics: MetricsSettings = MetricsSettings()
+    auth: AuthSettings = AuthSettings()
+    tls: TlsSettings = TlsSettings()
+    store: StoreSettings = StoreSettings()
+    gateway: GatewaySettings = GatewaySettings()
 
 
 def read_settings(path: Path) -> Settings:
     """Parse a `fairlead.yaml`; `${NAME}` stands for an environment variable. Raises ConfigError, naming the line."""
+    return parse_settings(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    return read_yaml(_fill_in(text, str(path)), Settings, str(path))
+
+
+def parse_settings(text: str, source: str) -> Settings:
+    """The same of a text; `source` names it in errors."""
+    return read_yaml(_fill_in(text, source), Settings, source)
 
 
 def _fill_in(text: str, source: str) -> str:
@@ -86,10 +100,21 @@ def _fill_in(text: str, source: str) -> str:
     return re.sub(r"\$\{(\w+)\}", value, text)
 
 
-def check_exposure(listen: Listen) -> None:
-    """Raises ConfigError where the server would answer strangers without having been told to."""
-    for name, host in (("host", listen.host), ("ops_host", listen.ops_host)):
-        if host not in ("127.0.0.1", "::1", "localhost") and not listen.open:
-            raise ConfigError(
-                f"{name} {host} is reachable from other machines and nothing asks callers for a key: pass --open (or `listen: {{open: true}}`) if that is what you want"
-            )
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def asks_for_keys(settings: Settings) -> bool:
+    """Whether callers must say who they are: unless told otherwise, where other machines can reach the server.
+
+    Raises ConfigError where it would answer strangers without having been told to.
+    """
+    listen, required = settings.listen, settings.auth.required
+    beyond = [(name, host) for name, host in (("host", listen.host), ("ops_host", listen.ops_host)) if host not in LOOPBACK]
+    if listen.open and required:
+        raise ConfigError("`listen.open` and `auth.required` contradict each other: leave one out")
+    if beyond and required is False and not listen.open:
+        name, host = beyond[0]
+        raise ConfigError(
+            f"{name} {host} is reachable from other machines and `auth.required` is false: pass --open (or `listen: {{open: true}}`) if that is what you want"
+        )
+    return bool(beyond) and not listen.open if required is None else required
