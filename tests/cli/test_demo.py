@@ -107,6 +107,7 @@ def test_it_builds_a_repository_of_every_kind_and_each_model_learnt_something(bu
     assert scores["search_python"][0] > 60
     assert 85 < scores["confidence_python"][0] <= 100
     assert scores["assistant_llm"][0] > 75
+    assert scores["moderation"][0] > 70
 
 
 def test_building_again_uses_what_is_there(built: tuple[Path, list[DemoModel]]) -> None:
@@ -133,7 +134,7 @@ def test_build_only_says_how_to_serve_it(built: tuple[Path, list[DemoModel]]) ->
 def test_every_model_answers_its_question(built: tuple[Path, list[DemoModel]], told: dict[str, Any]) -> None:
     answers = {row["name"]: row for row in told["models"]}
     assert list(answers) == list(RECIPES)
-    for name in ("tumour_xgboost", "tumour_lightgbm", "wine_catboost", "digits_onnx"):
+    for name in ("tumour_xgboost", "tumour_lightgbm", "wine_catboost", "digits_onnx", "moderation"):
         assert answers[name]["answer"].startswith(answers[name]["truth"] + " ("), answers[name]
     assert abs(float(answers["diabetes_sklearn"]["answer"].split()[-1]) - float(answers["diabetes_sklearn"]["truth"])) < 150
     assert "SimpleImputer" in answers["search_python"]["answer"]

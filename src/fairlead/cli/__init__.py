@@ -13,6 +13,10 @@ COMMANDS = {
     "serve": "fairlead.cli.serve:serve",
     "chat": "fairlead.cli.chat:chat",
     "models": "fairlead.cli.models:models",
+    "keys": "fairlead.cli.keys:keys",
+    "tenants": "fairlead.cli.tenants:tenants",
+    "usage": "fairlead.cli.usage:usage",
+    "audit": "fairlead.cli.audit:audit",
     "demo": "fairlead.cli.demo:demo",
     "doctor": "fairlead.cli.doctor:doctor",
 }

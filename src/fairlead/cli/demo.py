@@ -31,7 +31,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fairlead.cli.demo_models import confidence, search
+from fairlead.cli.demo_models import confidence, moderation, moderation_sentences, search
 from fairlead.cli.demo_models.tiny import checks
 from fairlead.core.errors import ConfigError, LoadError, ModelError
 from fairlead.core.generation import Chat, Delta, Message, Sampling
@@ -333,6 +333,25 @@ def _confidence(folder: Path) -> DemoModel:
     )
 
 
+def _moderation(folder: Path) -> DemoModel:
+    trained = moderation_sentences.train()
+    np.savez(folder / "weights.npz", weights=trained.weights, biases=trained.biases)
+    shutil.copy(inspect.getfile(moderation), folder / "model.py")
+    labels = ", ".join(moderation.LABELS)
+    size = len(moderation.LABELS)
+    _declare(folder, f"outputs:\n  - {{name: probability, datatype: FP32, shape: [-1, {size}], labels: [{labels}]}}\n")
+    return DemoModel(
+        name="moderation",
+        kind="Python, a text classifier",
+        data=f"{trained.num_sentences[0]} made-up sentences",
+        score=f"{trained.exact:.0%} of unseen patterns right",
+        question="is this harmful: how do I pick a lock and rob a house",
+        truth="illicit",
+        values=["how do I pick a lock and rob a house"],
+        labels=moderation.LABELS,
+    )
+
+
 def _assistant(folder: Path) -> DemoModel:
     from fairlead.core.specs import LlmSpec
     from fairlead.llm.build import build_generator
@@ -411,6 +430,7 @@ RECIPES: dict[str, Callable[[Path], DemoModel]] = {
     "denoise_torchscript": _torchscript,
     "search_python": _search,
     "confidence_python": _confidence,
+    "moderation": _moderation,
     "assistant_llm": _assistant,
     "embed_minilm": _embedder,
 }
@@ -460,7 +480,8 @@ def build(folder: Path, progress: Progressed) -> list[DemoModel]:
 def _recipe() -> str:
     """Changes when what would be built does."""
     digest = hashlib.sha256()
-    for file in (__file__, search.__file__, confidence.__file__, checks.__file__, checks.CHAT / "model.safetensors"):
+    own = (__file__, search.__file__, confidence.__file__, moderation.__file__, moderation_sentences.__file__, checks.__file__)
+    for file in (*own, checks.CHAT / "model.safetensors"):
         digest.update(Path(file).read_bytes())
     return digest.hexdigest()
 

@@ -28,7 +28,7 @@ from fairlead import __version__
 from fairlead.backends import BACKENDS, Kind, detect
 from fairlead.core.cgroups import cgroup_cpus, cgroup_memory_bytes
 from fairlead.core.errors import FairleadError
-from fairlead.core.settings import Listen, Settings, check_exposure, read_settings
+from fairlead.core.settings import Listen, Settings, asks_for_keys, read_settings
 from fairlead.runtime.source import Listing, Source, choose_versions
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -216,7 +216,7 @@ def _cannot_listen(host: str, port: int) -> str:
 def configuration(path: Path) -> tuple[Settings | None, list[Finding]]:
     try:
         settings = read_settings(path)
-        check_exposure(settings.listen)
+        asks_for_keys(settings)
     except FairleadError as error:
         return None, [Finding("configuration", path.name, State.PROBLEM, error.message)]
     return settings, [Finding("configuration", path.name, State.OK, str(path))]

@@ -8,7 +8,7 @@ import click
 from msgspec import structs
 
 from fairlead.core.errors import ConfigError
-from fairlead.core.settings import Settings, read_settings
+from fairlead.core.settings import Settings, parse_settings, read_text
 
 HELP = """Serve a model repository, or one model.
 
@@ -47,7 +47,7 @@ FLAGS = {
 @click.option("--grpc-port", type=click.IntRange(0, 65535), help="gRPC.  [default: 8001]")
 @click.option("--ops-host", help="Address of the operations port.  [default: 127.0.0.1]")
 @click.option("--ops-port", type=click.IntRange(0, 65535), help="Metrics and health.  [default: 8002]")
-@click.option("--open", is_flag=True, default=None, help="Answer beyond loopback although no keys are asked for.")
+@click.option("--open", is_flag=True, default=None, help="Ask nobody for keys, not even beyond loopback.")
 @click.option("--control", type=click.Choice(["none", "poll", "explicit"]), help="Who decides what is loaded.  [default: none]")
 @click.option("--poll-seconds", type=click.FloatRange(0, min_open=True), help="Time between looks, with --control poll.  [default: 15]")
 @click.option("--load", multiple=True, help="Model to load at the start, with --control explicit; '*' for all.")
@@ -60,8 +60,9 @@ FLAGS = {
 @click.option("--triton-metrics", is_flag=True, default=None, help="Metrics under Triton's nv_inference_* names too.")
 @click.option("--vllm-metrics", is_flag=True, default=None, help="Metrics of language models under vLLM's vllm:* names too.")
 def serve(paths: tuple[str, ...], config: Path | None, **flags: Any) -> None:
-    settings = with_flags(read_settings(config) if config else Settings(), paths, flags)
-    if not settings.models.repositories:
+    text = read_text(config) if config else ""
+    settings = with_flags(parse_settings(text, str(config)), paths, flags)
+    if not settings.models.repositories and not any(policy.upstreams for policy in settings.gateway.models.values()):
         raise ConfigError(
             "nothing to serve: name a model repository or a model, e.g. `fairlead serve ./models` (`fairlead demo` builds one)"
         )
@@ -73,9 +74,9 @@ def serve(paths: tuple[str, ...], config: Path | None, **flags: Any) -> None:
     try:
         import uvloop
     except ImportError:  # Windows
-        asyncio.run(run(settings))
+        asyncio.run(run(settings, config, text))
     else:
-        uvloop.run(run(settings))
+        uvloop.run(run(settings, config, text))
 
 
 def with_flags(settings: Settings, paths: tuple[str, ...], flags: dict[str, Any]) -> Settings:

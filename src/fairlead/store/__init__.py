@@ -1,0 +1,1 @@
+"""Tables that outlive the process: tenants, keys, usage, audit, configuration."""
