@@ -1,0 +1,1 @@
+"""Who asks: API keys, tokens of an OIDC issuer, client certificates."""
