@@ -1,0 +1,41 @@
+"""What a request used, in every unit, and what that costs."""
+
+from fairlead.core.generation import Usage
+from fairlead.core.policy import Amounts, Price, Unit
+
+FREE = Price()
+
+
+def cost(price: Price, amounts: Amounts, cached_tokens: float = 0.0) -> float:
+    """Money. `cached_tokens` are those of the input tokens that the prefix cache held."""
+    of = amounts.get
+    input_tokens = of(Unit.INPUT_TOKENS, 0.0)
+    per_input = price.per_million_input_tokens
+    per_cached = per_input if price.per_million_cached_input_tokens is None else price.per_million_cached_input_tokens
+    cached = min(cached_tokens, input_tokens)
+    return (
+        price.per_request * of(Unit.REQUESTS, 0.0)
+        + ((input_tokens - cached) * per_input + cached * per_cached + of(Unit.OUTPUT_TOKENS, 0.0) * price.per_million_output_tokens) / 1e6
+        + price.per_thousand_rows * of(Unit.ROWS, 0.0) / 1e3
+        + price.per_megapixel * of(Unit.MEGAPIXELS, 0.0)
+        + price.per_compute_second * of(Unit.COMPUTE_SECONDS, 0.0)
+    )
+
+
+def amounts_of(
+    price: Price = FREE, *, usage: Usage | None = None, rows: int = 0, megapixels: float = 0.0, compute_seconds: float = 0.0
+) -> Amounts:
+    """Of one request, before (estimated) or after (real). Units that it has nothing to do with are not there, so that their
+    rules do not concern it."""
+    amounts: Amounts = {Unit.REQUESTS: 1.0, Unit.COMPUTE_SECONDS: compute_seconds}
+    if usage is not None:
+        amounts[Unit.INPUT_TOKENS] = usage.prompt_tokens
+        amounts[Unit.OUTPUT_TOKENS] = usage.completion_tokens
+        amounts[Unit.TOKENS] = usage.prompt_tokens + usage.completion_tokens
+    if rows:
+        amounts[Unit.ROWS] = rows
+    if megapixels:
+        amounts[Unit.MEGAPIXELS] = megapixels
+    if price is not FREE and price != FREE:
+        amounts[Unit.MONEY] = cost(price, amounts, usage.cached_tokens if usage is not None else 0)
+    return amounts
