@@ -92,20 +92,21 @@ class EngineVersion:
 
     # From the caller
 
-    def submit(self, request: Request, sink: Sink) -> EngineTicket:
-        """Queue a request. The pieces of the answer to a prompt go to the sink as they come; tensors are answered by one
-        response. Errors go to the sink, possibly before this returns."""
+    def submit(self, request: Request, sink: Sink, instance: EngineInstance | None = None) -> EngineTicket:
+        """Queue a request, at `instance` (None: the least loaded). The pieces of the answer to a prompt go to the sink as they
+        come; tensors are answered by one response. Errors go to the sink, possibly before this returns."""
         reader = _ToSink(self, request, sink)
         ticket = EngineTicket(self, request, reader)
         reader.ticket = ticket
-        self._enqueue(ticket, request, whole=True)
+        self._enqueue(ticket, request, whole=True, instance=instance)
         return ticket
 
-    async def infer(self, request: Request) -> AsyncGenerator[Response, None]:
-        """The pieces of the answer; those that a slow reader has not taken yet are joined. Closing the iterator cancels."""
+    async def infer(self, request: Request, instance: EngineInstance | None = None) -> AsyncGenerator[Response, None]:
+        """The pieces of the answer, computed at `instance` (None: at the least loaded). Those that a slow reader has not taken
+        yet are joined. Closing the iterator cancels."""
         reader = _Merging()
         ticket = EngineTicket(self, request, reader)
-        self._enqueue(ticket, request)
+        self._enqueue(ticket, request, instance=instance)
         try:
             form = ticket.form
             if form is None or form.streams:

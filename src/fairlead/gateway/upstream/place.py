@@ -1,0 +1,332 @@
+"""One upstream of one model, as the router sees it: a place like a local replica."""
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import AsyncGenerator
+from urllib.parse import quote
+
+import structlog
+
+from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, Unsupported
+from fairlead.core.generation import Usage
+from fairlead.core.policy import Upstream
+from fairlead.core.request import Raw, Request, Response, Sink
+from fairlead.gateway.upstream.bodies import num_events, openai_body, tells_usage, usage_of, usage_of_events, whole_events
+from fairlead.gateway.upstream.client import Address, Exchange, Pool, fixed_headers
+from fairlead.gateway.upstream.errors import UpstreamCut, UpstreamFull, UpstreamGone
+
+log = structlog.get_logger("fairlead.gateway")
+
+MAX_ANSWER_BYTES = 256 << 20
+"""Of an answer that is passed on in one piece."""
+MAX_EVENT_BYTES = 8 << 20
+"""Of one server-sent event."""
+BUFFER_BYTES = 64 << 10
+"""Of a stream's answer, waiting for a slow reader; then the upstream is read no further."""
+CHARS_PER_TOKEN = 4
+"""Where an upstream does not say how many tokens there were."""
+DONE = b": end\n\n"
+"""A comment, which readers of events skip."""
+
+EMBEDDINGS = "/v1/embeddings"
+NOTHING = Usage()
+_PATH = re.compile(r"/[!-~]*")
+_VALUE = re.compile(r"[ -~]{1,1024}")
+_WORD = re.compile(r"[!-~]{1,256}")
+_PASSED_ON = (
+    (b"content-type", "content-type"),
+    (b"inference-header-content-length", "inference-header-content-length"),
+    (b"content-encoding", "content-encoding"),
+    (b"retry-after", "retry-after"),
+    (b"openai-processing-ms", "openai-processing-ms"),
+)
+HEALTH = {"openai": ("/health", "/healthz"), "kserve": ("/v2/health/ready",)}
+
+
+class UpstreamPlace:
+    """Everything is called from the event loop."""
+
+    remote = True
+
+    def __init__(self, model: str, upstream: Upstream) -> None:
+        """Raises ConfigError."""
+        address = Address(upstream.url)
+        self.id = address.url
+        self.model = model
+        self.upstream = upstream
+        self.ready = True
+        """Until a check says otherwise."""
+        self.down = ""
+        """Why it is not ready, for the operator."""
+        self.weight = upstream.weight
+        self.in_flight = 0
+        self.pool = Pool(address, model, connect_timeout=upstream.connect_timeout, timeout=upstream.timeout)
+        self.openai = upstream.protocol == "openai"
+        self.name = upstream.model or model
+        self._prefix = address.prefix if self.openai else f"{address.prefix}/v2/models/{quote(self.name, safe='')}"
+        self.fixed = fixed_headers(address, upstream.key)
+
+    def submit(self, request: Request, sink: Sink) -> "UpstreamTicket":
+        """Responses as they come, then the end. Errors go to the sink, possibly before this returns."""
+        ticket = UpstreamTicket(self, request, sink)
+        try:
+            if self.in_flight >= self.upstream.max_in_flight:
+                raise UpstreamFull(f"the server that computes model '{self.model}' is busy with {self.in_flight} requests")
+            ticket.compose()
+        except FairleadError as error:
+            ticket.done = True
+            sink.close(error)
+            return ticket
+        self.in_flight += 1
+        self.pool.send(ticket)
+        return ticket
+
+    async def infer(self, request: Request) -> AsyncGenerator[Response, None]:
+        """One response, or as many as there are. Closing the iterator cancels the request, at the upstream too."""
+        channel = _Channel()
+        channel.ticket = ticket = self.submit(request, channel)
+        try:
+            while (response := await channel.next()) is not None:
+                yield response
+        finally:
+            ticket.cancel()
+
+    async def check(self) -> bool:
+        """Ask for its health and set `ready`: any answer but 5xx will do, for many a server has no such path."""
+        down = ""
+        try:
+            status = 404
+            for path in HEALTH[self.upstream.protocol]:
+                if status == 404:
+                    head = f"GET {self.pool.address.prefix}{path} HTTP/1.1\r\n{self.fixed}\r\n".encode("latin-1")
+                    status, _ = await self.pool.get(head)
+            if status >= 500:
+                down = f"{self.id} answers {status} when asked for its health"
+        except UpstreamGone as error:
+            down = error.detail
+        self._turned(not down, down)
+        return self.ready
+
+    async def close(self) -> None:
+        """What is under way fails."""
+        await self.pool.close()
+
+    def target(self, request: Request, raw: Raw) -> str:
+        """Raises Unsupported, or InvalidRequest."""
+        path = raw.path
+        if self.openai != path.startswith("/v1/"):
+            wanted = "/v1/..." if self.openai else f"/v2/models/{self.model}/infer"
+            raise Unsupported(f"model '{self.model}' is computed by a server of another protocol: ask it at {wanted}")
+        if not _PATH.fullmatch(path):
+            raise InvalidRequest("the path of the request holds characters that must be escaped")
+        version = f"/versions/{quote(request.version, safe='')}" if request.version and not self.openai else ""
+        return f"{self._prefix}{version}{path}"
+
+    def _turned(self, ready: bool, down: str) -> None:
+        if ready != self.ready:
+            if ready:
+                log.info("upstream_ready", model=self.model, upstream=self.id)
+            else:
+                log.warning("upstream_down", model=self.model, upstream=self.id, reason=down)
+        self.ready, self.down = ready, down
+
+
+class UpstreamTicket(Exchange):
+    """A request on its way through an upstream. `cancel` stops it at any stage, `pause` and `resume` are for slow readers."""
+
+    done = False
+    streams = False
+    """The answer is passed on in pieces."""
+    asked_usage = False
+    """By us, not by the caller."""
+    usage: Usage | None = None
+    """As the upstream told it."""
+    usage_untold = False
+    """No response has carried it yet."""
+    num_events = 0
+    data: bytes = b""
+    """Received and not passed on: an answer that is not complete, or the beginning of an event."""
+    parts: list[bytes] | None = None
+    """More of it."""
+    num_bytes = 0
+
+    def __init__(self, place: UpstreamPlace, request: Request, sink: Sink) -> None:
+        self.place = place
+        self.request = request
+        self.sink = sink
+
+    def cancel(self) -> None:
+        """The caller left. Its sink is closed with Cancelled unless it was already closed."""
+        if not self.done:
+            self.drop()
+            self._close(Cancelled("request was cancelled"))
+
+    def compose(self) -> None:
+        """Write the request. Nothing of the caller's but the body, what kind it is, and who asks for which request. Raises FairleadError."""
+        place, request = self.place, self.request
+        raw = request.raw
+        if raw is None:
+            raise Unsupported(
+                f"model '{place.model}' is computed by another server: it can only be asked over HTTP, as that server is ({place.upstream.protocol})"
+            )
+        target = place.target(request, raw)
+        body = raw.body
+        if place.openai:
+            name = f"{place.name}@{request.version}" if request.version else place.name
+            max_tokens = None if raw.path == EMBEDDINGS else raw.max_tokens
+            body, self.asked_usage = openai_body(body, name, max_tokens=max_tokens, streams=raw.stream)
+        kind = raw.content_type if _VALUE.fullmatch(raw.content_type) else "application/json"
+        lines = f"POST {target} HTTP/1.1\r\n{place.fixed}content-type: {kind}\r\ncontent-length: {len(body)}\r\n"
+        if raw.header_length:
+            if not (raw.header_length.isascii() and raw.header_length.isdigit()):
+                raise InvalidRequest("Inference-Header-Content-Length must be a number")
+            lines += f"inference-header-content-length: {raw.header_length}\r\n"
+        if request.id and _WORD.fullmatch(request.id):
+            lines += f"x-request-id: {request.id}\r\n"
+        if request.trace and _WORD.fullmatch(request.trace):
+            lines += f"traceparent: {request.trace}\r\n"
+        if request.envelope is not None and (accept := request.envelope.header("accept")) and _VALUE.fullmatch(accept):
+            lines += f"accept: {accept}\r\n"
+        self.head = (lines + "\r\n").encode("ascii")
+        self.body = body
+
+    # From the connection
+
+    def received(self, data: bytes, complete: bool) -> None:
+        if not self.num_bytes and self.request.raw.stream:  # type: ignore[union-attr]
+            self.streams = self.status < 300 and self.headers.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+        self.num_bytes += len(data)
+        if self.streams:
+            self._events(data, complete)
+        elif not complete:
+            if self.parts is None:
+                self.parts = []
+            self.parts.append(data)
+            if self.num_bytes > MAX_ANSWER_BYTES:
+                self.drop()
+                self._close(UpstreamGone(f"the answer of model '{self.place.model}' is longer than {MAX_ANSWER_BYTES} bytes"))
+        else:
+            self._answer(data if self.parts is None else b"".join((*self.parts, data)))
+
+    def failed(self, error: UpstreamGone | UpstreamCut) -> None:
+        self._close(error)
+
+    # To the sink
+
+    def _answer(self, body: bytes) -> None:
+        """A whole answer, good or bad."""
+        place, status = self.place, self.status
+        if 300 <= status < 400 or status in (401, 407):
+            # Neither is about this caller: its text may even quote the key that we showed.
+            what = "does not accept this server's key" if status > 400 else "has moved: it answers with a redirect"
+            self._close(UpstreamGone(f"the server that computes model '{place.model}' {what}", f"{place.id} answers {status}"))
+            return
+        response = self._response(body)
+        if status >= 400:
+            response.usage = NOTHING
+        elif place.openai:
+            response.usage = usage_of(body) or self._estimate(len(body) // CHARS_PER_TOKEN)
+        self.sink.respond(response)
+        self._close(None)
+
+    def _events(self, data: bytes, complete: bool) -> None:
+        """As many whole events as there are: an answer that breaks off does so between two of them."""
+        if self.data:
+            data = self.data + data
+            self.data = b""
+        if not complete and not data.endswith(b"\n\n"):
+            end = whole_events(data)
+            self.data = data[end:]
+            data = data[:end]
+            if len(self.data) > MAX_EVENT_BYTES:
+                self.drop()
+                self._close(self.place.pool.failure(self, f"sent an event longer than {MAX_EVENT_BYTES} bytes", "too long"))
+                return
+        if data:
+            self.num_events += num_events(data)
+            if b'"usage"' in data and tells_usage(data) and self.place.openai:
+                usage, data = usage_of_events(data, drop=self.asked_usage)
+                if usage is not None:
+                    self.usage = usage
+                    self.usage_untold = True
+            if data:
+                self._respond(data)
+        if complete and not self.done:
+            if self.usage_untold:
+                self._respond(DONE)
+            self._close(None)
+
+    def _respond(self, data: bytes) -> None:
+        """Some of a stream."""
+        response = self._response(data)
+        if self.place.openai:
+            response.usage = self.usage or self._estimate(self.num_events)
+            self.usage_untold = False
+        self.passed_on = True
+        self.sink.respond(response)
+
+    def _estimate(self, num_tokens: int) -> Usage:
+        """Until the upstream tells: it may never, and the caller may leave before it does."""
+        raw = self.request.raw
+        assert raw is not None
+        answer = 0 if raw.path == EMBEDDINGS else num_tokens
+        return Usage(prompt_tokens=-(-raw.prompt_chars // CHARS_PER_TOKEN), completion_tokens=answer)
+
+    def _response(self, data: bytes) -> Response:
+        request = self.request
+        response = Response(model=request.model, version=request.version, raw=data, status=self.status, id=request.id)
+        if not self.passed_on:
+            headers = self.headers
+            response.headers = {name: headers[key].decode("latin-1") for key, name in _PASSED_ON if key in headers}
+        return response
+
+    def _close(self, error: FairleadError | None) -> None:
+        if not self.done:
+            self.done = True
+            self.parts = None
+            self.place.in_flight -= 1
+            self.sink.close(error)
+
+
+class _Channel:
+    """A sink that an async iterator reads."""
+
+    ticket: UpstreamTicket
+
+    def __init__(self) -> None:
+        self._responses: deque[Response] = deque()
+        self._num_bytes = 0
+        self._closed = False
+        self._error: FairleadError | None = None
+        self._reader: asyncio.Future[None] | None = None
+
+    def respond(self, response: Response) -> None:
+        self._responses.append(response)
+        self._num_bytes += len(response.raw or b"")
+        if self._num_bytes > BUFFER_BYTES:
+            self.ticket.pause()
+        self._wake()
+
+    def close(self, error: FairleadError | None) -> None:
+        self._closed, self._error = True, error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def next(self) -> Response | None:
+        """The next response, None at the end. Raises what the request failed with."""
+        while not self._responses:
+            if self._closed:
+                if self._error is not None:
+                    raise self._error
+                return None
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        response = self._responses.popleft()
+        self._num_bytes -= len(response.raw or b"")
+        if self._num_bytes <= BUFFER_BYTES // 2:
+            self.ticket.resume()
+        return response
