@@ -1,0 +1,1 @@
+"""What texts of requests and answers are searched for, and what becomes of them."""

@@ -1,0 +1,182 @@
+"""The texts of a request, wherever they stand in it, and the request with others in their place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import Struct, structs
+
+from fairlead.core.errors import InvalidRequest, Unsupported
+from fairlead.core.generation import Chat, Detokenize, Generate, Message, Prompt, Tokenize
+from fairlead.core.request import Raw, Request
+from fairlead.core.tensors import Tensors, object_array
+
+MAX_DEPTH = 64
+MAX_BINARY_BYTES = 1 << 16
+"""An element of a BYTES tensor that is longer and no UTF-8 is a picture or the like: not searched."""
+TEXT_KEYS = (
+    "messages",
+    "prompt",
+    "suffix",
+    "input",
+    "inputs",
+    "instructions",
+    "system",
+    "tools",
+    "query",
+    "documents",
+    "text_input",
+    "chat_template_kwargs",
+)
+"""Where a body that goes on to another server has its texts."""
+_NUMBERS = frozenset((int, float, bool, type(None)))
+_MEDIA_KEYS = frozenset(("image_url", "input_audio", "file"))
+
+Change = Callable[[str, str], str]
+"""(text, role of who says it or "") → the text to put in its place, the same object where nothing changes."""
+
+
+class Texts(Struct, frozen=True):
+    """A walk through the texts of a request."""
+
+    change: Change
+    all: bool
+    """Whether a request with a part that cannot be read must not pass."""
+
+    def of(self, request: Request) -> Request:
+        """The same object where nothing changed. Raises what `change` raises, InvalidRequest, Unsupported."""
+        if request.raw is not None:
+            raw = self._raw(request.raw)
+            return request if raw is request.raw else structs.replace(request, raw=raw)
+        if request.prompt is not None:
+            prompt = self._prompt(request.prompt)
+            return request if prompt is request.prompt else structs.replace(request, prompt=prompt)
+        inputs, parameters = self._tensors(request.inputs), self._deep(request.parameters, "", 0)
+        if inputs is request.inputs and parameters is request.parameters:
+            return request
+        return structs.replace(request, inputs=inputs, parameters=parameters)
+
+    def _prompt(self, prompt: Prompt) -> Prompt:
+        if isinstance(prompt, Detokenize):
+            return prompt
+        if not isinstance(prompt, Tokenize) and prompt.token_ids is not None:
+            self._unreadable("a prompt of token ids")
+        if isinstance(prompt, (Generate, Tokenize)) and prompt.chat is not None:
+            chat = self._chat(prompt.chat)
+            return prompt if chat is prompt.chat else structs.replace(prompt, chat=chat)
+        if prompt.text is None:
+            return prompt
+        text = self.change(prompt.text, "")
+        return prompt if text is prompt.text else structs.replace(prompt, text=text)
+
+    def _chat(self, chat: Chat) -> Chat:
+        messages = [self._message(message) for message in chat.messages]
+        tools = self._deep(chat.tools, "system", 0) if chat.tools else chat.tools
+        arguments = self._deep(chat.template_kwargs, "system", 0) if chat.template_kwargs else chat.template_kwargs
+        same = all(map(_is, messages, chat.messages))
+        if same and tools is chat.tools and arguments is chat.template_kwargs:
+            return chat
+        return structs.replace(chat, messages=messages, tools=tools, template_kwargs=arguments)
+
+    def _message(self, message: Message) -> Message:
+        content = message.content if message.content is None else self.change(message.content, message.role)
+        name = message.name if message.name is None else self.change(message.name, message.role)
+        calls = message.tool_calls if message.tool_calls is None else self._deep(message.tool_calls, message.role, 0)
+        if content is message.content and name is message.name and calls is message.tool_calls:
+            return message
+        return structs.replace(message, content=content, name=name, tool_calls=calls)
+
+    def _tensors(self, tensors: Tensors) -> Tensors:
+        changed = {name: self.elements(array) for name, array in tensors.items() if array.dtype.kind == "O"}
+        if all(array is tensors[name] for name, array in changed.items()):
+            return tensors
+        return {**tensors, **changed}
+
+    def elements(self, array: np.ndarray) -> np.ndarray:
+        """Of a BYTES tensor."""
+        before = array.reshape(-1).tolist()
+        after = [self._element(element) for element in before]
+        return array if all(map(_is, before, after)) else object_array(after, array.shape)
+
+    def _element(self, element: bytes) -> bytes:
+        try:
+            text, encoding = element.decode(), "utf-8"
+        except UnicodeDecodeError:
+            if len(element) > MAX_BINARY_BYTES:
+                return element
+            text, encoding = element.decode("latin-1"), "latin-1"  # every byte a character, and back
+        changed = self.change(text, "")
+        return element if changed is text else changed.encode(encoding)
+
+    def _raw(self, raw: Raw) -> Raw:
+        head, rest = bytes(raw.body), b""
+        if raw.header_length:
+            size = int(raw.header_length) if raw.header_length.isdecimal() else -1
+            if not 0 <= size <= len(head):
+                raise InvalidRequest("Inference-Header-Content-Length is longer than the body")
+            head, rest = head[:size], head[size:]
+        body = parsed(head)
+        if not isinstance(body, dict):
+            raise InvalidRequest("the body must be a JSON object")
+        for name in ("prompt", "input"):
+            if _is_token_ids(body.get(name)):
+                self._unreadable("a prompt of token ids")
+        if rest and any(isinstance(each, dict) and each.get("datatype") == "BYTES" for each in _list(body.get("inputs"))):
+            self._unreadable("a BYTES tensor in the binary form")
+        changed = {name: self._deep(body[name], "", 0) for name in TEXT_KEYS if name in body}
+        same = all(value is body[name] for name, value in changed.items())
+        # of two fields with one name a parser may read either: then what was searched is what goes on
+        if same and all(head.count(b'"%b"' % name.encode()) <= 1 for name in changed):
+            return raw
+        head = encoded({**body, **changed})
+        return structs.replace(raw, body=head + rest, header_length=str(len(head)) if raw.header_length else "")
+
+    def _deep(self, value: Any, role: str, depth: int) -> Any:
+        """Every string within, but for names of fields."""
+        if depth > MAX_DEPTH:
+            raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} deep")
+        if isinstance(value, str):
+            return self.change(value, role)
+        if isinstance(value, dict):
+            own = value.get("role")
+            role = own if isinstance(own, str) else role
+            changed = {
+                name: each if name in _MEDIA_KEYS or name == "role" else self._deep(each, role, depth + 1) for name, each in value.items()
+            }
+            return value if all(changed[name] is each for name, each in value.items()) else changed
+        if isinstance(value, (list, tuple)):
+            if _NUMBERS.issuperset(map(type, value)):
+                return value  # as long as tensors are
+            items = [self._deep(each, role, depth + 1) for each in value]
+            return value if all(map(_is, items, value)) else items
+        return value
+
+    def _unreadable(self, what: str) -> None:
+        if self.all:
+            raise Unsupported(f"{what} cannot be searched by the filters of this model: send text")
+
+
+def parsed(body: bytes) -> Any:
+    """Raises InvalidRequest."""
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body is no JSON: {error}") from None
+    except RecursionError:
+        raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} deep") from None
+
+
+encoded = msgspec.json.encode
+
+
+def _is(left: object, right: object) -> bool:
+    return left is right
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and (isinstance(value[0], int) or _is_token_ids(value[0]))
