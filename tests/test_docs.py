@@ -1,25 +1,61 @@
 """What a user can set or read is in the docs: the code and the pages cannot drift apart."""
 
+import ast
 import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+from msgspec.inspect import DictType, Field, ListType, StructType, UnionType, VarTupleType, type_info
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
+from fairlead.api.admin import Admin
 from fairlead.api.openai.bodies import ChatBody, CompletionBody
+from fairlead.api.openai.errors import OpenAIErrors, openai_status
+from fairlead.api.openapi import document
+from fairlead.api.status import grpc_status, http_status
+from fairlead.cli import COMMANDS
 from fairlead.cli.serve import serve
-from fairlead.core.settings import Settings
+from fairlead.core.errors import FairleadError, LimitExceeded, Unavailable
+from fairlead.core.settings import Settings, parse_settings
 from fairlead.core.specs import BatchingSpec, InstancesSpec, LlmSpec, ModelSpec, QueuePolicy, TensorSpec
+from fairlead.gateway.configuration import FIXED
+from fairlead.gateway.course import compiled
+from fairlead.gateway.gateway import REASONS, ended
+from fairlead.gateway.routing.dispatch import check_fallbacks
 from fairlead.observe import metrics
+from fairlead.observe.counts import COUNTS
 from fairlead.runtime.batcher import CloseReason
+from fairlead.store.store import Store
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+SOURCES = sorted((ROOT / "src" / "fairlead").rglob("*.py"))
 
 
 def page(name: str) -> str:
     return (DOCS / name).read_text()
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@cache
+def calls() -> list[tuple[str, ast.Call]]:
+    """(what is called, the call) of all the code."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                found.append((name, node))
+    return found
 
 
 def fields(type_: type, prefix: str = "") -> list[str]:
@@ -63,10 +99,72 @@ def test_every_parameter_of_the_openai_api_that_is_not_openais_is_documented():
     assert ours and [name for name in ours if f"`{name}`" not in text] == []
 
 
-def test_every_setting_and_flag_is_documented():
+def settings_of(type_: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """(key, field) of every setting, in lists as `auth.oidc[].issuer`, in mappings as `gateway.models.NAME.price`."""
+    for field in type_info(type_).fields if isinstance(type_, type) else type_.fields:
+        key, kind, below = prefix + field.encode_name, field.type, "."
+        if isinstance(kind, StructType):
+            yield from settings_of(kind, key + ".")
+            continue
+        yield key, field
+        if isinstance(kind, UnionType):
+            kind = kind.types[0]
+        elif isinstance(kind, (VarTupleType, ListType)):
+            kind, below = kind.item_type, "[]."
+        elif isinstance(kind, DictType):
+            kind, below = kind.value_type, ".NAME."
+        if isinstance(kind, StructType):
+            yield from settings_of(kind, key + below)
+
+
+def shown(field: Field) -> str:
+    """A default, as the pages write it."""
+    if field.required:
+        return "required"
+    value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    match value:
+        case bool():
+            return str(value).lower()
+        case None:
+            return "null"
+        case dict():
+            return ", ".join(f"{name}: {each}" if isinstance(each, int) else name for name, each in value.items())
+        case tuple() | list():
+            return ", ".join(value)
+        case int() if value >= 1 << 20:
+            return f"{value >> 20} MiB"
+        case int() | float():
+            return f"{value:g}"
+    return str(value)
+
+
+def documented_settings(text: str) -> dict[str, str]:
+    """Key → default, of all tables; those under a heading "Each of `KEY`" leave that out."""
+    found: dict[str, str] = {}
+    prefixes, column = [""], 1
+    for line in text.splitlines():
+        if line.startswith("#"):
+            prefixes = [f"{key}." for key in re.findall(r"`(.+?)`", line)] if re.match(r"#+ (Each of|Of) ", line) else [""]
+        elif line.startswith("| key |"):
+            column = [cell.strip() for cell in line.split("|")].index("default")
+        elif match := re.match(r"\| `(.+?)` \|", line):
+            found |= {prefix + match[1]: line.split("|")[column].strip() for prefix in prefixes}
+    return found
+
+
+def test_every_setting_is_documented_with_its_default():
+    expected = {key: shown(field) for key, field in settings_of(Settings)}
+    assert documented_settings(page("configuration.md")) == expected
+
+
+def test_what_changes_with_a_restart_only_is_said():
+    rows = page("configuration.md").splitlines()
+    for name in FIXED:
+        assert any(row.startswith(f"| `gateway.{name}") and "with a restart only" in row for row in rows), name
+
+
+def test_every_flag_is_documented():
     text = page("configuration.md")
-    settings = [f"{section.name}.{name}" for section in msgspec.structs.fields(Settings) for name in fields(section.type)]
-    assert [key for key in settings if f"`{key}`" not in text] == []
     flags = [option.opts[0] for option in serve.params if option.opts[0].startswith("--") and option.name != "config"]
     assert [flag for flag in flags if f"`{flag}`" not in text] == []
 
@@ -75,7 +173,134 @@ def test_every_metric_and_close_reason_is_documented():
     text = page("operations.md")
     rows = re.findall(r"^\| (fairlead_\w+) \|", metrics.__doc__ or "", flags=re.MULTILINE)
     names = {family.name for family in metrics.Metrics().collect()}
+    rows += list(COUNTS)
     assert {name.removesuffix("_total") for name in rows} == names
     assert [name for name in rows if f"`{name}`" not in text] == []
     assert [reason for reason in CloseReason if f"`{reason}`" not in text] == []
     assert [reason for reason in CloseReason if reason not in (metrics.__doc__ or "") + page("operations.md")] == []
+
+
+def test_what_is_counted_has_a_row_and_its_labels_and_every_row_is_counted():
+    constants = {
+        target.id: node.value.value
+        for path in SOURCES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    counted = {}
+    for name, call in calls():
+        if name == "add" and call.args:
+            what = call.args[0]
+            metric = what.value if isinstance(what, ast.Constant) else constants.get(getattr(what, "id", ""))
+            if isinstance(metric, str) and metric.startswith("fairlead_"):
+                counted[metric] = len(call.args) - 1
+    assert counted == {name: len(labels) for name, (_, labels) in COUNTS.items()}
+
+
+def kinds_of(kind: type[FairleadError]) -> Iterator[type[FairleadError]]:
+    yield kind
+    for each in kind.__subclasses__():
+        yield from kinds_of(each)
+
+
+def refusals() -> set[tuple[type[FairleadError], str]]:
+    """(kind of error, reason) of all refusals that the code knows."""
+    unavailable = {kind.__name__: kind for kind in kinds_of(Unavailable)}
+    found = set(REASONS.items()) | {(kind, kind.reason) for kind in unavailable.values() if "reason" in vars(kind)}
+    for name, call in calls():
+        for keyword in call.keywords:
+            if name in unavailable and keyword.arg == "reason" and isinstance(keyword.value, ast.Constant):
+                found.add((unavailable[name], keyword.value.value))
+    return found | {(LimitExceeded, "limit-UNIT"), (LimitExceeded, "budget-UNIT"), (LimitExceeded, "limit-concurrent")}
+
+
+def test_every_reason_of_a_refusal_is_documented_with_what_each_protocol_makes_of_it():
+    text = page("gateway.md")
+    missing = []
+    for kind, reason in refusals():
+        error = kind.__new__(kind)
+        error.message = "no"
+        if isinstance(error, Unavailable):
+            error.reason = reason
+        assert ended(error) == ("refused", reason)
+        told = msgspec.json.decode(OpenAIErrors().event(error))["error"]
+        code = f" `{told['code']}`" if told["code"] else ""
+        row = f"| `{reason}` | {http_status(error)} | {openai_status(error)} `{told['type']}`{code} | {grpc_status(error).name} |"
+        if row not in text:
+            missing.append(row)
+    assert sorted(missing) == []
+
+
+def test_every_header_of_ours_is_documented():
+    text = page("gateway.md").lower()
+    names = {
+        name.lower()
+        for path in SOURCES
+        for name in re.findall(r"\bx-(?:fairlead|ratelimit|should)-[\w-]*\w\b", path.read_text(), flags=re.IGNORECASE)
+        if not path.name.endswith("fake.py")
+    }
+    assert {"x-fairlead-reason", "x-fairlead-class"} <= names
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
+
+
+def test_every_kind_of_refused_credentials_is_documented():
+    text = page("access.md")
+    kinds = {call.args[0].value for name, call in calls() if name == "Refused" and isinstance(call.args[0], ast.Constant)}
+    assert {"missing", "unknown", "token-expired"} <= kinds
+    assert sorted(kind for kind in {*kinds, "revoked", "tenant"} if f"`{kind}`" not in text) == []
+
+
+@pytest.fixture
+def admin(tmp_path):
+    store = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
+    yield Admin(store)
+    store.close()
+
+
+def test_every_operation_of_the_administration_is_documented_and_described_in_openapi(admin):
+    text = page("tenants.md")
+    assert [each.path for each in admin.operations if f"{each.path}`" not in text and f"{each.path}?" not in text] == []
+    described = document(admin.operations, {})
+    assert {method.upper() + " " + path for path, methods in described["paths"].items() for method in methods} == {
+        f"{each.method} {each.path}" for each in admin.operations
+    }
+    assert [tag["name"] for tag in described["tags"]] == ["admin"]
+
+
+def test_every_command_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in COMMANDS if f"fairlead {name}" not in text] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_examples_of_a_page_can_be_read(path, monkeypatch):
+    for text in blocks(path, "yaml"):
+        for name in re.findall(r"\$\{(\w+)\}", text):
+            monkeypatch.setenv(name, "something")
+        first = re.search(r"^(\w+):", text, flags=re.MULTILINE)
+        if first is not None and first[1] in Settings.__struct_fields__:
+            policies = parse_settings(text, path.name).gateway
+            check_fallbacks(policies)
+            compiled(policies)
+    for text in blocks(path, "python"):
+        compile(text, path.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_links_of_a_page_lead_somewhere(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        there = (path.parent / name).resolve() if name else path
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target

@@ -1,34 +1,61 @@
 """The composition root: the only place that knows every room."""
 
 import asyncio
+import calendar
+import gc
 import os
 import signal
 import sys
 import time
+from collections.abc import Coroutine, Iterator
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import structlog
 
+from fairlead.api.admin import Admin
 from fairlead.api.data import data_app
+from fairlead.api.doorkeeper import Doorkeeper
 from fairlead.api.grpc.server import GrpcServer
 from fairlead.api.http_server import HttpServer
 from fairlead.api.ops import ops_app
-from fairlead.core.errors import ConfigError
-from fairlead.core.settings import Settings, check_exposure
+from fairlead.api.tls import server_context
+from fairlead.core.errors import ConfigError, FairleadError
+from fairlead.core.policy import GatewaySettings, Unit
+from fairlead.core.settings import LOOPBACK, Settings, asks_for_keys, parse_settings
+from fairlead.gateway.abuse import Abuse
+from fairlead.gateway.configuration import Configuration
+from fairlead.gateway.course import Courses, compiled
+from fairlead.gateway.gateway import Gateway, come
+from fairlead.gateway.identity.identity import Identity, may_use
+from fairlead.gateway.identity.keyring import Keyring
+from fairlead.gateway.limits import limiter_of
+from fairlead.gateway.routing.dispatch import Dispatch, check_fallbacks
+from fairlead.gateway.signing import Nonces, SharedNonces
+from fairlead.gateway.upstream.registry import Upstreams
+from fairlead.gateway.usage import UsageLog
 from fairlead.observe.access import FLUSH_SECONDS, AccessLog
-from fairlead.observe.metrics import Metrics
+from fairlead.observe.metrics import Line, Metrics
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.repository import Control, ModelRepository, RepositorySettings
+from fairlead.store.database import default_url
+from fairlead.store.rows import Dimension, UsageQuery, UsageSum
+from fairlead.store.store import Store
 
 log = structlog.get_logger("fairlead")
 
+YOUNG_OBJECTS = 20_000
+"""Between two looks of the garbage collector: what requests leave is mostly freed without it, and each look costs some of them time."""
+
 
 class Server:
-    """One gateway process: the three ports and the models behind them."""
+    """One gateway process: the three ports, the gateway, and the models behind it."""
 
-    def __init__(self, settings: Settings) -> None:
-        check_exposure(settings.listen)
+    def __init__(self, settings: Settings, path: Path | None = None, text: str = "") -> None:
+        """`text`: that of the file at `path`, where settings came from one. Raises ConfigError."""
         self.settings = settings
+        self.keys_required = asks_for_keys(settings)
         self.metrics = Metrics(triton_names=settings.metrics.triton_names, vllm_names=settings.metrics.vllm_names)
         self.access_log = AccessLog(sys.stderr if settings.logs.requests else None, self.metrics.responses)
         models = settings.models
@@ -45,17 +72,80 @@ class Server:
             self.metrics,
             ForkServer(settings.logs.level, settings.logs.format),
         )
+        self._build_gateway(settings.gateway)
+        self.configuration = Configuration(parse_settings(text, str(path or "flags")), path, text, self.store, self._configure)
+        self._build_doors()
+        self._open: list[HttpServer | GrpcServer] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _build_gateway(self, policies: GatewaySettings) -> None:
+        """Raises ConfigError."""
+        settings, counts, repository = self.settings, self.metrics.counts, self.repository
+        check_fallbacks(policies)
+        self.store = Store.open(settings.store.url or default_url()) if settings.store.url or self.keys_required else None
+        self.keyring = Keyring(self.store, policies, counts)
+        self.keyring.refresh()
+        self.identity = Identity(settings.auth, policies, self.keyring, counts, required=self.keys_required)
+        if self.keys_required and not (self.keyring.snapshot.by_id or settings.auth.oidc or settings.auth.mtls):
+            raise ConfigError(
+                "callers must show a key, and there is none: make one with `fairlead keys create --scope infer --scope admin`"
+                " (or, if anyone may use this server, pass --open)"
+            )
+        self.policies = policies
+        self.upstreams = Upstreams(policies)
+        self.dispatch = Dispatch(repository, lambda: self.policies, self.upstreams, counts, allowed=may_use)
+        self.courses = Courses(policies, self._max_in_flight, lambda: repository.readiness_changed, come)
+        self.courses.configure(policies, compiled(policies))
+        self.limits = limiter_of(policies, counts)
+        self.usage = UsageLog(self.store, settings.store.flush_seconds, counts) if self.store is not None and settings.store.usage else None
+        self.abuse = Abuse(policies.abuse, counts) if policies.abuse.action != "off" else None
+        self.gateway = Gateway(
+            settings=policies,
+            repository=repository,
+            upstreams=self.upstreams,
+            dispatch=self.dispatch,
+            limits=self.limits,
+            courses=self.courses,
+            usage=self.usage,
+            abuse=self.abuse,
+            counts=counts,
+        )
+        self.metrics.lines = self._lines
+
+    def _build_doors(self) -> None:
+        settings, access_log, repository, gateway = self.settings, self.access_log, self.repository, self.gateway
         limit = settings.limits.max_request_bytes
+        self.doorkeeper = Doorkeeper(self.identity, settings.auth, self._nonces())
         self.http = HttpServer(
-            self.repository,
-            data_app(self.repository, access_log=self.access_log, max_body_bytes=limit),
-            self.access_log,
+            gateway,
+            data_app(
+                repository,
+                gateway=gateway,
+                doorkeeper=self.doorkeeper,
+                elsewhere=gateway,
+                access_log=access_log,
+                max_body_bytes=limit,
+            ),
+            access_log,
+            doorkeeper=self.doorkeeper,
+            elsewhere=gateway,
             max_body_bytes=limit,
         )
-        self.grpc = GrpcServer(self.repository, self.access_log, max_message_bytes=limit)
-        self.ops = HttpServer(None, ops_app(self.repository, self.metrics.text), AccessLog(None), max_body_bytes=1 << 20)
-        self._open: list[HttpServer | GrpcServer] = []
-        self._flusher: asyncio.Task[None] | None = None
+        self.grpc = GrpcServer(repository, access_log, gateway=gateway, doorkeeper=self.doorkeeper, max_message_bytes=limit)
+        admin = None if self.store is None else Admin(self.store, self.configuration, lambda: self.policies.classes)
+        self.ops = HttpServer(
+            None,
+            ops_app(repository, self.metrics.text, () if admin is None else admin.operations, self.doorkeeper),
+            AccessLog(None),
+            max_body_bytes=1 << 20,
+        )
+
+    def _nonces(self) -> Nonces | SharedNonces:
+        if not self.policies.limits.redis:
+            return Nonces()
+        from redis.asyncio import Redis
+
+        return SharedNonces(Redis.from_url(self.policies.redis_url))
 
     async def start(self) -> None:
         """Listen, then load: health answers from the first moment. Raises ConfigError for a port that is taken."""
@@ -66,59 +156,158 @@ class Server:
             (self.ops, "--ops-port", listen.ops_host, listen.ops_port),
         ):
             try:
-                await door.listen(host, port)
+                await door.listen(host, port, ssl=None if door is self.ops else server_context(self.settings.tls))
             except OSError as error:
                 why = os.strerror(error.errno) if error.errno else str(error)
                 raise ConfigError(f"cannot listen on {host}:{port}: {why}. Choose another port with {flag}") from None
             self._open.append(door)
-        self._flusher = asyncio.create_task(self._flush_access_log(), name="access-log")
+        if self.usage is not None:
+            self.usage.start()
+        await self.limits.start()
+        await self._restore_budgets()
+        self._begin("access-log", self._flush_access_log())
+        self._begin("identity", self.identity.follow())
+        self._begin("upstreams", self.upstreams.check())
         await self.repository.start()
+        gc.set_threshold(YOUNG_OBJECTS, 20, 20)
         log.info(
             "serving",
-            http=f"http://{listen.host}:{self.http.port}",
+            http=f"{'https' if self.settings.tls.certificate else 'http'}://{listen.host}:{self.http.port}",
             grpc=f"{listen.host}:{self.grpc.port}",
             ops=f"http://{listen.ops_host}:{self.ops.port}",
             models=len(self.repository.index(ready=True)),
             failed=len(self.repository.failures()),
-            open="anyone who reaches these ports may use every model" if listen.open else "loopback only, no keys asked",
+            callers=self._callers(),
         )
+
+    def _callers(self) -> str:
+        """Who may ask, for the log."""
+        if self.keys_required:
+            return "must show who they are"
+        if self.settings.listen.host in LOOPBACK:
+            return "loopback only, no keys asked"
+        return "anyone who reaches these ports may use every model"
+
+    def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work, name=name))
 
     async def stop(self) -> None:
         """Ready goes false at once; requests in flight finish within the drain timeout; then everything closes."""
         timeout = self.settings.limits.drain_timeout
         deadline = time.monotonic() + timeout
         log.info("draining", timeout=timeout)
-        self.repository.stopping = True
+        self.repository.stopping = self.gateway.stopping = True
+        self.gateway.drop_waiting()
         await asyncio.gather(*(door.drain(timeout) for door in self._open if door is not self.ops))
         await self.repository.stop(max(deadline - time.monotonic(), 0.0))
         if self.ops in self._open:
             await self.ops.drain(1.0)
-        if self._flusher is not None:
-            self._flusher.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._flusher
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.upstreams.close()
+        await self.gateway.recalls.close()
+        await self.limits.stop()
+        await self.identity.close()
+        if self.usage is not None:
+            await self.usage.stop()
+        if self.store is not None:
+            self.store.close()
         self.access_log.flush()
         log.info("stopped")
+
+    async def reload(self) -> None:
+        """SIGHUP: read the file again; what is wrong with it changes nothing."""
+        try:
+            await self.configuration.reload("SIGHUP")
+        except FairleadError as error:
+            log.error("not_configured", error=error.message)
 
     async def _flush_access_log(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             self.access_log.flush()
 
+    # What the gateway asks of the server
 
-async def serve(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT, then drain. A second signal ends at once."""
+    async def _configure(self, policies: GatewaySettings) -> None:
+        """Other policies, all at once. Raises ConfigError, and changes nothing then."""
+        check_fallbacks(policies)
+        filters = await asyncio.to_thread(compiled, policies)
+        self.upstreams.configure(policies)
+        self.policies = policies
+        self.keyring.configure(policies)
+        self.identity.configure(policies)
+        self.gateway.configure(policies, filters)
+        if self.abuse is not None:
+            self.abuse.configure(policies.abuse)
+
+    def _max_in_flight(self, model: str) -> int:
+        """What a language model's engines compute at once; 0 for other models, which have a batcher's line of their own."""
+        loaded = self.repository.versions(model)
+        if not loaded or self.repository.engine_info(model) is None:
+            return 0
+        spec = self.repository.find(model).spec
+        return spec.llm.max_num_seqs * spec.instances.count
+
+    def _lines(self) -> Iterator[Line]:
+        for model, queue in self.courses.queues.items():
+            yield Line(model, queue.waiting_by_priority(), queue.num_in_flight)
+
+    async def _restore_budgets(self) -> None:
+        """What was spent of this day's and this month's budgets before the server started, as the usage records say."""
+        if self.store is None or self.usage is None:
+            return
+        now = time.time()
+        today = time.gmtime(now)
+        starts = {"month": calendar.timegm((today.tm_year, today.tm_mon, 1, 0, 0, 0)), "day": int(now // 86400) * 86400}
+        subjects = {
+            "tenant:{}": (Dimension.TENANT,),
+            "project:{}/{}": (Dimension.TENANT, Dimension.PROJECT),
+            "key:{}": (Dimension.KEY,),
+            "model:{}": (Dimension.MODEL,),
+        }
+        for window, since in starts.items():
+            for name, by in subjects.items():
+                for spent in await asyncio.to_thread(self.store.usage, UsageQuery(since=since), by):
+                    for unit, amount in _spent(spent).items():
+                        await self.limits.restore(name.format(*spent.group), unit, window, amount, now)
+
+
+def _spent(total: UsageSum) -> dict[Unit, float]:
+    amounts = {
+        Unit.REQUESTS: total.requests,
+        Unit.TOKENS: total.input_tokens + total.output_tokens,
+        Unit.INPUT_TOKENS: total.input_tokens,
+        Unit.OUTPUT_TOKENS: total.output_tokens,
+        Unit.ROWS: total.rows,
+        Unit.MEGAPIXELS: total.megapixels,
+        Unit.COMPUTE_SECONDS: total.compute_seconds,
+        Unit.MONEY: total.cost,
+    }
+    return {unit: float(amount) for unit, amount in amounts.items() if amount}
+
+
+async def serve(settings: Settings, path: Path | None = None, text: str = "") -> None:
+    """Run until SIGTERM or SIGINT, then drain; SIGHUP reads the policies again. A second signal ends at once."""
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
-    server = Server(settings)
+    server = Server(settings, path, text)
+    reloads: set[asyncio.Task[None]] = set()
 
     def ask() -> None:
         if asked.is_set():
             raise SystemExit(130)
         asked.set()
 
+    def reload() -> None:
+        task = loop.create_task(server.reload(), name="reload")
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ask)
+    loop.add_signal_handler(signal.SIGHUP, reload)
     starting = asyncio.create_task(server.start(), name="start")
     waiting = asyncio.create_task(asked.wait(), name="signal")
     try:

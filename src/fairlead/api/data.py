@@ -6,11 +6,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from fairlead.api.doorkeeper import Doorkeeper, caller_of
 from fairlead.api.kserve.rest import Rest
-from fairlead.api.openai.errors import refusal
-from fairlead.api.openai.routes import OpenAI
+from fairlead.api.line import AccessLine
+from fairlead.api.openai.errors import OpenAIErrors
+from fairlead.api.openai.routes import Elsewhere, OpenAI
 from fairlead.api.openapi import Operation, document, examples_of
-from fairlead.api.web import json_app, json_response
+from fairlead.api.status import http_status
+from fairlead.api.web import Admit, json_app, json_response
+from fairlead.core.errors import FairleadError
+from fairlead.core.policy import Scope
+from fairlead.core.request import Inference
+from fairlead.gateway.identity.identity import may_use
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
 
@@ -18,13 +25,27 @@ MAX_EXAMPLES = 16
 """Models that the OpenAPI document shows bodies for."""
 
 
-def data_app(repository: ModelRepository, *, access_log: AccessLog | None = None, max_body_bytes: int = 64 << 20) -> ASGIApp:
+def data_app(
+    repository: ModelRepository,
+    *,
+    gateway: Inference | None = None,
+    doorkeeper: Doorkeeper | None = None,
+    elsewhere: Elsewhere | None = None,
+    access_log: AccessLog | None = None,
+    max_body_bytes: int = 64 << 20,
+) -> ASGIApp:
     """The ASGI app of port 8000. KServe's `infer` answers here with server-sent events only: plain answers are the server's own business."""
     log = access_log or AccessLog(None)
-    operations = [*Rest(repository, log, max_body_bytes).operations, *OpenAI(repository, log, max_body_bytes).operations]
+    asked = gateway or repository
+    operations = [
+        *Rest(repository, asked, log, max_body_bytes).operations,
+        *OpenAI(repository, asked, log, max_body_bytes, elsewhere).operations,
+    ]
 
-    async def openapi(_: Request) -> Response:
-        ready = sorted({entry.name for entry in repository.index(ready=True) if repository.versions(entry.name)})
+    async def openapi(http: Request) -> Response:
+        caller, _ = caller_of(http)
+        loaded = {entry.name for entry in repository.index(ready=True) if repository.versions(entry.name)}
+        ready = sorted(name for name in loaded if may_use(caller, name))
         return json_response(document(operations, examples_of(repository.find(name).spec for name in ready[:MAX_EXAMPLES])))
 
     operations.append(
@@ -39,4 +60,21 @@ def data_app(repository: ModelRepository, *, access_log: AccessLog | None = None
             errors=(500,),
         )
     )
-    return json_app([(each.method, each.path, each.serve) for each in operations], {"/v1": refusal})
+    return json_app(
+        [(each.method, each.path, each.serve, each.scope) for each in operations], {"/v1": OpenAIErrors()}, _admit(doorkeeper, log)
+    )
+
+
+def _admit(doorkeeper: Doorkeeper | None, access_log: AccessLog) -> Admit | None:
+    """The doorkeeper's, with a line in the access log for everyone it sends away."""
+    if doorkeeper is None:
+        return None
+
+    async def admit(http: Request, scope: Scope | None) -> None:
+        try:
+            await doorkeeper.admit(http, scope)
+        except FairleadError as error:
+            AccessLine(access_log, http).end(http_status(error), error.message)
+            raise
+
+    return admit

@@ -1,9 +1,9 @@
 """One `infer` request over HTTP/1.1 and its answer, on a path of its own: no scope, no task, no coroutine.
 
-head → [body] → decode → repository.submit → respond → written
+head → [body] → decode → gateway.submit → respond → written
 """
 
-import math
+from collections.abc import Mapping
 from http import HTTPStatus
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import numpy as np
 import structlog
 
 from fairlead.api.compression import Inflater, accepted_encoding, compress, content_encoding
+from fairlead.api.doorkeeper import is_signed, joined, may, refuse_twice
 from fairlead.api.kserve.codec import (
     JSON_FORM,
     LARGE_JSON_BYTES,
@@ -25,20 +26,27 @@ from fairlead.api.kserve.codec import (
     encode,
     head_size,
     message_of,
+    num_rows,
     pace,
     with_labels,
 )
-from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status
-from fairlead.core.errors import Cancelled, FairleadError, ModelError, Unavailable, Unsupported
-from fairlead.core.request import Request, Response
+from fairlead.api.openai.errors import OpenAIErrors, openai_status
+from fairlead.api.openai.passing import Peek, peek, raw_of
+from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status, told
+from fairlead.api.web import framed
+from fairlead.core.caller import ANYONE, Caller, Envelope
+from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, ModelError, Unavailable, Unsupported
+from fairlead.core.policy import Scope
+from fairlead.core.request import Pausable, Raw, Request, Response, Ticket
 from fairlead.core.specs import ModelSpec
 from fairlead.observe.access import SANE_ID, SANE_TRACE, new_request_id
 
 if TYPE_CHECKING:
     from fairlead.api.http1 import DataProtocol
-    from fairlead.api.http_server import Ticket
 
 log = structlog.get_logger("fairlead.http")
+
+OPENAI = OpenAIErrors()
 
 DIRECT_BYTES = 64 << 10
 """Of a body still to come: from here on it pays to read them past the parser."""
@@ -63,6 +71,17 @@ class Exchange:
     trace = ""
     id = ""
     head = ""
+    headers: dict[bytes, bytes] = {}
+    fields: list[tuple[bytes, bytes]] = []
+    """The same as they came, with those that come twice."""
+    target = b""
+    caller: Caller | None = ANYONE
+    """None: still to be learned."""
+    signed_by = ""
+    qos_class = ""
+    session = ""
+    unproved = False
+    """It carries a signature, which is held against the body once that is here."""
     encoding = ""
     accept_encoding = ""
     extra = ""
@@ -74,7 +93,7 @@ class Exchange:
     held_bytes = 0
     request: Request | None = None
     form = JSON_FORM
-    ticket: "Ticket | None" = None
+    ticket: Ticket | None = None
     error: FairleadError | None = None
     status = 0
     continue_expected = False
@@ -86,18 +105,38 @@ class Exchange:
     response_complete = False
     disconnected = False
 
-    def __init__(self, protocol: "DataProtocol", model: str, version: str, *, keep_alive: bool) -> None:
+    peeked: Peek
+    path = ""
+    """Of a body of the OpenAI protocol, for a model that may be another server's."""
+    streaming = False
+    """The answer is being written piece by piece."""
+
+    def __init__(self, protocol: "DataProtocol", model: str, version: str, *, keep_alive: bool, path: str = "") -> None:
         self.protocol = protocol
         self.server = protocol.http
         self.model = model
         self.version = version
         self.keep_alive = keep_alive
         self.arrived = protocol.heard
+        if path:
+            self.path = path
 
     # Coming in
 
     def read_headers(self, headers: dict[bytes, bytes]) -> None:
         """The few that matter. Raises FairleadError."""
+        self.headers, self.fields, self.target = headers, self.protocol.headers, self.protocol.url
+        doorkeeper = self.server.doorkeeper
+        if doorkeeper is not None:
+            refuse_twice(self.fields, headers)
+            self.caller = doorkeeper.caller(headers, self.protocol.peer, self.protocol.certificate)
+            self.unproved = is_signed(headers)
+            if self.caller is not None and not self.unproved:
+                may(self.caller, Scope.INFER, "")
+        if b"x-fairlead-class" in headers:
+            self.qos_class = headers[b"x-fairlead-class"].decode("latin-1")
+        if b"x-fairlead-session" in headers:
+            self.session = headers[b"x-fairlead-session"].decode("latin-1")
         if b"x-request-id" in headers and SANE_ID.fullmatch(headers[b"x-request-id"]):
             self.request_id = headers[b"x-request-id"].decode("ascii")
         if b"traceparent" in headers and SANE_TRACE.fullmatch(headers[b"traceparent"]):
@@ -145,7 +184,7 @@ class Exchange:
     def room_for_rest(self) -> memoryview | None:
         """Where to read what is still to come of a body that announced its length; None where that does not pay."""
         body = self.body or b""
-        if type(body) is not bytes or self.num_body_bytes - len(body) < DIRECT_BYTES or not self.hold(len(body)):
+        if self.path or type(body) is not bytes or self.num_body_bytes - len(body) < DIRECT_BYTES or not self.hold(len(body)):
             return None
         pad = self.pad = self._padding()
         # not a bytearray, whose zeros would be written first
@@ -187,7 +226,11 @@ class Exchange:
             if len(body) > self.server.max_body_bytes + self.pad:
                 raise self.server.too_large()
             data: Data = body if type(body) is bytes else memoryview(body).toreadonly()[self.pad :]
-            if self.encoding:
+            if self.path and not self.model and not self._is_elsewhere(data):
+                self.protocol.to_app(self)
+            elif self.caller is None or self.unproved:
+                self._introduce(data)
+            elif self.encoding:
                 self._inflate(data)
             else:
                 self._decode(data)
@@ -196,6 +239,64 @@ class Exchange:
         except Exception:
             log.exception("request_failed", model=self.model)
             self._fail(INTERNAL)
+
+    def _is_elsewhere(self, data: Data) -> bool:
+        """Whether another server computes the model that the body names. What cannot be read is the app's to complain of."""
+        elsewhere = self.server.elsewhere
+        assert elsewhere is not None
+        try:
+            self.peeked = peek(bytes(data))
+        except InvalidRequest:
+            return False
+        model, _, version = self.peeked.model.partition("@")
+        if not elsewhere.remote(model):
+            return False
+        self.model, self.version = model, version
+        return True
+
+    def take_body(self) -> bytes:
+        body = self.body
+        data = b"" if body is None else bytes(body) if type(body) is bytes else bytes(memoryview(body)[self.pad :])
+        self._release()
+        return data
+
+    def _introduce(self, data: Data) -> None:
+        """Find out who calls, where that takes more than a look at the head; and run again."""
+
+        async def introduced() -> None:
+            doorkeeper, protocol = self.server.doorkeeper, self.protocol
+            assert doorkeeper is not None
+            try:
+                if self.caller is None:
+                    self.caller = await doorkeeper.learn(self.headers, protocol.peer, protocol.certificate)
+                if self.unproved:
+                    self.unproved = False
+                    self.signed_by = await doorkeeper.prove(self._envelope(data), self.caller)
+                may(self.caller, Scope.INFER, self.signed_by)
+            except FairleadError as error:
+                if not self.response_complete:
+                    self._fail(error)
+            except Exception:
+                log.exception("request_failed", model=self.model)
+                self._fail(INTERNAL)
+            else:
+                if not self.response_complete:
+                    self.run()
+
+        task = self.protocol.loop.create_task(introduced())
+        self.protocol.tasks.add(task)
+        task.add_done_callback(self.protocol.tasks.discard)
+
+    def _envelope(self, body: Data) -> Envelope:
+        protocol = self.protocol
+        return Envelope(
+            method="POST",
+            target=self.target.decode("latin-1"),
+            scheme=protocol.scheme or "http",
+            authority=self.headers.get(b"host", b"").decode("latin-1").lower(),
+            headers=joined(self.fields),
+            body=body if type(body) is bytes else memoryview(body),
+        )
 
     def _inflate(self, data: Data) -> None:
         inflater = Inflater(data, self.encoding, self.server.max_body_bytes)
@@ -215,6 +316,9 @@ class Exchange:
         self.run()
 
     def _decode(self, data: Data) -> None:
+        if self.server.elsewhere is not None and self.server.elsewhere.remote(self.model):
+            self._pass(data)
+            return
         head = head_size(self.head, len(data)) if self.head else None
         model, version = self.model, self.version
         if head == 0:
@@ -229,10 +333,23 @@ class Exchange:
             else:
                 self._submit(request, form)
 
+    def _pass(self, data: Data) -> None:
+        """To a model of which no version is here: as it came."""
+        if self.path:
+            raw = raw_of(self.peeked, self.path, bytes(data))
+            self.session = self.session or self.peeked.session
+            self.request_id = self.request_id or new_request_id()
+            self._submit(Request(model=self.model, version=self.version, raw=raw, id=self.request_id), JSON_FORM)
+            return
+        kind = self.headers.get(b"content-type", b"application/json").decode("latin-1")
+        rows = num_rows(data, head_size(self.head, len(data)) if self.head else None)
+        raw = Raw(path="/infer", body=bytes(data), content_type=kind, header_length=self.head, num_rows=rows)
+        self._submit(Request(model=self.model, version=self.version, raw=raw, num_rows=rows), JSON_FORM)
+
     def _spec(self) -> ModelSpec:
-        repository = self.server.repository
-        assert repository is not None
-        return repository.find(self.model, self.version).spec
+        inference = self.server.inference
+        assert inference is not None
+        return inference.find(self.model, self.version).spec
 
     def _decoded(self, decoded: tuple[Request, Form] | None, error: FairleadError | None) -> None:
         if self.response_complete:
@@ -256,20 +373,41 @@ class Exchange:
         self.request = request
         request.trace = self.trace
         request.arrived = self.arrived
+        assert self.caller is not None
+        request.caller = self.caller
+        request.signed_by = self.signed_by
+        request.qos_class = self.qos_class
+        request.session = self.session
+        if b"cache-control" in self.headers:
+            request.envelope = self._envelope(b"")
         self._release()
-        repository = self.server.repository
-        assert repository is not None
-        ticket = repository.submit(request, self)
+        inference = self.server.inference
+        assert inference is not None
+        ticket = inference.submit(request, self)
         if not self.response_complete:
             self.ticket = ticket
 
     # Going out: the sink
 
     def respond(self, response: Response) -> None:
-        if self.response_complete or self.answered:
+        if self.response_complete:
+            return
+        if self.streaming:
+            self._write_piece(response.raw or b"")
+            return
+        if self.answered:
             return
         self.answered = True
         self.version = response.version
+        if response.headers:
+            self.extra += head_lines(response.headers)
+        if response.raw is not None:
+            raw = self.request.raw if self.request is not None else None
+            if raw is not None and raw.stream and response.status == 200:
+                self._begin_stream(response.raw)
+            else:
+                self._write_raw(response.raw, response.status)
+            return
         form = self.form
         assert self.request is not None
         names = self.request.outputs
@@ -290,7 +428,9 @@ class Exchange:
     def close(self, error: FairleadError | None) -> None:
         if self.response_complete:
             return
-        if error is not None:
+        if self.streaming:
+            self._end_stream(error)
+        elif error is not None:
             self._fail(error)
         elif not self.answered:
             self._fail(ModelError(f"model '{self.model}' gave no response"))
@@ -340,6 +480,7 @@ class Exchange:
             kind = f"content-type: application/octet-stream\r\ninference-header-content-length: {head}\r\n"
         if encoding:
             kind += f"content-encoding: {encoding}\r\nvary: accept-encoding\r\n"
+        kind += self.extra
         start = self._head(200, kind, size)
         transport = self.protocol.transport
         if size < JOIN_BYTES:
@@ -347,6 +488,38 @@ class Exchange:
         else:
             transport.writelines((start, *parts))
         self._finish(200, "")
+
+    def pause(self) -> None:
+        """The client reads slowly."""
+        if self.streaming and isinstance(self.ticket, Pausable):
+            self.ticket.pause()
+
+    def resume(self) -> None:
+        if self.streaming and isinstance(self.ticket, Pausable):
+            self.ticket.resume()
+
+    def _begin_stream(self, piece: bytes) -> None:
+        """Head and first piece together: apart, the second would wait for the first one's acknowledgement."""
+        self.streaming = True
+        head = self._head(200, f"{self.extra}cache-control: no-cache\r\nx-accel-buffering: no\r\n", -1)
+        self.protocol.transport.write(b"%b%x\r\n%b\r\n" % (head, len(piece), piece))
+
+    def _write_piece(self, piece: bytes) -> None:
+        if piece:
+            self.protocol.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+    def _end_stream(self, error: FairleadError | None) -> None:
+        if error is not None:
+            self._write_piece(framed(OPENAI.event(error)))
+        self.protocol.transport.write(b"0\r\n\r\n")
+        self._finish(200 if error is None else openai_status(error), error.message if error is not None else "")
+
+    def _write_raw(self, body: bytes, status: int) -> None:
+        """Another server's answer; its headers say what it is."""
+        if not self.request_id:
+            self.request_id = new_request_id()
+        self.protocol.transport.write(self._head(status, self.extra, len(body)) + body)
+        self._finish(status, "" if status < 400 else "the upstream refuses")
 
     def _head(self, status: int, kind: str, size: int) -> bytes:
         if self.trace:
@@ -356,7 +529,8 @@ class Exchange:
             self.keep_alive = False
             kind += "connection: close\r\n"
         line = self.server.ok_line if status == 200 else f"HTTP/1.1 {status} {_reasons.get(status, '')}\r\ndate: {self.server.date}\r\n"
-        return f"{line}x-request-id: {self.request_id}\r\n{kind}content-length: {size}\r\n\r\n".encode("latin-1")
+        length = "transfer-encoding: chunked" if size < 0 else f"content-length: {size}"
+        return f"{line}x-request-id: {self.request_id}\r\n{kind}{length}\r\n\r\n".encode("latin-1")
 
     def _fail(self, error: FairleadError) -> None:
         if self.disconnected:
@@ -364,12 +538,16 @@ class Exchange:
             return
         if not self.request_id:
             self.request_id = new_request_id()
-        message = message_of(error, self.id)
-        body = _json.encode({"error": message})
-        kind = f"content-type: application/json\r\n{self.extra}"
-        if isinstance(error, Unavailable):
-            kind += f"retry-after: {math.ceil(error.retry_after)}\r\n"
-        status = self.status or http_status(error)
+        if self.streaming:
+            self._end_stream(error)
+            return
+        if self.path:
+            message, body = error.message, OPENAI.event(error)
+        else:
+            message = message_of(error, self.id)
+            body = _json.encode({"error": message})
+        kind = f"content-type: application/json\r\n{self.extra}{head_lines(told(error))}"
+        status = self.status or (openai_status(error) if self.path else http_status(error))
         self.protocol.transport.write(self._head(status, kind, len(body)) + body)
         self._finish(status, message)
 
@@ -403,3 +581,8 @@ class Exchange:
         if self.held_bytes:
             self.server.receiving_bytes -= self.held_bytes
             self.held_bytes = 0
+
+
+def head_lines(headers: Mapping[str, str]) -> str:
+    """Values come from us and from upstreams' names: none may end a line."""
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())

@@ -5,6 +5,7 @@ Requests on one connection are answered one after the other, whichever path each
 
 import asyncio
 from collections import deque
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from fairlead.api.status import INTERNAL
 from fairlead.core.errors import FairleadError, InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
-    from fairlead.api.http_server import HttpServer
+    from fairlead.api.http_server import HttpServer, Route
 
 log = structlog.get_logger("fairlead.http")
 
@@ -60,6 +61,21 @@ class BodyReader(asyncio.BufferedProtocol):
             protocol.on_message_complete()
 
 
+class Departure:
+    """Tells an ASGI app at once that its client has left: `leave`, if set, is called then."""
+
+    __slots__ = ("gone", "leave")
+
+    def __init__(self) -> None:
+        self.gone = False
+        self.leave: Callable[[], None] | None = None
+
+    def now(self) -> None:
+        self.gone = True
+        if self.leave is not None:
+            self.leave()
+
+
 class Flow(FlowControl):
     """Reads on only while little waits on this connection: neither requests nor answers pile up.
 
@@ -89,6 +105,9 @@ class DataProtocol(HttpToolsProtocol):
     def __init__(self, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, Any], http: "HttpServer") -> None:
         super().__init__(config, server_state, app_state)
         self.http = http
+        self.peer = ""
+        self.certificate: Mapping[str, Any] | None = None
+        """Of a client over TLS that showed one; verified."""
         self.running: Any = None
         self.stage = IDLE
         self.deaf = False
@@ -110,6 +129,8 @@ class DataProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.peer = self.client[0] if self.client else ""
+        self.certificate = transport.get_extra_info("peercert") or None
         self.flow = Flow(transport, self.pipeline)
         if len(self.connections) > self.http.max_connections:
             self._exchange_error(Unavailable(f"the server has {self.http.max_connections} connections already"))
@@ -154,6 +175,7 @@ class DataProtocol(HttpToolsProtocol):
             else:
                 cycle.disconnected = True
                 cycle.message_event.set()
+                cycle.scope["fairlead.departure"].now()
         self.deaf = True
         self.cycle = None
         self.reader = None
@@ -162,12 +184,16 @@ class DataProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        if type(self.running) is Exchange:
+            self.running.pause()
         self.flow.pause_reading()
         self.unsent_bytes = self.transport.get_write_buffer_size()
         self.unsent_since = perf_counter()
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        if type(self.running) is Exchange:
+            self.running.resume()
         self.flow.resume_reading()
         if self.stalled:
             self.stalled = False
@@ -228,9 +254,9 @@ class DataProtocol(HttpToolsProtocol):
             return
         http, length = self.http, headers.get(b"content-length")
         num_body_bytes = int(length) if length is not None else 0
-        if route is not None and parser.get_method() == b"POST" and b"text/event-stream" not in headers.get(b"accept", b""):
+        if route is not None and parser.get_method() == b"POST" and self._fits(route, headers):
             keep_alive = parser.should_keep_alive() and (b"connection" not in headers or parser.get_http_version() != "1.0")
-            exchange = Exchange(self, route[0], route[1], keep_alive=keep_alive)
+            exchange = Exchange(self, route.model, route.version, keep_alive=keep_alive, path=route.path)
             exchange.num_body_bytes = num_body_bytes
             self._enqueue(exchange)
             try:
@@ -248,6 +274,29 @@ class DataProtocol(HttpToolsProtocol):
             self._exchange_error(http.too_large())
         else:
             self._begin_cycle(headers)
+
+    def _fits(self, route: "Route", headers: dict[bytes, bytes]) -> bool:
+        """Whether an Exchange can serve it; else the app does."""
+        if not route.path:
+            return b"text/event-stream" not in headers.get(b"accept", b"")
+        last, elsewhere = self.cycle, self.http.elsewhere
+        return (
+            elsewhere is not None
+            and elsewhere.any_remote
+            and (last is None or last.response_complete)
+            and not self.flow.write_paused
+            and b"content-encoding" not in headers
+            and self.parser.get_http_version() == "1.1"
+        )
+
+    def to_app(self, exchange: Exchange) -> None:
+        """A body that was read to the end, and is none to pass on."""
+        body = exchange.take_body()
+        exchange.response_complete = True
+        self._begin_cycle(exchange.headers)
+        if body:
+            self._cycle_body(body)
+        super().on_message_complete()
 
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle
@@ -327,6 +376,9 @@ class DataProtocol(HttpToolsProtocol):
         self.url = url
         self.headers = listed
         self.scope["headers"] = listed
+        self.scope["fairlead.departure"] = Departure()  # type: ignore[typeddict-unknown-key]
+        if self.certificate is not None:
+            self.scope["fairlead.certificate"] = self.certificate  # type: ignore[typeddict-unknown-key]
         self.expect_100_continue = headers.get(b"expect", b"").lower() == b"100-continue"
         self.num_cycle_bytes = 0
         super().on_headers_complete()
@@ -367,6 +419,7 @@ class DataProtocol(HttpToolsProtocol):
             self.deaf = True
             cycle.disconnected = True
             cycle.message_event.set()
+            cycle.scope["fairlead.departure"].now()
             self.cycle = exchange = Exchange(self, "", "", keep_alive=False)
             if self.pipeline:
                 exchange.waiting = True

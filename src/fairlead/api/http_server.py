@@ -6,7 +6,7 @@ import ssl as tls
 from email.utils import formatdate
 from socket import socket
 from time import perf_counter, time
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote
 
 import httptools
@@ -16,36 +16,46 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from fairlead.api.doorkeeper import Doorkeeper
 from fairlead.api.http1 import MAX_HEAD_BYTES, DataProtocol
 from fairlead.api.offload import Offload
 from fairlead.api.status import INTERNAL
 from fairlead.core.errors import InvalidRequest, TooLarge, Unavailable
-from fairlead.core.request import Request, Sink
-from fairlead.core.specs import ModelSpec
+from fairlead.core.request import Inference
 from fairlead.observe.access import AccessLog
+from fairlead.runtime.version import Version
 
 log = structlog.get_logger("fairlead.http")
 
+PASSED_ON = frozenset((b"/v1/chat/completions", b"/v1/completions", b"/v1/embeddings"))
+"""What goes on to other servers without the app, where one of them computes the model."""
 INFER = re.compile(rb"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
 MAX_ROUTES = 4096
 SWEEP_SECONDS = 1.0
 
 
-class Version(Protocol):
+class Route(NamedTuple):
+    """What is served without the app: `infer` of a model, or (`path`) a body whose model may be another server's."""
+
+    model: str
+    version: str
+    path: str = ""
+
+
+class Elsewhere(Protocol):
     @property
-    def spec(self) -> ModelSpec: ...
+    def any_remote(self) -> bool:
+        """Other servers compute some models."""
+
+    def remote(self, model: str) -> bool:
+        """No version of it is here: its bodies go on as they come."""
 
 
-class Ticket(Protocol):
-    def cancel(self) -> None: ...
+class Models(Inference, Protocol):
+    """What serves `infer`."""
 
-
-class Repository(Protocol):
-    """What of the model repository serves `infer`."""
-
-    def submit(self, request: Request, sink: Sink) -> Ticket: ...
-
-    def find(self, name: str, version: str = "") -> Version: ...
+    def find(self, name: str, version: str = "") -> Version:
+        """Raises NotFound."""
 
 
 class HttpServer:
@@ -53,10 +63,12 @@ class HttpServer:
 
     def __init__(
         self,
-        repository: Repository | None,
+        inference: Models | None,
         app: ASGIApp,
         access_log: AccessLog,
         *,
+        doorkeeper: Doorkeeper | None = None,
+        elsewhere: Elsewhere | None = None,
         max_body_bytes: int = 64 << 20,
         max_receiving_bytes: int = 512 << 20,
         max_connections: int = 10_000,
@@ -66,8 +78,12 @@ class HttpServer:
         write_timeout: float = 60.0,
         offload: Offload | None = None,
     ) -> None:
-        self.repository = repository
+        self.inference = inference
         """None for a port that offers no `infer`: then all goes through the app."""
+        self.doorkeeper = doorkeeper
+        """None: nobody is asked who they are."""
+        self.elsewhere = elsewhere
+        """Which models other servers compute; None: none."""
         self.access_log = access_log
         self.max_body_bytes = max_body_bytes
         self.max_receiving_bytes = max_receiving_bytes
@@ -99,7 +115,7 @@ class HttpServer:
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
-        self._routes: dict[bytes, tuple[str, str] | None] = {}
+        self._routes: dict[bytes, Route | None] = {}
 
     async def listen(
         self, host: str = "127.0.0.1", port: int = 8000, *, sock: socket | None = None, ssl: tls.SSLContext | None = None
@@ -148,8 +164,8 @@ class HttpServer:
         if self.draining and not self._state.connections:
             self._empty.set()
 
-    def route(self, url: bytes) -> tuple[str, str] | None:
-        """(model, version) where the URL is one of `infer`. Raises InvalidRequest for what is no URL."""
+    def route(self, url: bytes) -> Route | None:
+        """Raises InvalidRequest for what is no URL."""
         try:
             return self._routes[url]
         except KeyError:
@@ -160,8 +176,10 @@ class HttpServer:
             raise InvalidRequest("the request line has no valid URL") from None
         if path is None or not path.isascii():
             raise InvalidRequest("the request line has no path of ASCII characters")
-        match = None if self.repository is None else INFER.fullmatch(path)
-        route = None if match is None else (unquote(match[1].decode("ascii")), (match[2] or b"").decode("ascii"))
+        match = None if self.inference is None else INFER.fullmatch(path)
+        route = None if match is None else Route(unquote(match[1].decode("ascii")), (match[2] or b"").decode("ascii"))
+        if path in PASSED_ON and self.elsewhere is not None:
+            route = Route("", "", path.decode("ascii"))
         if len(url) <= 512:
             if len(self._routes) >= MAX_ROUTES:
                 self._routes.clear()

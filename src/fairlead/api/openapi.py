@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from fairlead import __version__
 from fairlead.api.web import Serve
+from fairlead.core.policy import Scope
 from fairlead.core.specs import ModelSpec, TensorSpec
 
 JSON = "application/json"
@@ -34,6 +35,7 @@ TAGS = {
     "inference": "Ask a model.",
     "repository": "Load and unload models.",
     "openai": "The OpenAI API: language models and embedders.",
+    "admin": "Tenants, keys, usage, audit, configuration.",
     "not offered": "Parts of Triton's protocol that this server answers with 501.",
     "document": "This document.",
 }
@@ -43,6 +45,9 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "version": {"description": "One version instead of the default one.", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
     "repository": {"description": "A repository's name.", "schema": {"type": "string", "minLength": 1}},
     "region": {"description": "A shared-memory region's name.", "schema": {"type": "string", "minLength": 1}},
+    "tenant": {"description": "The tenant's name.", "schema": {"type": "string", "minLength": 1}},
+    "project": {"description": "The project's name.", "schema": {"type": "string", "minLength": 1}},
+    "key": {"description": "The key's id, which is public.", "schema": {"type": "string", "minLength": 1}},
 }
 
 EVENT: dict[str, Any] = {
@@ -77,11 +82,19 @@ class Operation(Struct, frozen=True, kw_only=True):
     example: Any = None
     binary: bool = False
     """Whether the binary tensor extension may be used."""
+    scope: Scope | None = Scope.INFER
+    """What the caller's key must be for; None: anyone may ask, without one too."""
     events: str = ""
     """`also`: server-sent events where the Accept header asks for them; `only`: always."""
     errors: tuple[int, ...] = ()
     error: Any = Error
     """The type of the JSON body of its errors."""
+
+    @property
+    def statuses(self) -> tuple[int, ...]:
+        """Of all its errors: those of who may ask too."""
+        more = () if self.scope is None else (400, 401, 403, 404, 503)
+        return tuple(sorted({*self.errors, *more}))
 
 
 def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -90,6 +103,7 @@ def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]
     types = [type_ for operation in operations for type_ in (operation.answer, operation.body, operation.error) if type_ is not None]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     schema_of = {repr(type_): schema for type_, schema in zip(types, schemas, strict=True)}
+    tags = {operation.tag for operation in operations}
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, schema_of, examples.get(operation.name, {}))
@@ -101,7 +115,7 @@ def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]
             "summary": "KServe v2 (Open Inference Protocol) with Triton's extensions, and the OpenAI API.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "tags": [{"name": name, "description": description} for name, description in TAGS.items()],
+        "tags": [{"name": name, "description": description} for name, description in TAGS.items() if name in tags],
         "paths": paths,
         "components": {
             "schemas": components,
@@ -111,7 +125,7 @@ def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]
                     "content": {JSON: {"schema": schema_of[repr(error)]}},
                 }
                 for operation in operations
-                for status, error in ((status, operation.error) for status in operation.errors)
+                for status, error in ((status, operation.error) for status in operation.statuses)
             },
         },
     }
@@ -164,7 +178,7 @@ def _operation(operation: Operation, schema_of: dict[str, Any], examples: dict[s
         "parameters": parameters,
         "responses": {
             **({"200": _answer(operation, schema_of)} if operation.answer is not None or operation.events else {}),
-            **{str(status): {"$ref": f"#/components/responses/{_response_name(status, operation.error)}"} for status in operation.errors},
+            **{str(status): {"$ref": f"#/components/responses/{_response_name(status, operation.error)}"} for status in operation.statuses},
         },
     }
     if operation.body is not None:

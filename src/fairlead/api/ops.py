@@ -1,18 +1,25 @@
 """Port 8002: metrics and health, for those who run the server."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from fairlead.api.admin import Problems
+from fairlead.api.doorkeeper import Doorkeeper
+from fairlead.api.openapi import Operation
 from fairlead.api.web import Readiness, health_response, json_app, live_response, ready_response
 
 MetricsText = Callable[[str], tuple[str, bytes]]
 """Takes an Accept header; returns the content type and the text: OpenMetrics where it is asked for, else Prometheus's own."""
 
 
-def ops_app(repository: Readiness, metrics_text: MetricsText) -> ASGIApp:
+def ops_app(
+    repository: Readiness, metrics_text: MetricsText, admin: Iterable[Operation] = (), doorkeeper: Doorkeeper | None = None
+) -> ASGIApp:
+    """`admin`: operations under /admin, which `doorkeeper` lets nobody do but callers of that scope."""
+
     async def metrics(request: Request) -> Response:
         content_type, text = metrics_text(request.headers.get("accept", ""))
         return Response(text, headers={"Content-Type": content_type})
@@ -27,5 +34,13 @@ def ops_app(repository: Readiness, metrics_text: MetricsText) -> ASGIApp:
         return ready_response(repository)
 
     return json_app(
-        [("GET", "/metrics", metrics), ("GET", "/healthz", health), ("GET", "/healthz/live", live), ("GET", "/healthz/ready", ready)]
+        [
+            ("GET", "/metrics", metrics, None),
+            ("GET", "/healthz", health, None),
+            ("GET", "/healthz/live", live, None),
+            ("GET", "/healthz/ready", ready, None),
+            *((each.method, each.path, each.serve, each.scope) for each in admin),
+        ],
+        {"/admin": Problems()},
+        None if doorkeeper is None else doorkeeper.admit,
     )

@@ -1,8 +1,10 @@
 """One table: what each kind of error is called in HTTP and in gRPC; and what has no kind."""
 
+import math
 from enum import IntEnum
 
 from fairlead.core import errors
+from fairlead.gateway.reuse.response_cache import NotStored
 
 
 class GrpcStatus(IntEnum):
@@ -30,8 +32,14 @@ class GrpcStatus(IntEnum):
 STATUS: dict[type[errors.FairleadError], tuple[int, GrpcStatus]] = {
     errors.TooLarge: (413, GrpcStatus.RESOURCE_EXHAUSTED),
     errors.InvalidRequest: (400, GrpcStatus.INVALID_ARGUMENT),
+    errors.Filtered: (400, GrpcStatus.INVALID_ARGUMENT),
+    errors.Unauthenticated: (401, GrpcStatus.UNAUTHENTICATED),
+    errors.Forbidden: (403, GrpcStatus.PERMISSION_DENIED),
     errors.NotFound: (404, GrpcStatus.NOT_FOUND),
     errors.Unsupported: (501, GrpcStatus.UNIMPLEMENTED),
+    NotStored: (504, GrpcStatus.UNAVAILABLE),
+    errors.LimitExceeded: (429, GrpcStatus.RESOURCE_EXHAUSTED),
+    errors.Shed: (429, GrpcStatus.RESOURCE_EXHAUSTED),
     errors.Unavailable: (503, GrpcStatus.UNAVAILABLE),
     errors.Cancelled: (400, GrpcStatus.CANCELLED),
     errors.ModelError: (500, GrpcStatus.INTERNAL),
@@ -47,6 +55,15 @@ INTERNAL = errors.ModelError("internal error")
 
 def _entry(error: errors.FairleadError) -> tuple[int, GrpcStatus]:
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def told(error: errors.FairleadError) -> dict[str, str]:
+    """What the answer's head says of an error."""
+    headers = dict(error.headers)
+    if isinstance(error, errors.Unavailable):
+        headers["Retry-After"] = str(math.ceil(error.retry_after))
+        headers["X-Fairlead-Reason"] = error.reason
+    return headers
 
 
 def http_status(error: errors.FairleadError) -> int:

@@ -1,8 +1,7 @@
 """What the HTTP apps share: JSON answers and errors, bodies within limits, event streams, health."""
 
 import asyncio
-import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
@@ -16,8 +15,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fairlead.api.compression import content_encoding, decompress
-from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status
-from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge, Unavailable, Unsupported
+from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status, told
+from fairlead.core import policy
+from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge, Unsupported
 
 T = TypeVar("T")
 Serve = Callable[[Request], Awaitable[Any]]
@@ -31,35 +31,77 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 def error_response(error: FairleadError, headers: Mapping[str, str] | None = None) -> Response:
-    headers = dict(headers or {})
-    if isinstance(error, Unavailable):
-        headers["Retry-After"] = str(math.ceil(error.retry_after))
+    headers = {**(headers or {}), **told(error)}
     if isinstance(error, TooLarge):
         # What is left of the body is not worth reading.
         headers["Connection"] = "close"
     return json_response({"error": error.message}, http_status(error), headers)
 
 
-Refuse = Callable[[Request, HTTPException], Response]
-"""Answers what never reaches an operation: an unknown path, a method that the path does not have."""
+Admit = Callable[[Request, policy.Scope | None], Awaitable[None]]
+"""Puts the caller into the scope. Raises where it may not do what needs such a scope; None: anyone may."""
 
 
-def json_app(routes: list[tuple[str, str, Serve]], refusals: Mapping[str, Refuse] | None = None) -> ASGIApp:
-    """An app of (method, path, serve) whose every error is JSON `{"error": ...}`; `refusals`: by the prefix of the path."""
+class Shapes(Protocol):
+    """How one protocol says what is wrong before any of its operations has the request."""
+
+    def refusal(self, request: Request, error: HTTPException) -> Response: ...
+
+    def response(self, error: FairleadError, headers: Mapping[str, str]) -> Response: ...
+
+
+def json_app(
+    routes: Iterable[tuple[str, str, Serve, policy.Scope | None]], shapes: Mapping[str, Shapes] | None = None, admit: Admit | None = None
+) -> ASGIApp:
+    """An app of (method, path, serve, scope) whose every error is JSON `{"error": ...}`, or of the shape for the path's prefix."""
+
+    def shape_of(path: str) -> Shapes | None:
+        return next((shape for prefix, shape in (shapes or {}).items() if path.startswith(prefix)), None)
+
+    def admitted(serve: Serve, scope: policy.Scope | None, shape: Shapes | None) -> Serve:
+        async def endpoint(request: Request) -> Any:
+            if admit is not None:
+                try:
+                    await admit(request, scope)
+                except FairleadError as error:
+                    return error_response(error) if shape is None else shape.response(error, {})
+            return await serve(request)
+
+        return endpoint
 
     def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        for prefix, shaped in (refusals or {}).items():
-            if request.url.path.startswith(prefix):
-                return shaped(request, error)
+        shape = shape_of(request.url.path)
+        if shape is not None:
+            return shape.refusal(request, error)
         return json_response({"error": error.detail}, error.status_code, error.headers)
 
-    app = Starlette(
-        routes=[Route(path, _no_surprises(serve), methods=[method]) for method, path, serve in routes],
-        exception_handlers={HTTPException: refuse},
-    )
-    app.router.redirect_slashes = False
-    return app
+    table = [(method, path, _no_surprises(admitted(serve, scope, shape_of(path)))) for method, path, serve, scope in routes]
+    return JsonApp(table, refuse)
+
+
+class JsonApp(Starlette):
+    """A path without parameters is looked up: the router tries its patterns one after the other, which for the last of
+    them costs more than the answer."""
+
+    def __init__(self, table: list[tuple[str, str, Serve]], refuse: Callable[[Request, Exception], Response]) -> None:
+        routes = [Route(path, serve, methods=[method]) for method, path, serve in table]
+        super().__init__(routes=routes, exception_handlers={HTTPException: refuse})
+        self.router.redirect_slashes = False
+        self.refuse = refuse
+        self.exact = {(method, path): serve for method, path, serve in table if "{" not in path}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        serve = self.exact.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if serve is None:
+            await super().__call__(scope, receive, send)
+            return
+        request = Request(scope, receive, send)
+        try:
+            response = await serve(request)
+        except HTTPException as error:
+            response = self.refuse(request, error)
+        await response(scope, receive, send)
 
 
 def _no_surprises(serve: Serve) -> Serve:
@@ -119,8 +161,30 @@ def decode_json(body: bytes, type_: type[T]) -> T:
         raise InvalidRequest(f"request body is not JSON: {error}") from None
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+async def while_connected(scope: Scope, receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`, which is cancelled when the client leaves: None."""
+    departure = scope.get("fairlead.departure")
+    if departure is None:
+        return await _watched(receive, work)
+    if departure.gone:
+        work.close()
+        return None
+    task = asyncio.current_task()
+    assert task is not None
+    departure.leave = task.cancel
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not departure.gone:
+            raise
+        task.uncancel()
+        return None
+    finally:
+        departure.leave = None
+
+
+async def _watched(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """The same where the server does not tell by itself who left."""
     task = asyncio.create_task(work)
 
     async def watch() -> None:
@@ -164,8 +228,13 @@ Ended = Callable[[int, str], None]
 """Told once how an answer ended: its status (CLIENT_LEFT where nobody waited for it) and what went wrong, "" if nothing."""
 
 
+def framed(data: bytes) -> bytes:
+    """A server-sent event."""
+    return b"data: " + data + b"\n\n"
+
+
 class EventStream:
-    """Server-sent events, each on its way as soon as it is there.
+    """Server-sent events, framed, each on its way as soon as it is there.
 
     An error before the first event is an ordinary error answer with its status; a later one is the last event.
     The events' generator is closed at the end, and when the client leaves.
@@ -182,7 +251,7 @@ class EventStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, message = 503, "the server stopped"
         try:
-            end = await while_connected(receive, self._talk(send))
+            end = await while_connected(scope, receive, self._talk(send))
             status, message, answer = end or LEFT
             if answer is not None:
                 await answer(scope, receive, send)
@@ -198,7 +267,7 @@ class EventStream:
                     if not started:
                         await self._start(send)
                         started = True
-                    await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
         except FairleadError as error:
             failure = error
         except OSError:
@@ -214,7 +283,7 @@ class EventStream:
         if not started:
             answer = self.errors.response(failure, self.headers)
             return answer.status_code, failure.message, answer
-        await send({"type": "http.response.body", "body": b"data: " + self.errors.event(failure) + b"\n\n"})
+        await send({"type": "http.response.body", "body": framed(self.errors.event(failure))})
         return http_status(failure), failure.message, None
 
     async def _start(self, send: Send) -> None:

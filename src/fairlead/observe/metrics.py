@@ -33,6 +33,9 @@ renders at scrape time.
 | fairlead_kv_blocks | blocks of KV memory | model, version |
 | fairlead_kv_blocks_free | blocks that are free, or hold nothing but prefix cache | model, version |
 | fairlead_sequences | sequences now | model, version, state (running, waiting) |
+| fairlead_gateway_waiting_requests | requests in the gateway's lines now | model, priority |
+| fairlead_gateway_in_flight_requests | requests now, of models that have such a line | model |
+| (fairlead.observe.counts.COUNTS) | what the gateway counts | |
 | fairlead_process_* , python_* | the client library's own |
 
 Engines count in their own processes and tell now and then (`EngineStats`); the counts of a replica that died stay.
@@ -42,9 +45,9 @@ Cardinality is bounded by the loaded versions; the series of an unloaded version
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import structs
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
@@ -52,6 +55,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 
 from fairlead.core.generation import EngineStats
+from fairlead.observe.counts import Counts
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -199,6 +203,10 @@ class Metrics:
         self.responses: Counter[tuple[str, int]] = Counter()
         """Finished infer requests by (protocol, status)."""
         self.loads: Counter[tuple[str, str]] = Counter()
+        self.counts = Counts()
+        """The gateway's."""
+        self.lines: Callable[[], Iterable[Line]] = tuple
+        """The gateway's waiting lines."""
         self.triton_names = triton_names
         self.vllm_names = vllm_names
         self._registry = CollectorRegistry()
@@ -224,10 +232,32 @@ class Metrics:
         for key, number in self.loads.items():
             loads.add_metric(key, number)
         yield loads
+        yield from self.counts.collect()
+        yield from _line_families(self.lines())
         if self.triton_names:
             yield from _triton_families(models)
         if self.vllm_names:
             yield from _vllm_families(engines)
+
+
+class Line(NamedTuple):
+    """One model's line before the gateway gives it its requests."""
+
+    model: str
+    waiting: Mapping[int, int]
+    """Requests by priority."""
+    in_flight: int
+
+
+def _line_families(lines: Iterable[Line]) -> Iterator[Metric]:
+    waiting = GaugeMetricFamily("fairlead_gateway_waiting_requests", "Requests in the gateway's lines now", labels=["model", "priority"])
+    in_flight = GaugeMetricFamily("fairlead_gateway_in_flight_requests", "Requests of such models under way now", labels=["model"])
+    for line in lines:
+        for priority, number in line.waiting.items():
+            waiting.add_metric([line.model, str(priority)], number)
+        in_flight.add_metric([line.model], line.in_flight)
+    yield waiting
+    yield in_flight
 
 
 def _families(models: Iterable[ModelMetrics]) -> Iterator[Metric]:

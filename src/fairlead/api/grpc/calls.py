@@ -7,7 +7,7 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from struct import Struct as Layout
 from typing import Any, TypeVar, cast
@@ -17,12 +17,15 @@ import structlog
 from msgspec import Struct
 
 from fairlead.api.compression import decompress
+from fairlead.api.doorkeeper import Doorkeeper, may, refuse_twice
 from fairlead.api.grpc import http2
 from fairlead.api.grpc.headers import Headers
 from fairlead.api.grpc.http2 import Buffer, Connection, Limits, Stream, literal
 from fairlead.api.offload import Offload
-from fairlead.api.status import INTERNAL, GrpcStatus, grpc_status
+from fairlead.api.status import INTERNAL, GrpcStatus, grpc_status, told
+from fairlead.core.caller import ANYONE, Caller
 from fairlead.core.errors import FairleadError, ShuttingDown
+from fairlead.core.policy import Scope
 from fairlead.observe.access import SANE_ID, SANE_TRACE, AccessLog, new_request_id
 
 T = TypeVar("T")
@@ -57,18 +60,22 @@ class Unary(Struct, frozen=True):
     """Answers from a callback: `start(call, message)` returns at once; `call.finish` or `call.fail` follows, now or later."""
 
     start: Callable[["Call", Buffer], None]
+    scope: Scope | None = Scope.INFER
+    """What the caller's key must be for; None: anyone may call, without one too."""
 
 
 class Awaited(Struct, frozen=True):
     """A unary method that has to wait for something: a coroutine that returns the answer."""
 
     run: Callable[["Call", Buffer], Coroutine[Any, Any, bytes]]
+    scope: Scope | None = Scope.INFER
 
 
 class Streaming(Struct, frozen=True):
     """Takes messages with `call.next_message` and answers with `call.send`, until it returns."""
 
     run: Callable[["Call"], Coroutine[Any, Any, None]]
+    scope: Scope | None = Scope.INFER
 
 
 Method = Unary | Awaited | Streaming
@@ -79,6 +86,8 @@ class Head(Struct):
 
     method: Method | None
     metadata: dict[bytes, bytes]
+    fields: Headers = []
+    """The same as it came, with what comes twice."""
     request_id: str = ""
     trace: str = ""
     timeout: float = 0.0
@@ -93,7 +102,7 @@ def read_head(methods: dict[bytes, Method], headers: Headers) -> Head:
     """Raises http2.Malformed."""
     pseudo, fields = http2.check_request(headers)
     path = pseudo[b":path"]
-    head = Head(methods.get(path), fields)
+    head = Head(methods.get(path), fields, [field for field in headers if not field[0].startswith(b":")])
     content_type = fields.get(b"content-type", b"")
     if content_type != b"application/grpc" and not content_type.startswith((b"application/grpc+", b"application/grpc;")):
         head.refusal = literal(b":status", b"415")
@@ -130,6 +139,8 @@ class Calls(Struct, kw_only=True):
     offload: Offload
     max_message_bytes: int
     limits: Limits
+    doorkeeper: Doorkeeper | None = None
+    """None: nobody is asked who they are."""
 
 
 class Call(Stream):
@@ -137,7 +148,7 @@ class Call(Stream):
 
     __slots__ = (
         "_have", "_inbox", "_message", "_need", "_parts", "_prefix", "_room", "_streaming", "_task", "_timer", "_wake",
-        "arrived", "calls", "cancel", "done", "head", "head_sent", "leaving", "loop", "model", "num_rows", "quiet",
+        "answer_metadata", "arrived", "caller", "calls", "cancel", "done", "head", "head_sent", "leaving", "loop", "model", "num_rows", "quiet",
         "request_id", "trace", "version",
     )  # fmt: skip
 
@@ -162,6 +173,10 @@ class Call(Stream):
         self.model = ""
         self.version = ""
         self.num_rows = 0
+        self.caller: Caller | None = ANYONE
+        """None: still to be learned."""
+        self.answer_metadata = b""
+        """Header fields of the answer, beside gRPC's own."""
         self.quiet = False
         """The method writes the access log itself, unless the call fails by itself."""
         self.done = False
@@ -189,19 +204,30 @@ class Call(Stream):
             return
         if head.timeout:
             self._timer = self.loop.call_later(head.timeout, self._deadline)
+        assert head.method is not None
+        if self.calls.doorkeeper is not None and head.method.scope is not None:
+            try:
+                self._who(self.calls.doorkeeper, head.method.scope)
+            except FairleadError as error:
+                self.fail_with(error)
+                return
         if type(head.method) is Streaming:
             self._streaming = True
             self._inbox: deque[tuple[int, Buffer]] = deque()
             self._wake: asyncio.Future[None] | None = None
             self._room: asyncio.Future[None] | None = None
             self._prefix = b""
-            self._start(head.method.run(self), self._end_stream)
+            self._start(self._stream(head.method), self._end_stream)
 
     # What services use
 
     @property
     def metadata(self) -> dict[bytes, bytes]:
         return self.head.metadata
+
+    def tell(self, headers: Mapping[str, str]) -> None:
+        """Further fields of the answer's head, while that is not sent."""
+        self.answer_metadata += b"".join(literal(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items())
 
     def finish(self, parts: list[Buffer]) -> None:
         """Answer a unary call with one message. Nothing happens if the call is over."""
@@ -229,12 +255,17 @@ class Call(Stream):
             self.connection.send_headers(self, self._head_block() + trailers, ended=True)
         self._log(status, message)
 
+    def refuse(self, error: FairleadError, message: str) -> None:
+        """End the call with an error of ours, and what the caller is told beside it."""
+        self.tell(told(error))
+        self.fail(grpc_status(error), message)
+
     def fail_with(self, error: Exception) -> None:
         """End the call with what was raised; what is no error of ours is a bug, and told to the log only."""
         if isinstance(error, Broken):
             self.fail(error.status, error.message)
         elif isinstance(error, FairleadError):
-            self.fail(grpc_status(error), error.message)
+            self.refuse(error, error.message)
         else:
             log.error("request_failed", request_id=self.request_id, model=self.model, exc_info=error)
             self.fail(GrpcStatus.INTERNAL, INTERNAL.message)
@@ -444,8 +475,30 @@ class Call(Stream):
 
     # The work
 
+    def _who(self, doorkeeper: Doorkeeper, scope: Scope) -> None:
+        """Raises Unauthenticated or Forbidden."""
+        head = self.head
+        refuse_twice(head.fields, head.metadata)
+        self.caller = doorkeeper.caller(head.metadata, self.connection.peer, self.connection.certificate)
+        if self.caller is not None:
+            may(self.caller, scope, "")
+
+    async def _learn(self) -> None:
+        doorkeeper, method, connection = self.calls.doorkeeper, self.head.method, self.connection
+        assert doorkeeper is not None and method is not None and method.scope is not None
+        self.caller = await doorkeeper.learn(self.head.metadata, connection.peer, connection.certificate)
+        may(self.caller, method.scope, "")
+
+    async def _stream(self, method: Streaming) -> None:
+        if self.caller is None:
+            await self._learn()
+        await method.run(self)
+
     def _begin_unary(self, message: Buffer) -> None:
         method = self.head.method
+        if self.caller is None:
+            self._start(self._learn(), lambda _: self._begin_unary(message))
+            return
         if type(method) is Unary:
             try:
                 method.start(self, message)
@@ -511,7 +564,7 @@ class Call(Stream):
 
     def _head_block(self) -> bytes:
         id = self.request_id.encode()
-        return HEAD + bytes((len(id),)) + id
+        return HEAD + bytes((len(id),)) + id + self.answer_metadata
 
     def _log(self, status: GrpcStatus, error: str) -> None:
         if not self.quiet or (error and status is not GrpcStatus.CANCELLED):

@@ -11,6 +11,7 @@ import asyncio
 import re
 import socket
 from collections import deque
+from collections.abc import Mapping
 from enum import IntEnum
 from struct import Struct as Layout
 from typing import Any, Protocol, cast
@@ -229,6 +230,9 @@ class Connection(asyncio.Protocol):
         self.buffered_bytes = 0
         # What goes
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self.peer = ""
+        self.certificate: Mapping[str, Any] | None = None
+        """Of a client over TLS that showed one; verified."""
         self.out: list[Buffer] = []
         self.out_bytes = 0
         self.in_turn = False
@@ -254,6 +258,9 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        address = transport.get_extra_info("peername")
+        self.peer = address[0] if isinstance(address, tuple) else ""
+        self.certificate = transport.get_extra_info("peercert") or None
         if (sock := transport.get_extra_info("socket")) is not None:
             # Whoever vanishes without a word while a stream is open is noticed at last.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -4,11 +4,13 @@ import asyncio
 import socket
 import ssl as tls
 
+from fairlead.api.doorkeeper import Doorkeeper
 from fairlead.api.grpc.calls import Call, Calls, Head, read_head
 from fairlead.api.grpc.headers import Headers
 from fairlead.api.grpc.http2 import Connection, Limits
 from fairlead.api.grpc.service import methods_of
 from fairlead.api.offload import Offload
+from fairlead.core.request import Inference
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
 
@@ -24,6 +26,8 @@ class GrpcServer:
         repository: ModelRepository,
         access_log: AccessLog,
         *,
+        gateway: Inference | None = None,
+        doorkeeper: Doorkeeper | None = None,
         max_message_bytes: int = 64 << 20,
         max_connections: int = MAX_CONNECTIONS,
         limits: Limits | None = None,
@@ -31,10 +35,15 @@ class GrpcServer:
         self.limits = limits or Limits(max_buffered_bytes=max(256 << 20, 2 * max_message_bytes))
         self.max_connections = max_connections
         self.port = 0
-        methods = methods_of(repository, access_log)
+        methods = methods_of(repository, gateway or repository, access_log)
         self._offload = Offload()
         self._calls = Calls(
-            methods=methods, access_log=access_log, offload=self._offload, max_message_bytes=max_message_bytes, limits=self.limits
+            methods=methods,
+            access_log=access_log,
+            offload=self._offload,
+            max_message_bytes=max_message_bytes,
+            limits=self.limits,
+            doorkeeper=doorkeeper,
         )
         self._connections: set[Connection] = set()
         self._unwritten: list[Connection] = []

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
+from fairlead.api.doorkeeper import see
 from fairlead.api.grpc.calls import Awaited, Call, Method, Streaming, Unary
 from fairlead.api.grpc.codec import (
     Buffer,
@@ -24,11 +25,13 @@ from fairlead.api.kserve.codec import Form, TooSlow, message_of, with_labels
 from fairlead.api.kserve.metadata import model_config, model_metadata, model_ready, server_metadata
 from fairlead.api.kserve.parameters import file_path
 from fairlead.api.status import GrpcStatus, grpc_status
+from fairlead.core.caller import Caller
 from fairlead.core.errors import FairleadError, InvalidRequest, ModelError, NotFound, ShuttingDown, Unsupported
-from fairlead.core.request import Request, Response
+from fairlead.core.policy import Scope
+from fairlead.core.request import Inference, Request, Response, Ticket
+from fairlead.gateway.identity.identity import may_use
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
-from fairlead.runtime.version import Ticket
 
 INFERENCE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
@@ -44,14 +47,12 @@ NOT_OFFERED = {
 }
 
 
-def methods_of(repository: ModelRepository, access_log: AccessLog) -> dict[bytes, Method]:
+def methods_of(repository: ModelRepository, gateway: Inference, access_log: AccessLog) -> dict[bytes, Method]:
     """The table of methods by path."""
-    service = Service(repository, access_log)
-    answers: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    service = Service(repository, gateway, access_log)
+    answers: dict[str, tuple[type, Callable[[Any, Caller], Any]]] = {
         name: (message_class(f"inference.{name}Request"), getattr(service, method))
         for name, method in {
-            "ServerLive": "server_live",
-            "ServerReady": "server_ready",
             "ServerMetadata": "server_metadata",
             "ModelReady": "model_ready",
             "ModelMetadata": "model_metadata",
@@ -64,25 +65,30 @@ def methods_of(repository: ModelRepository, access_log: AccessLog) -> dict[bytes
     methods |= {
         f"/{INFERENCE}/ModelInfer": Unary(service.model_infer),
         f"/{INFERENCE}/ModelStreamInfer": Streaming(service.model_stream_infer),
-        f"/{INFERENCE}/RepositoryModelLoad": Awaited(service.load),
-        f"/{INFERENCE}/RepositoryModelUnload": Awaited(service.unload),
-        f"/{HEALTH}/Check": _answering(service.HealthRequest, service.health_check),
-        f"/{HEALTH}/Watch": Streaming(service.health_watch),
+        f"/{INFERENCE}/RepositoryModelLoad": Awaited(service.load, Scope.REPOSITORY),
+        f"/{INFERENCE}/RepositoryModelUnload": Awaited(service.unload, Scope.REPOSITORY),
+        f"/{INFERENCE}/ServerLive": _answering(message_class("inference.ServerLiveRequest"), service.server_live, None),
+        f"/{INFERENCE}/ServerReady": _answering(message_class("inference.ServerReadyRequest"), service.server_ready, None),
+        f"/{HEALTH}/Check": _answering(service.HealthRequest, service.health_check, None),
+        f"/{HEALTH}/Watch": Streaming(service.health_watch, None),
     }
     methods |= {f"/{INFERENCE}/{name}": _refusing(what) for what, names in NOT_OFFERED.items() for name in names}
     return {path.encode(): method for path, method in methods.items()}
 
 
-def _answering(kind: Any, answer: Callable[[Any], Any]) -> Unary:
+def _answering(kind: Any, answer: Callable[[Any, Caller], Any], scope: Scope | None = Scope.INFER) -> Unary:
     """A method that needs no waiting: message in, message out."""
 
     def start(call: Call, message: Buffer) -> None:
         request = parse(kind, message)
         call.model = getattr(request, "name", "")
         call.version = getattr(request, "version", "")
-        call.finish([answer(request).SerializeToString()])
+        assert call.caller is not None
+        if call.model:
+            see(call.caller, call.model)
+        call.finish([answer(request, call.caller).SerializeToString()])
 
-    return Unary(start)
+    return Unary(start, scope)
 
 
 def _refusing(what: str) -> Unary:
@@ -108,8 +114,9 @@ class Service:
     LoadRequest = message_class("inference.RepositoryModelLoadRequest")
     UnloadRequest = message_class("inference.RepositoryModelUnloadRequest")
 
-    def __init__(self, repository: ModelRepository, access_log: AccessLog) -> None:
+    def __init__(self, repository: ModelRepository, gateway: Inference, access_log: AccessLog) -> None:
         self.repository = repository
+        self.gateway = gateway
         self.access_log = access_log
 
     # Inference
@@ -127,10 +134,9 @@ class Service:
     def _submit(self, call: Call, infer: InferCall) -> None:
         request = infer.request
         call.model, call.version = request.model, request.version
-        request.arrived = call.arrived
-        request.trace = call.trace
+        complete(request, call, call.arrived)
         form = None if not infer.classes else self.form_of(infer)
-        ticket = self.repository.submit(request, _Answer(self, call, infer, form))
+        ticket = self.gateway.submit(request, _Answer(self, call, infer, form))
         if not call.done:
             call.cancel = ticket.cancel
 
@@ -163,40 +169,43 @@ class Service:
 
     # The server and its models
 
-    def server_live(self, _: Any) -> Any:
+    def server_live(self, _: Any, caller: Caller) -> Any:
         return self.ServerLiveResponse(live=True)
 
-    def server_ready(self, _: Any) -> Any:
+    def server_ready(self, _: Any, caller: Caller) -> Any:
         return self.ServerReadyResponse(ready=self.repository.ready)
 
-    def server_metadata(self, _: Any) -> Any:
+    def server_metadata(self, _: Any, caller: Caller) -> Any:
         return self.ServerMetadataResponse(**server_metadata())
 
-    def model_ready(self, request: Any) -> Any:
+    def model_ready(self, request: Any, caller: Caller) -> Any:
         return self.ModelReadyResponse(ready=model_ready(self.repository, request.name, request.version))
 
-    def model_metadata(self, request: Any) -> Any:
+    def model_metadata(self, request: Any, caller: Caller) -> Any:
         version = self.repository.find(request.name, request.version)
         return self.ModelMetadataResponse(**model_metadata(self.repository, version))
 
-    def model_config(self, request: Any) -> Any:
+    def model_config(self, request: Any, caller: Caller) -> Any:
         version = self.repository.find(request.name, request.version)
         return from_dict(self.ModelConfigResponse, {"config": model_config(version)})
 
-    def model_statistics(self, request: Any) -> Any:
-        return from_dict(self.ModelStatisticsResponse, {"model_stats": self.repository.statistics(request.name, request.version)})
+    def model_statistics(self, request: Any, caller: Caller) -> Any:
+        found = self.repository.statistics(request.name, request.version)
+        return from_dict(self.ModelStatisticsResponse, {"model_stats": [each for each in found if may_use(caller, str(each["name"]))]})
 
     # The repository
 
-    def repository_index(self, request: Any) -> Any:
+    def repository_index(self, request: Any, caller: Caller) -> Any:
         _refuse_named(request)
-        entries = self.repository.index(ready=request.ready)
+        entries = [entry for entry in self.repository.index(ready=request.ready) if may_use(caller, entry.name)]
         rows = [{"name": entry.name, "version": entry.version, "state": str(entry.state), "reason": entry.reason} for entry in entries]
         return self.RepositoryIndexResponse(models=rows)
 
     async def load(self, call: Call, message: Buffer) -> bytes:
         request = parse(self.LoadRequest, message)
         call.model = request.model_name
+        assert call.caller is not None
+        see(call.caller, call.model)
         _refuse_named(request)
         config: str | None = None
         files: dict[str, bytes] = {}
@@ -219,6 +228,8 @@ class Service:
     async def unload(self, call: Call, message: Buffer) -> bytes:
         request = parse(self.UnloadRequest, message)
         call.model = request.model_name
+        assert call.caller is not None
+        see(call.caller, call.model)
         _refuse_named(request)
         for name, parameter in request.parameters.items():
             # No model depends on another here, so both wishes come to the same.
@@ -229,7 +240,7 @@ class Service:
 
     # Health
 
-    def health_check(self, request: Any) -> Any:
+    def health_check(self, request: Any, caller: Caller) -> Any:
         status = self._health(request.service)
         if status == SERVICE_UNKNOWN:
             raise NotFound(f"unknown service '{request.service}'")
@@ -254,6 +265,17 @@ class Service:
         if service not in ("", INFERENCE, HEALTH):
             return SERVICE_UNKNOWN
         return SERVING if self.repository.ready else NOT_SERVING
+
+
+def complete(request: Request, call: Call, arrived: float) -> None:
+    """Add what the call's metadata says to a request."""
+    assert call.caller is not None
+    request.arrived, request.trace, request.caller = arrived, call.trace, call.caller
+    metadata = call.metadata
+    if b"x-fairlead-class" in metadata:
+        request.qos_class = metadata[b"x-fairlead-class"].decode("latin-1")
+    if b"x-fairlead-session" in metadata:
+        request.session = metadata[b"x-fairlead-session"].decode("latin-1")
 
 
 def _refuse_named(request: Any) -> None:
@@ -281,6 +303,8 @@ class _Answer:
         call.num_rows = request.num_rows
         if call.done:
             return
+        if response.headers:
+            call.tell(response.headers)
         try:
             if is_slow(response, form):
                 future = call.in_thread(encode_response, response, request.outputs, form)
@@ -300,7 +324,7 @@ class _Answer:
         call = self.call
         call.cancel = None
         if error is not None:
-            call.fail(grpc_status(error), message_of(error, self.request.id))
+            call.refuse(error, message_of(error, self.request.id))
         elif not self.answered:
             call.fail(GrpcStatus.INTERNAL, f"model '{self.request.model}' gave no response")
 
@@ -371,7 +395,7 @@ class _InferStream:
             relay.add_done_callback(self._relayed)
         else:
             self.turns.append(turn)
-            turn.ticket = self.service.repository.submit(request, turn)
+            turn.ticket = self.service.gateway.submit(request, turn)
 
     def advance(self) -> None:
         """Send the answers whose turn it is."""
@@ -400,7 +424,7 @@ class _InferStream:
         """The responses of a streaming model, at the pace of the client's reading."""
         request, call = infer.request, self.call
         try:
-            async with aclosing(self.service.repository.infer(request)) as responses:
+            async with aclosing(self.service.gateway.infer(request)) as responses:
                 async for response in responses:
                     if is_slow(response, turn.form):
                         parts = await call.in_thread(encode_response, response, request.outputs, turn.form, final=False)
@@ -452,8 +476,7 @@ class _Turn:
 
     def take(self, infer: InferCall) -> Request:
         request = self.request = infer.request
-        request.arrived = self.arrived
-        request.trace = self.stream.call.trace
+        complete(request, self.stream.call, self.arrived)
         self.id, self.model, self.version = request.id, request.model, request.version
         return request
 

@@ -121,6 +121,26 @@ def message_of(error: FairleadError, request_id: str) -> str:
 # Requests
 
 
+class _Shaped(Struct):
+    shape: list[int] = []
+
+
+class _Shapes(Struct):
+    inputs: list[_Shaped] = []
+
+
+_shapes_decoder = msgspec.json.Decoder(_Shapes)
+
+
+def num_rows(body: Data, head_bytes: int | None) -> int:
+    """The first input's first dimension, of a body that nothing else is read of; 1 where it does not say."""
+    try:
+        inputs = _shapes_decoder.decode(body if head_bytes is None else memoryview(body)[:head_bytes]).inputs
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 1
+    return max(inputs[0].shape[0], 1) if inputs and inputs[0].shape else 1
+
+
 def head_size(header: str, size: int) -> int:
     """The JSON's length from the Inference-Header-Content-Length header of a body of `size` bytes."""
     if not (header.isascii() and header.isdigit() and len(header) < 20):

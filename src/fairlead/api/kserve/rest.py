@@ -10,6 +10,7 @@ from msgspec.structs import asdict, replace
 from starlette.requests import Request
 from starlette.responses import Response
 
+from fairlead.api.doorkeeper import caller_of, place, see
 from fairlead.api.kserve.bodies import (
     Health,
     IndexRequest,
@@ -28,8 +29,11 @@ from fairlead.api.kserve.metadata import ModelMetadata, ServerMetadata, model_co
 from fairlead.api.kserve.parameters import file_path
 from fairlead.api.kserve.streaming import Streaming
 from fairlead.api.openapi import Operation
-from fairlead.api.web import Serve, decode_json, health_response, json_response, live_response, place, read_body, ready_response
+from fairlead.api.web import Serve, decode_json, health_response, json_response, live_response, read_body, ready_response
 from fairlead.core.errors import InvalidRequest, Unsupported
+from fairlead.core.policy import Scope
+from fairlead.core.request import Inference
+from fairlead.gateway.identity.identity import may_use
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
 
@@ -43,15 +47,19 @@ MEMORY_KINDS = ("systemsharedmemory", "cudasharedmemory")
 class Rest:
     """The operations upon one repository."""
 
-    def __init__(self, repository: ModelRepository, access_log: AccessLog, max_body_bytes: int) -> None:
+    def __init__(self, repository: ModelRepository, gateway: Inference, access_log: AccessLog, max_body_bytes: int) -> None:
         self.repository = repository
         self.max_body_bytes = max_body_bytes
-        self.streaming = Streaming(repository, access_log, max_body_bytes)
+        self.streaming = Streaming(repository, gateway, access_log, max_body_bytes)
         self.operations = (*self._health(), *self._models(), *self._inference(), *self._repository(), *_not_offered())
 
     # The table
 
     def _health(self) -> Iterator[Operation]:
+        for operation in self._health_operations():
+            yield replace(operation, scope=None)
+
+    def _health_operations(self) -> Iterator[Operation]:
         runs, works = "Whether the server runs", "Whether the server starts, works or stops, and its models are loaded"
         yield _get("/v2/health/live", "serverLive", "health", runs, self.live, Live)
         yield _get("/v2/health/ready", "serverReady", "health", works, self.ready, Ready, 503)
@@ -124,8 +132,28 @@ class Rest:
             example={"ready": True},
         )
         path, errors = "/v2/repository/models/{model}", (400, 404, 413, 503)
-        yield _post(f"{path}/load", "modelLoad", "repository", "Load a model, or load it anew", self.load, LoadRequest, Nothing, *errors)
-        yield _post(f"{path}/unload", "modelUnload", "repository", "Unload a model", self.unload, UnloadRequest, Nothing, *errors)
+        yield _post(
+            f"{path}/load",
+            "modelLoad",
+            "repository",
+            "Load a model, or load it anew",
+            self.load,
+            LoadRequest,
+            Nothing,
+            *errors,
+            scope=Scope.REPOSITORY,
+        )
+        yield _post(
+            f"{path}/unload",
+            "modelUnload",
+            "repository",
+            "Unload a model",
+            self.unload,
+            UnloadRequest,
+            Nothing,
+            *errors,
+            scope=Scope.REPOSITORY,
+        )
 
     # Health
 
@@ -157,13 +185,17 @@ class Rest:
 
     async def statistics(self, request: Request) -> Response:
         model, version = place(request) if "model" in request.path_params else ("", "")
-        return json_response({"model_stats": self.repository.statistics(model, version)})
+        caller, _ = caller_of(request)
+        return json_response(
+            {"model_stats": [each for each in self.repository.statistics(model, version) if may_use(caller, str(each["name"]))]}
+        )
 
     # Repository
 
     async def index(self, request: Request) -> Response:
         asked = await _body(request, IndexRequest, SMALL_BODY_BYTES)
-        rows = self.repository.index(ready=asked.ready)
+        caller, _ = caller_of(request)
+        rows = [row for row in self.repository.index(ready=asked.ready) if may_use(caller, row.name)]
         return json_response([{name: value for name, value in asdict(row).items() if value or name == "name"} for row in rows])
 
     async def load(self, request: Request) -> Response:
@@ -172,11 +204,13 @@ class Rest:
         files = {file_path(name): _file_content(name, content) for name, content in parameters.items()}
         if files and config is None:
             raise InvalidRequest("load parameter 'config' must be given where files are")
+        see(caller_of(request)[0], request.path_params["model"])
         await self.repository.load(request.path_params["model"], config, files or None)
         return json_response({})
 
     async def unload(self, request: Request) -> Response:
         await _body(request, UnloadRequest, SMALL_BODY_BYTES)
+        see(caller_of(request)[0], request.path_params["model"])
         await self.repository.unload(request.path_params["model"])
         return json_response({})
 

@@ -10,14 +10,15 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
+from fairlead.api.doorkeeper import place
 from fairlead.api.kserve import codec
 from fairlead.api.kserve.generate import decode_flat, encode_flat
 from fairlead.api.line import AccessLine
 from fairlead.api.openapi import EVENTS, HEADER_LENGTH, JSON
 from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status
-from fairlead.api.web import EventStream, error_response, place, read_body, while_connected
+from fairlead.api.web import EventStream, error_response, framed, read_body, while_connected
 from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge
-from fairlead.core.request import Request, Response
+from fairlead.core.request import Inference, Request, Response
 from fairlead.core.specs import ModelSpec
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
@@ -31,8 +32,9 @@ Encode = Callable[[Response], Awaitable[bytes]]
 class Streaming:
     """Endpoints whose answers come in several parts, or could."""
 
-    def __init__(self, repository: ModelRepository, access_log: AccessLog, max_body_bytes: int) -> None:
+    def __init__(self, repository: ModelRepository, gateway: Inference, access_log: AccessLog, max_body_bytes: int) -> None:
         self.repository = repository
+        self.gateway = gateway
         self.access_log = access_log
         self.max_body_bytes = max_body_bytes
 
@@ -82,7 +84,7 @@ class Streaming:
 
     async def _generate(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
         request = await self._flat(http, line)
-        event = await while_connected(http.receive, self._only_event(request, line))
+        event = await while_connected(http.scope, http.receive, self._only_event(request, line))
         if event is None:
             return _left(line)
         line.end(200, "")
@@ -117,28 +119,32 @@ class Streaming:
         return request
 
     def _complete(self, line: AccessLine, request: Request) -> None:
-        request.arrived, request.trace = line.arrived, line.trace
-        line.request = request
+        line.complete(request)
 
     # Out
 
     async def _events(self, request: Request, line: AccessLine, encode: Encode) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._responses(request, line)) as responses:
+            async for response in responses:
+                yield framed(await encode(response))
+
+    async def _responses(self, request: Request, line: AccessLine) -> AsyncGenerator[Response, None]:
         try:
-            async with aclosing(self.repository.infer(request)) as responses:
+            async with aclosing(self.gateway.infer(request)) as responses:
                 async for response in responses:
-                    line.version = response.version
-                    yield await encode(response)
+                    line.answered(response)
+                    yield response
         except FairleadError as error:
             raise _named(error, request.id) from None
 
     async def _only_event(self, request: Request, line: AccessLine) -> bytes:
-        async with aclosing(self._events(request, line, _encode_flat)) as events:
-            event = await anext(events, None)
-            if event is None or await anext(events, None) is not None:
+        async with aclosing(self._responses(request, line)) as responses:
+            response = await anext(responses, None)
+            if response is None or await anext(responses, None) is not None:
                 raise InvalidRequest(
                     "generate expects model to produce exactly 1 response, use generate stream for model that generates various number of responses"
                 )
-        return event
+        return encode_flat(response)
 
 
 async def _encode_flat(response: Response) -> bytes:
@@ -147,7 +153,7 @@ async def _encode_flat(response: Response) -> bytes:
 
 def _named(error: FairleadError, request_id: str) -> FairleadError:
     """The error, saying which request it is about."""
-    return type(error)(codec.message_of(error, request_id))
+    return error.saying(codec.message_of(error, request_id))
 
 
 def _left(line: AccessLine) -> HttpResponse:

@@ -153,8 +153,8 @@ class Model(Struct):
     id: str
     created: int
     owned_by: str
-    max_model_len: int
-    """Tokens of prompt and answer together."""
+    max_model_len: int | None = None
+    """Tokens of prompt and answer together; null where another server knows."""
     object: Literal["model"] = "model"
 
 

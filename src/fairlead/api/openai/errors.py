@@ -1,6 +1,5 @@
 """OpenAI's shape of errors: `{"error": {"message", "type", "param", "code"}}`, and which error is which."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -12,10 +11,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fairlead.api.status import http_status
+from fairlead.api.status import http_status, told
 from fairlead.api.web import json_response
 from fairlead.core import errors
-from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge, Unavailable
+from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge
+from fairlead.gateway.reuse.response_cache import NotStored
 
 T = TypeVar("T")
 
@@ -61,8 +61,14 @@ CODES: dict[type[FairleadError], tuple[int, str, str | None]] = {
     errors.ContextExceeded: (400, "invalid_request_error", "context_length_exceeded"),
     errors.TooLarge: (413, "invalid_request_error", "request_too_large"),
     errors.InvalidRequest: (400, "invalid_request_error", None),
+    errors.Filtered: (400, "invalid_request_error", "content_filter"),
+    errors.Unauthenticated: (401, "invalid_request_error", "invalid_api_key"),
+    errors.Forbidden: (403, "invalid_request_error", "permission_denied"),
     errors.NotFound: (404, "invalid_request_error", "model_not_found"),
     errors.Unsupported: (400, "invalid_request_error", "unsupported_model"),
+    NotStored: (504, "server_error", "not_stored"),
+    errors.LimitExceeded: (429, "rate_limit_error", "rate_limit_exceeded"),
+    errors.Shed: (429, "rate_limit_error", "overloaded"),
     errors.QueueFull: (429, "rate_limit_error", "queue_full"),
     errors.TimeoutExpired: (503, "server_error", "queue_timeout"),
     errors.Unavailable: (503, "server_error", "unavailable"),
@@ -91,19 +97,32 @@ class OpenAIErrors:
         self.prompt = prompt
 
     def response(self, error: FairleadError, headers: Mapping[str, str]) -> Response:
-        headers = dict(headers)
-        if isinstance(error, Unavailable):
-            headers["Retry-After"] = str(math.ceil(error.retry_after))
+        headers = {**headers, **told(error)}
         if isinstance(error, TooLarge):
             # What is left of the body is not worth reading.
             headers["Connection"] = "close"
         return json_response(self._body(error), _entry(error)[0], headers)
+
+    def refusal(self, request: Request, error: HTTPException) -> Response:
+        """What never reaches an operation: an unknown path, a method that the path does not have."""
+        message, code = error.detail, None
+        if error.status_code == 404:
+            message = f"Unknown request URL: {request.method} {request.url.path}. Please check the URL for typos."
+            code = "unknown_url"
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            message, code = f"Not allowed to {request.method} on {request.url.path}: its methods are {allowed}.", "method_not_supported"
+        return json_response(
+            OpenAIError(OpenAIErrorDetails(message, "invalid_request_error", None, code)), error.status_code, error.headers
+        )
 
     def event(self, error: FairleadError) -> bytes:
         return msgspec.json.encode(self._body(error))
 
     def _body(self, error: FairleadError) -> OpenAIError:
         _, kind, code = _entry(error)
+        if isinstance(error, errors.LimitExceeded) and error.reason.startswith("budget"):
+            kind = code = "insufficient_quota"
         if isinstance(error, BadParameter):
             return OpenAIError(OpenAIErrorDetails(error.message, kind, error.param, error.code))
         param = None
@@ -115,23 +134,15 @@ class OpenAIErrors:
         return OpenAIError(OpenAIErrorDetails(error.message, kind, param, code))
 
 
+def openai_status(error: FairleadError) -> int:
+    return _entry(error)[0]
+
+
 def _entry(error: FairleadError) -> tuple[int, str, str | None]:
     for kind in type(error).__mro__:
         if kind in CODES:
             return CODES[kind]
     return http_status(error), "server_error", None
-
-
-def refusal(request: Request, error: HTTPException) -> Response:
-    """What never reaches an operation: an unknown path, a method that the path does not have."""
-    message, code = error.detail, None
-    if error.status_code == 404:
-        message = f"Unknown request URL: {request.method} {request.url.path}. Please check the URL for typos."
-        code = "unknown_url"
-    elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        message, code = f"Not allowed to {request.method} on {request.url.path}: its methods are {allowed}.", "method_not_supported"
-    return json_response(OpenAIError(OpenAIErrorDetails(message, "invalid_request_error", None, code)), error.status_code, error.headers)
 
 
 def decode_body(body: bytes, type_: type[T]) -> T:

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import structlog
 from msgspec import Struct
@@ -13,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
+from fairlead.api.doorkeeper import caller_of, see
 from fairlead.api.line import AccessLine
 from fairlead.api.openai.answers import (
     Answer,
@@ -38,13 +40,16 @@ from fairlead.api.openai.bodies import (
     texts_of,
 )
 from fairlead.api.openai.errors import BadParameter, OpenAIError, OpenAIErrors, decode_body
+from fairlead.api.openai.passing import Peek, Whole, chained, passed, peek, raw_of
 from fairlead.api.openai.together import each, interleaved
 from fairlead.api.openapi import Operation
 from fairlead.api.status import CLIENT_LEFT, INTERNAL
-from fairlead.api.web import EventStream, Serve, json_response, read_body, while_connected
-from fairlead.core.errors import FairleadError, NotFound
+from fairlead.api.web import EventStream, Serve, framed, json_response, read_body, while_connected
+from fairlead.core.caller import Caller
+from fairlead.core.errors import FairleadError, InvalidRequest, NotFound
 from fairlead.core.generation import Delta, Detokenize, Embed, EngineInfo, Generate, Prompt, Tokenize
-from fairlead.core.request import Request
+from fairlead.core.request import Inference, Raw, Request, Response
+from fairlead.gateway.identity.identity import may_use
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
 
@@ -53,15 +58,31 @@ B = TypeVar("B", ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, Detokeni
 OWNER = "fairlead"
 MAX_BODY_BYTES = 16 << 20
 DONE = b"[DONE]"
+PASSED_ON = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/embeddings"))
+"""What goes on to other servers."""
 
 log = structlog.get_logger(__name__)
+
+
+class Elsewhere(Protocol):
+    """Which models other servers compute."""
+
+    def remote(self, model: str) -> bool:
+        """No version of it is here: its bodies go on as they come."""
+
+    def remote_models(self) -> list[str]: ...
 
 
 class OpenAI:
     """The operations upon one repository."""
 
-    def __init__(self, repository: ModelRepository, access_log: AccessLog, max_body_bytes: int) -> None:
+    def __init__(
+        self, repository: ModelRepository, gateway: Inference, access_log: AccessLog, max_body_bytes: int, elsewhere: Elsewhere | None
+    ) -> None:
+        """`elsewhere`: which models other servers compute; None: none."""
         self.repository = repository
+        self.gateway = gateway
+        self.elsewhere = elsewhere
         self.access_log = access_log
         self.max_body_bytes = min(max_body_bytes, MAX_BODY_BYTES)
         self.since = int(time.time())
@@ -77,24 +98,32 @@ class OpenAI:
 
     # Models
 
-    async def models(self, _: HttpRequest) -> HttpResponse:
-        names = sorted({entry.name for entry in self.repository.index(ready=True) if self.repository.versions(entry.name)})
+    async def models(self, http: HttpRequest) -> HttpResponse:
+        caller, _ = caller_of(http)
+        ready = {entry.name for entry in self.repository.index(ready=True) if self.repository.versions(entry.name)}
+        names = sorted(name for name in ready if may_use(caller, name))
         found = {name: self.repository.engine_info(name) for name in names}
-        return json_response(Models([self._model(name, info) for name, info in found.items() if info is not None]))
+        listed = [self._model(name, info) for name, info in found.items() if info is not None]
+        others = [] if self.elsewhere is None else self.elsewhere.remote_models()
+        listed += [Model(name, self.since, OWNER) for name in others if name not in found and may_use(caller, name)]
+        return json_response(Models(listed))
 
     async def model(self, http: HttpRequest) -> HttpResponse:
         name = http.path_params["model"]
+        caller, _ = caller_of(http)
+        if self.elsewhere is not None and self.elsewhere.remote(name) and may_use(caller, name):
+            return json_response(Model(name, self.since, OWNER))
         try:
-            return json_response(self._model(name, self._info(*_parted(name))))
+            return json_response(self._model(name, self._info(caller_of(http)[0], *_parted(name))))
         except FairleadError as error:
             return OpenAIErrors().response(error, {})
 
     def _model(self, name: str, info: EngineInfo) -> Model:
         return Model(name, self.since, OWNER, info.max_model_len)
 
-    def _info(self, name: str, version: str) -> EngineInfo:
+    def _info(self, caller: Caller, name: str, version: str) -> EngineInfo:
         """Raises NotFound, Unavailable, or BadParameter for a model of tensors."""
-        if not self.repository.known(name):
+        if not self.repository.known(name) or not may_use(caller, name):
             raise NotFound(f"The model '{name}' does not exist or you do not have access to it.")
         info = self.repository.engine_info(name, version)
         if info is None:
@@ -129,37 +158,53 @@ class OpenAI:
     async def _text_of(self, prompt: Generate, line: AccessLine) -> str:
         if prompt.text is not None:
             return prompt.text
-        return (await self._only(self._request(Detokenize(token_ids=prompt.token_ids or []), line))).text
+        return (await self._only(line, self._request(Detokenize(token_ids=prompt.token_ids or []), line))).text
 
     async def _generate(
         self, http: HttpRequest, body: ChatBody | CompletionBody, prompts: list[Generate], answer: Answer, line: AccessLine
     ) -> Any:
-        requests = [self._request(prompt, line, body.priority) for prompt in prompts]
+        requests = self._requests(prompts, line, body.priority)
         if body.stream:
-            events = self._events(requests, answer, include_usage=body.include_usage)
+            events = self._events(line, requests, answer, include_usage=body.include_usage)
             return EventStream(events, line.end, line.headers, OpenAIErrors(body.prompt_parameter))
-        deltas = await while_connected(http.receive, each(self._deltas, requests))
-        return _left(line) if deltas is None else _answered(answer.whole(deltas), line)
+        found = await while_connected(http.scope, http.receive, each(partial(self._responses, line), requests))
+        if found is None:
+            return _left(line)
+        if found[0][0].raw is not None:
+            return _passed(found[0][0], line)
+        return _answered(answer.whole([[_delta(response) for response in responses] for responses in found]), line)
 
-    async def _events(self, requests: list[Request], answer: Answer, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    async def _events(
+        self, line: AccessLine, requests: list[Request], answer: Answer, *, include_usage: bool
+    ) -> AsyncGenerator[bytes, None]:
         """Nothing comes before the first delta: until then an error is an ordinary answer with its status."""
         last: list[Delta] = []
-        async with aclosing(interleaved(self._stream, requests)) as deltas:
-            async for number, delta in deltas:
+        passed_on = False
+        async with aclosing(interleaved(partial(self._stream, line), requests)) as responses:
+            async for number, response in responses:
+                if response.raw is not None:  # another server's, whole
+                    if response.status != 200:
+                        raise InvalidRequest(f"the model that answers in its place refuses: {response.raw[:512].decode(errors='replace')}")
+                    yield response.raw
+                    passed_on = True
+                    continue
+                delta = _delta(response)
                 for chunk in answer.chunks(number, delta):
-                    yield chunk
+                    yield framed(chunk)
                 if delta.usage is not None:
                     last.append(delta)
+        if passed_on:
+            return
         if include_usage:
-            yield answer.closing(total_usage(last))
-        yield DONE
+            yield framed(answer.closing(total_usage(last)))
+        yield framed(DONE)
 
     # Embeddings and tokens
 
     async def embed(self, http: HttpRequest, body: EmbeddingBody, line: AccessLine) -> Any:
         prompts = [Embed(text=text, token_ids=ids, dimensions=body.dimensions) for text, ids in texts_of(body.input, "input")]
-        requests = [self._request(prompt, line, body.priority) for prompt in prompts]
-        deltas = await while_connected(http.receive, each(self._only, requests))
+        requests = self._requests(prompts, line, body.priority)
+        deltas = await while_connected(http.scope, http.receive, each(partial(self._only, line), requests))
         return _left(line) if deltas is None else _answered(embeddings(deltas, body.model, body.encoding_format or "float"), line)
 
     async def tokenize(self, http: HttpRequest, body: TokenizeBody, line: AccessLine) -> Any:
@@ -168,44 +213,68 @@ class OpenAI:
             raise BadParameter("Give either 'prompt' or 'messages'.", "prompt", "invalid_value")
         chat = None if body.messages is None else chat_of(body)
         prompt = Tokenize(text=body.prompt, chat=chat, add_special_tokens=body.add_special_tokens)
-        delta = await while_connected(http.receive, self._only(self._request(prompt, line)))
+        delta = await while_connected(http.scope, http.receive, self._only(line, self._request(prompt, line)))
         if delta is None:
             return _left(line)
-        max_model_len = self._info(line.model, line.version).max_model_len
+        max_model_len = self._info(line.caller, line.model, line.version).max_model_len
         spelled = delta.tokens if body.return_token_strs else None
         return _answered(Tokens(len(delta.token_ids), max_model_len, delta.token_ids, spelled), line)
 
     async def detokenize(self, http: HttpRequest, body: DetokenizeBody, line: AccessLine) -> Any:
-        delta = await while_connected(http.receive, self._only(self._request(Detokenize(token_ids=body.tokens), line)))
+        delta = await while_connected(http.scope, http.receive, self._only(line, self._request(Detokenize(token_ids=body.tokens), line)))
         return _left(line) if delta is None else _answered(Text(delta.text), line)
 
     # To the repository and back
 
     def _request(self, prompt: Prompt, line: AccessLine, priority: int | None = None) -> Request:
-        request = line.request = Request(
-            model=line.model,
-            version=line.version,
-            prompt=prompt,
-            id=line.id,
-            trace=line.trace,
-            arrived=line.arrived,
-            priority=priority or 0,
-        )
-        return request
+        return line.complete(Request(model=line.model, version=line.version, prompt=prompt, id=line.id, priority=priority or 0))
 
-    async def _stream(self, request: Request) -> AsyncGenerator[Delta, None]:
-        async with aclosing(self.repository.infer(request)) as responses:
+    def _requests(self, prompts: Sequence[Prompt], line: AccessLine, priority: int | None) -> list[Request]:
+        """The prompts of one HTTP request, which limits count as one."""
+        requests = [self._request(prompt, line, priority) for prompt in prompts]
+        if len(requests) == 1:
+            requests[0].raw = line.raw
+        for request in requests[1:]:
+            request.num_requests = 0
+        return requests
+
+    async def _stream(self, line: AccessLine, request: Request) -> AsyncGenerator[Response, None]:
+        async with aclosing(self.gateway.infer(request)) as responses:
             async for response in responses:
-                assert response.delta is not None
-                yield response.delta
+                line.answered(response)
+                yield response
 
-    async def _deltas(self, request: Request) -> list[Delta]:
-        async with aclosing(self._stream(request)) as deltas:
-            return [delta async for delta in deltas]
+    async def _responses(self, line: AccessLine, request: Request) -> list[Response]:
+        async with aclosing(self._stream(line, request)) as responses:
+            return [response async for response in responses]
 
-    async def _only(self, request: Request) -> Delta:
-        (delta,) = await self._deltas(request)
-        return delta
+    async def _only(self, line: AccessLine, request: Request) -> Delta:
+        (response,) = await self._responses(line, request)
+        return _delta(response)
+
+    # To other servers
+
+    async def _pass(self, http: HttpRequest, peeked: Peek, line: AccessLine, raw: Raw) -> Any:
+        """To a model of which no version is here."""
+        request = line.complete(Request(model=line.model, version=line.version, raw=raw, id=line.id))
+        request.session = request.session or peeked.session
+        if not raw.stream:
+            answer = await while_connected(http.scope, http.receive, Whole.of(self.gateway, request))
+            return _left(line) if answer is None else _passed(answer, line)
+        responses = self.gateway.infer(request)
+        try:
+            first = await while_connected(http.scope, http.receive, _first(responses))
+        except BaseException:
+            await responses.aclose()
+            raise
+        if first is None:
+            await responses.aclose()
+            return _left(line)
+        line.answered(first)
+        if first.status != 200:
+            await responses.aclose()
+            return _passed(first, line)
+        return EventStream(chained(first, responses), line.end, line.headers, OpenAIErrors())
 
     # Rows of the table
 
@@ -255,9 +324,17 @@ class OpenAI:
         async def endpoint(http: HttpRequest) -> Any:
             line = AccessLine(self.access_log, http)
             try:
-                body = decode_body(await read_body(http, self.max_body_bytes), type_)
+                data = await read_body(http, self.max_body_bytes)
+                if self.elsewhere is not None and (path := http.scope["path"]) in PASSED_ON:
+                    peeked = peek(data)
+                    line.model, line.version = _parted(peeked.model)
+                    line.raw = raw_of(peeked, path, data)
+                    if self.elsewhere.remote(line.model):
+                        see(line.caller, line.model)
+                        return await self._pass(http, peeked, line, line.raw)
+                body = decode_body(data, type_)
                 line.model, line.version = _parted(body.model)
-                self._info(line.model, line.version)
+                self._info(line.caller, line.model, line.version)
                 line.version = self.repository.find(line.model, line.version).version
                 return await serve(http, body, line)
             except FairleadError as error:
@@ -278,6 +355,21 @@ class OpenAI:
                 return errors.response(INTERNAL, line.headers)
 
         return endpoint
+
+
+async def _first(responses: AsyncGenerator[Response, None]) -> Response:
+    return await anext(responses)
+
+
+def _delta(response: Response) -> Delta:
+    assert response.delta is not None
+    return response.delta
+
+
+def _passed(response: Response, line: AccessLine) -> HttpResponse:
+    line.answered(response)
+    line.end(response.status, "" if response.status < 400 else "the upstream refuses")
+    return passed(response, line.headers)
 
 
 def _parted(model: str) -> tuple[str, str]:

@@ -1,0 +1,152 @@
+"""Says who calls, at every door, before a body is read; and that a signed request is what was signed."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+
+from fairlead.api.web import place as place_of
+from fairlead.core.caller import ANYONE, Caller, Credentials, Envelope
+from fairlead.core.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
+from fairlead.core.policy import AuthSettings, Scope
+from fairlead.gateway.identity.identity import Identity, client_address, may_use
+from fairlead.gateway.signing import Nonces, SharedNonces, key_id, verify
+
+Headers = Mapping[bytes, bytes]
+Fields = list[tuple[bytes, bytes]]
+
+CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key", b"signature-input"))
+ONCE = CREDENTIALS | {b"host", b"x-fairlead-class", b"x-fairlead-session", b"x-forwarded-for"}
+"""Headers that say who somebody is or what they may: one that comes twice could be read in two ways."""
+CALLER = "fairlead.caller"
+"""Where the ASGI scope has it."""
+
+
+class Doorkeeper:
+    def __init__(self, identity: Identity, auth: AuthSettings, nonces: Nonces | SharedNonces) -> None:
+        self.identity = identity
+        self.auth = auth
+        self.nonces = nonces
+
+    def caller(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None) -> Caller | None:
+        """Who calls; None where that must be `learn`ed. Raises Unauthenticated."""
+        if certificate is None and self.identity.asks_nobody and CREDENTIALS.isdisjoint(headers):
+            return ANYONE
+        return self.identity.known(self._credentials(headers, peer, certificate), time.time())
+
+    async def learn(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None) -> Caller:
+        """Raises Unauthenticated."""
+        return await self.identity.learn(self._credentials(headers, peer, certificate), time.time())
+
+    async def prove(self, envelope: Envelope, caller: Caller) -> str:
+        """The id of the key that signed this message. Raises Unauthenticated for a signature that does not hold, or another's."""
+        now = time.time()
+        verified = verify(envelope, self.identity.signing_key_of, window=self.auth.signature_seconds, now=now)
+        if caller.key and verified.key != caller.key:
+            raise Unauthenticated("the request is signed by another key than the one it shows")
+        if isinstance(self.nonces, Nonces):
+            self.nonces.use(verified, now)
+        else:
+            await self.nonces.use(verified, now)
+        return verified.key
+
+    async def admit(self, http: HttpRequest, scope: Scope | None) -> None:
+        """Put the caller into the ASGI scope. Raises Unauthenticated, and Forbidden where its scopes lack this one."""
+        if scope is None:
+            return
+        fields: Fields = http.scope["headers"]
+        headers = dict(fields)
+        refuse_twice(fields, headers)
+        peer, certificate = _peer(http)
+        caller = self.caller(headers, peer, certificate) or await self.learn(headers, peer, certificate)
+        signed_by = ""
+        if is_signed(headers):
+            signed_by = await self.prove(envelope_of(http, await http.body()), caller)
+        may(caller, scope, signed_by)
+        http.scope[CALLER] = (caller, signed_by)
+
+    def _credentials(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None) -> Credentials:
+        if self.auth.trusted_proxies:
+            peer = client_address(peer, _text(headers, b"x-forwarded-for"), self.auth.trusted_proxies)
+        return Credentials(
+            authorization=_text(headers, b"authorization"),
+            api_key=_text(headers, b"x-api-key") or _text(headers, b"api-key"),
+            signature_input=_text(headers, b"signature-input"),
+            address=peer,
+            certificate=certificate,
+        )
+
+
+def is_signed(headers: Headers) -> bool:
+    """For us: a proxy's own signature is none of our business."""
+    return b"signature-input" in headers and bool(key_id(_text(headers, b"signature-input")))
+
+
+def may(caller: Caller, scope: Scope, signed_by: str) -> None:
+    """Raises Forbidden, or Unauthenticated where nothing was proved."""
+    if scope not in caller.scopes:
+        raise Forbidden(f"this key has no scope '{scope}'")
+    if caller.must_sign and not signed_by:
+        raise Unauthenticated("requests of this tenant must be signed (RFC 9421): see docs/signing.md")
+
+
+def caller_of(http: HttpRequest) -> tuple[Caller, str]:
+    """Who calls, and the key that signed."""
+    return http.scope.get(CALLER) or (ANYONE, "")
+
+
+def place(http: HttpRequest) -> tuple[str, str]:
+    """(model, version) of the path. Raises NotFound for a model that the caller may not use, as for one that is not there."""
+    model, version = place_of(http)
+    see(caller_of(http)[0], model)
+    return model, version
+
+
+def see(caller: Caller, model: str) -> None:
+    """Raises NotFound."""
+    if not may_use(caller, model):
+        raise NotFound(f"Request for unknown model: '{model}' is not found")
+
+
+def refuse_twice(fields: Fields, headers: Headers) -> None:
+    """Raises InvalidRequest for a header that must not come twice."""
+    if len(headers) == len(fields):
+        return
+    seen = set()
+    for name, _ in fields:
+        if name in seen and name in ONCE:
+            raise InvalidRequest(f"header '{name.decode('ascii')}' comes twice")
+        seen.add(name)
+
+
+def joined(fields: Fields) -> dict[bytes, bytes]:
+    """Values of one name together, as RFC 9110 reads them."""
+    headers: dict[bytes, bytes] = {}
+    for name, value in fields:
+        headers[name] = headers[name] + b", " + value if name in headers else value
+    return headers
+
+
+def envelope_of(http: HttpRequest, body: bytes = b"") -> Envelope:
+    scope = http.scope
+    query = scope["query_string"]
+    target = scope["raw_path"] + (b"?" + query if query else b"")
+    return Envelope(
+        method=scope["method"],
+        target=target.decode("latin-1"),
+        scheme=scope["scheme"],
+        authority=http.headers.get("host", "").lower(),
+        headers=joined(scope["headers"]),
+        body=body,
+    )
+
+
+def _peer(http: HttpRequest) -> tuple[str, Mapping[str, Any] | None]:
+    client = http.scope.get("client")
+    return client[0] if client else "", http.scope.get("fairlead.certificate")
+
+
+def _text(headers: Headers, name: bytes) -> str:
+    value = headers.get(name)
+    return value.decode("latin-1") if value else ""

@@ -1,0 +1,105 @@
+"""What the gateway's policies come to for one model: worked out once, asked on every request."""
+
+import time
+from collections.abc import Callable
+
+from fairlead.core.policy import FilterPolicy, GatewaySettings, ModelPolicy, rules_of
+from fairlead.gateway.filters.filters import Filters
+from fairlead.gateway.limits.meter import Subject
+from fairlead.gateway.limits.price import FREE
+from fairlead.gateway.queue import FairQueue, Waiting
+
+MAX_COURSES = 4096
+MAX_FILTERS = 256
+"""Compiled ones of tenants."""
+
+
+class Course:
+    """One model, as its requests find it. Made anew when the configuration changes; the queue goes on."""
+
+    def __init__(self, name: str, settings: GatewaySettings, queue: FairQueue | None, filters: Filters | None) -> None:
+        policy = settings.model(name)
+        self.name = name
+        self.policy: ModelPolicy = policy
+        self.price = policy.price if policy.price != FREE else FREE
+        rules = rules_of(policy.limits)
+        self.subject = Subject(f"model:{name}", rules) if rules else None
+        self.queue = queue
+        self.filters = filters
+        self.reuses = policy.cache.mode != "off" or policy.cache.single_flight
+
+    @property
+    def plain(self) -> bool:
+        """Nothing is asked of a request that its caller does not bring with it."""
+        return (
+            self.queue is None and self.filters is None and self.subject is None and not self.reuses and not self.policy.require_signature
+        )
+
+
+class Courses:
+    """By model. Queues outlive a change of the configuration: whoever waits in them goes on waiting."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        max_in_flight: Callable[[str], int],
+        changed: Callable[[], object],
+        come: Callable[[Waiting], None],
+    ) -> None:
+        """`come`: their turn has come. `max_in_flight`: what a model's engines compute at once, 0 for others; another object of `changed` says that it may
+        be different now."""
+        self.settings = settings
+        self._changed = changed
+        self._come = come
+        self._max_in_flight = max_in_flight
+        self._seen: object = None
+        self._courses: dict[str, Course] = {}
+        self._filters: dict[FilterPolicy, Filters] = {}
+        self.queues: dict[str, FairQueue] = {}
+
+    def configure(self, settings: GatewaySettings, filters: dict[FilterPolicy, Filters]) -> None:
+        self.settings = settings
+        self._courses = {}
+        self._filters |= filters
+
+    def __getitem__(self, model: str) -> Course:
+        changed = self._changed()
+        if changed is not self._seen:
+            self._seen, self._courses = changed, {}
+        found = self._courses.get(model)
+        if found is None:
+            if len(self._courses) >= MAX_COURSES:
+                self._courses.clear()  # names that nobody serves
+            policy = self.settings.model(model).filters
+            filters = None if policy is None else self.filters(policy)
+            found = self._courses[model] = Course(model, self.settings, self._queue(model), filters)
+        return found
+
+    def filters(self, policy: FilterPolicy) -> Filters:
+        """A tenant's own, compiled once."""
+        found = self._filters.get(policy)
+        if found is None:
+            if len(self._filters) >= MAX_FILTERS:
+                self._filters.clear()
+            found = self._filters[policy] = Filters.of(policy)
+        return found
+
+    def _queue(self, model: str) -> FairQueue | None:
+        settings = self.settings.model(model).queue
+        limit = self._max_in_flight(model) if settings.max_in_flight is None else settings.max_in_flight
+        queue = self.queues.get(model)
+        if queue is None:
+            if not limit:
+                return None
+            queue = self.queues[model] = FairQueue(settings, limit)
+        queue.configure(settings)
+        for item in queue.resize(limit, time.perf_counter()):
+            self._come(item)
+        return queue
+
+
+def compiled(settings: GatewaySettings) -> dict[FilterPolicy, Filters]:
+    """All filters that a configuration names. Takes a while: not for the event loop. Raises ConfigError."""
+    models = [policy.filters for policy in settings.models.values()]
+    tenants = [policy.filters for policy in settings.tenants.values()]
+    return {policy: Filters.of(policy) for policy in (*models, *tenants) if policy is not None}

@@ -1,0 +1,50 @@
+"""How much a request will take, before it is known."""
+
+from typing import NamedTuple
+
+from fairlead.core.generation import Chat, Embed, Generate, Usage
+from fairlead.core.request import Request
+
+CHARS_PER_TOKEN = 4.0
+"""Of a prompt in most tokenizers' English; the truth corrects it when the answer is there."""
+TOKENS_PER_MESSAGE = 4
+"""What a chat template adds to each turn."""
+
+
+class Work(NamedTuple):
+    usage: Usage | None
+    """None for tensors."""
+    rows: int
+
+
+def estimate(request: Request, default_output_tokens: int) -> Work:
+    """From what the request says: the length of its texts and the most that it may be answered, or its rows."""
+    raw, prompt = request.raw, request.prompt
+    if isinstance(prompt, Generate):
+        sampling = prompt.sampling
+        wanted = default_output_tokens if sampling.max_tokens is None else sampling.max_tokens
+        return Work(Usage(prompt_tokens=_tokens(prompt.text, prompt.token_ids, prompt.chat), completion_tokens=wanted * sampling.n), 0)
+    if isinstance(prompt, Embed):
+        return Work(Usage(prompt_tokens=_tokens(prompt.text, prompt.token_ids, None)), 0)
+    if prompt is not None:
+        return Work(Usage(), 0)
+    if raw is None:
+        array = next(iter(request.inputs.values()), None)
+        return Work(None, array.shape[0] if array is not None and array.ndim else 1)
+    if raw.num_rows:
+        return Work(None, raw.num_rows)
+    wanted = default_output_tokens if raw.max_tokens is None else raw.max_tokens
+    return Work(Usage(prompt_tokens=_tokens_of(raw.prompt_chars), completion_tokens=wanted * raw.num_choices), 0)
+
+
+def _tokens(text: str | None, token_ids: list[int] | None, chat: Chat | None) -> int:
+    if token_ids is not None:
+        return len(token_ids)
+    if chat is not None:
+        messages = chat.messages
+        return _tokens_of(sum(len(message.content or "") for message in messages)) + TOKENS_PER_MESSAGE * len(messages)
+    return _tokens_of(len(text or ""))
+
+
+def _tokens_of(num_chars: int) -> int:
+    return int(num_chars / CHARS_PER_TOKEN) + 1

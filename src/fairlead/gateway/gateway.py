@@ -1,0 +1,845 @@
+"""The path that every request walks, whatever it asks for: read it from the top to the bottom.
+
+    allow    this caller may use this model, in this class of service
+    watch    its tenant is not blocked or throttled
+    check    its texts pass the filters
+    recall   an answer that is stored, or one that is being computed, will do
+    hold     what it may take is reserved from every limit that applies
+    turn     it waits for its turn before the model
+    (dispatch: a version, a replica, another try)
+    seen     every response on its way back: usage, filters
+    finish   the hold is settled, the next one's turn, the books
+
+Who calls was found out at the door, before the body was read. A request that needs none of this is handed on at once.
+`admit` is one coroutine for both forms of asking. It is driven here and now, without a task: what usually never waits costs
+no hand-off. Only one that does wait becomes a task.
+"""
+
+import asyncio
+import time
+import types
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+import numpy as np
+import structlog
+from msgspec import structs
+
+from fairlead.core.caller import ANYONE, Caller
+from fairlead.core.errors import (
+    Cancelled,
+    FairleadError,
+    Filtered,
+    Forbidden,
+    InvalidRequest,
+    ModelError,
+    NotFound,
+    Shed,
+    ShuttingDown,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+)
+from fairlead.core.generation import Embed, Generate, Usage
+from fairlead.core.policy import Amounts, FilterPolicy, GatewaySettings, Unit, rules_of
+from fairlead.core.request import Pausable, Request, Response, Sink, Ticket
+from fairlead.gateway.abuse import Abuse, Seen
+from fairlead.gateway.course import Course, Courses
+from fairlead.gateway.estimate import Work, estimate
+from fairlead.gateway.filters.filters import Filters
+from fairlead.gateway.filters.moderation import by_label
+from fairlead.gateway.filters.output import OutputFilter
+from fairlead.gateway.identity.identity import may_use, qos_class_of
+from fairlead.gateway.limits.ledger import AnyLimiter, Hold
+from fairlead.gateway.limits.meter import Subject
+from fairlead.gateway.limits.price import FREE, amounts_of
+from fairlead.gateway.queue import FairQueue, Waiting, degradation, served_work, token_work
+from fairlead.gateway.recall import Recall, Recalled, replay
+from fairlead.gateway.reuse.single_flight import Member
+from fairlead.gateway.routing.dispatch import Dispatch
+from fairlead.gateway.upstream.registry import Upstreams
+from fairlead.gateway.usage import UsageLog
+from fairlead.observe.counts import Counts
+from fairlead.runtime.repository import ModelRepository
+from fairlead.runtime.version import Version
+from fairlead.store.rows import AuditRow, UsageRow
+
+log = structlog.get_logger("fairlead.gateway")
+
+MAX_SUBJECTS = 10_000
+"""Callers whose limits are kept ready."""
+CLASSIFY_SECONDS = 10.0
+
+
+class Gateway:
+    """An `Inference` like the repository that it stands before. Called from the event loop only."""
+
+    def __init__(
+        self,
+        *,
+        settings: GatewaySettings,
+        repository: ModelRepository,
+        upstreams: Upstreams,
+        dispatch: Dispatch,
+        limits: AnyLimiter,
+        courses: Courses,
+        usage: UsageLog | None,
+        abuse: Abuse | None,
+        counts: Counts,
+    ) -> None:
+        """`usage`, `abuse`: None for a server that keeps no books. Raises ConfigError."""
+        self.settings = settings
+        self.repository = repository
+        self.upstreams = upstreams
+        self.dispatch = dispatch
+        self.limits = limits
+        self.courses = courses
+        self.usage = usage
+        self.abuse = abuse
+        self.counts = counts
+        self.recalls = Recall(settings, repository, self.embed, in_task, counts)
+        self._subjects: dict[tuple[str, str, str], tuple[Caller, tuple[Subject, ...]]] = {}
+        self._timers: dict[FairQueue, asyncio.TimerHandle] = {}
+        self.stopping = False
+
+    def configure(self, settings: GatewaySettings, filters: dict[FilterPolicy, Filters]) -> None:
+        """Other policies, from the next request on."""
+        self.settings = settings
+        self.courses.configure(settings, filters)
+        self._subjects = {}
+
+    # What the doors call
+
+    def submit(self, request: Request, sink: Sink) -> Ticket:
+        """For a request with one response. Errors go to the sink, possibly before this returns."""
+        course = self.courses[request.model]
+        if self._free(request, course):
+            return self.dispatch.submit(request, sink)
+        visit = Visit(self, course, request)
+        visit.begin(sink)
+        return visit
+
+    async def infer(self, request: Request) -> AsyncGenerator[Response, None]:
+        """The responses. Raises FairleadError; closing it cancels."""
+        course = self.courses[request.model]
+        if self._free(request, course):
+            async with aclosing(self.dispatch.infer(request)) as responses:
+                async for response in responses:
+                    yield response
+            return
+        visit = Visit(self, course, request)
+        error: FairleadError | None = Cancelled("the client left")
+        try:
+            stored = await self.admit(visit)
+            async with aclosing(visit.compute() if stored is None else stored) as responses:
+                async for response in responses:
+                    for each in visit.seen(response):
+                        yield each
+            for each in visit.last():
+                yield each
+            error = None
+        except FairleadError as failure:
+            error = visit.told(failure)
+            raise error from None
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            error = ModelError("internal error")
+            raise
+        finally:
+            visit.finish(error)
+
+    def _free(self, request: Request, course: Course) -> bool:
+        """Nothing that could refuse, delay, change or count this request."""
+        return course.plain and request.caller is ANYONE and self.usage is None and not request.qos_class and not self.stopping
+
+    def find(self, name: str, version: str = "") -> Version:
+        """Raises NotFound."""
+        return self.repository.find(name, version)
+
+    def remote(self, model: str) -> bool:
+        """No version of it is here, but other servers compute it: its bodies go on as they come."""
+        return bool(self.upstreams(model)) and not self.repository.versions(model)
+
+    @property
+    def any_remote(self) -> bool:
+        return bool(self.upstreams.models())
+
+    def remote_models(self) -> list[str]:
+        """Those of the OpenAI protocol."""
+        return [name for name in self.upstreams.models() if self.remote(name) and self.upstreams(name)[0].openai]
+
+    # Down
+
+    async def admit(self, visit: "Visit") -> AsyncGenerator[Response, None] | None:
+        """Everything that may refuse a request or let it wait, in order. Returns what answers it, where nothing needs computing.
+
+        Raises FairleadError.
+        """
+        self.allow(visit)
+        self.watch(visit)
+        if visit.filters is not None:
+            await self.check(visit)
+        if visit.course.reuses:
+            answer = await self.recall(visit)
+            if answer is not None:
+                return answer
+        await self.hold(visit)
+        if visit.course.queue is not None:
+            answer = await self.turn(visit)
+            if answer is not None:
+                return answer
+        visit.started = time.perf_counter()
+        return None
+
+    def allow(self, visit: "Visit") -> None:
+        request, caller = visit.request, visit.caller
+        if self.stopping:
+            raise ShuttingDown("Server is stopping, scheduler for model has stopped accepting new inference requests")
+        if caller.models and not may_use(caller, request.model):
+            raise NotFound(f"Request for unknown model: '{request.model}' is not found")
+        if visit.course.policy.require_signature and not request.signed_by:
+            raise Unauthenticated(f"requests for model '{request.model}' must be signed (RFC 9421): see docs/signing.md")
+        visit.qos_class = qos_class_of(caller, request.qos_class)
+        visit.priority = self.settings.classes.get(visit.qos_class, 0)
+        if request.priority and "*" not in caller.classes:
+            raise Forbidden("`priority` may be set by callers of every class only: ask for a class with x-fairlead-class")
+        prompt = request.prompt
+        if caller is not ANYONE and isinstance(prompt, Generate):
+            request.prompt = structs.replace(prompt, salt=caller.tenant)
+
+    def watch(self, visit: "Visit") -> None:
+        """A refused one is not noted: that would keep it refused."""
+        if self.abuse is not None and (error := self.abuse.decide(visit.caller.tenant, time.monotonic())) is not None:
+            visit.watched = False
+            raise error
+
+    async def check(self, visit: "Visit") -> None:
+        filters = visit.filters
+        assert filters is not None
+        checked = filters.check(visit.request)
+        visit.request = checked.request
+        for rule in checked.flagged:
+            self.counts.add("fairlead_gateway_flagged_total", visit.course.name, rule)
+        if filters.moderates:
+            await in_task()
+            for rule in await filters.moderate(visit.request, self.classify):
+                self.counts.add("fairlead_gateway_flagged_total", visit.course.name, rule)
+        visit.output = filters.output(stream=visit.sink is None)
+
+    async def classify(self, model: str, texts: list[str]) -> Sequence[Mapping[str, float]]:
+        """For each text the labels' probabilities, by a served model that takes a text in each row. Raises FairleadError."""
+        spec = self.repository.find(model).spec
+        if len(spec.inputs) != 1 or spec.inputs[0].datatype != "BYTES" or not spec.outputs or not spec.outputs[0].labels:
+            raise Unsupported(f"model '{model}' does not classify texts: it must take one BYTES tensor and give an output with `labels`")
+        shape = (len(texts), *(1 for _ in spec.inputs[0].shape[1:]))
+        array = np.array([text.encode() for text in texts], dtype=object).reshape(shape)
+        request = Request(model=model, inputs={spec.inputs[0].name: array}, arrived=time.perf_counter())
+        async with asyncio.timeout(CLASSIFY_SECONDS), aclosing(self.dispatch.infer(request)) as responses:
+            async for response in responses:
+                return by_label(spec.outputs[0].labels, response.outputs[spec.outputs[0].name])
+        raise ModelError(f"model '{model}' gave no response")
+
+    async def embed(self, model: str, text: str) -> np.ndarray:
+        """By a served embedder. Raises FairleadError."""
+        request = Request(model=model, prompt=Embed(text=text), arrived=time.perf_counter())
+        async with aclosing(self.dispatch.infer(request)) as responses:
+            async for response in responses:
+                if response.delta is not None and response.delta.vector:
+                    return np.frombuffer(response.delta.vector, "<f4")
+        raise ModelError(f"model '{model}' gave no vector")
+
+    async def recall(self, visit: "Visit") -> AsyncGenerator[Response, None] | None:
+        policy, request = visit.course.policy, visit.request
+        if policy.traffic and not request.version:
+            return None  # which version answers is not known yet
+        found = visit.recalled = await self.recalls.look(request, policy.cache, policy.queue.max_wait)
+        if found is None:
+            return None
+        visit.headers.update(found.headers)
+        if found.answer is not None:
+            visit.stored = True
+            await self.hold(visit)
+        return found.answer
+
+    async def hold(self, visit: "Visit") -> None:
+        subjects = self.subjects(visit.caller, visit.course)
+        if not subjects and visit.course.queue is None:
+            return
+        work = visit.work = NO_WORK if visit.stored else estimate(visit.request, self.settings.limits.output_tokens)
+        if subjects:
+            amounts = visit.amounts(work.usage, work.rows, 0.0)
+            now = time.time()
+            visit.hold = self.limits.hold(subjects, amounts, now)
+            if visit.hold is None:
+                await in_task()
+                visit.hold = await self.limits.ask(subjects, amounts, now)
+            visit.headers.update(visit.hold.headers)
+
+    def subjects(self, caller: Caller, course: Course) -> tuple[Subject, ...]:
+        """Everything whose limits a request of this caller counts against."""
+        key = (caller.tenant, caller.project, caller.key)
+        found = self._subjects.get(key)
+        if found is None or found[0].policy is not caller.policy or found[0].key_limits is not caller.key_limits:
+            if len(self._subjects) >= MAX_SUBJECTS:
+                self._subjects.clear()
+            named = (
+                (f"tenant:{caller.tenant}", caller.policy.limits),
+                (f"project:{caller.tenant}/{caller.project}", caller.project_limits),
+                (f"key:{caller.key}", caller.key_limits),
+            )
+            subjects = tuple(Subject(name, rules_of(limits)) for name, limits in named if limits)
+            found = self._subjects[key] = (caller, subjects)
+        return found[1] if course.subject is None else (*found[1], course.subject)
+
+    async def turn(self, visit: "Visit") -> AsyncGenerator[Response, None] | None:
+        """Returns an answer that will do although it is old, where the policy allows that for such a wait."""
+        queue = visit.course.queue
+        assert queue is not None and visit.work is not None
+        now = time.perf_counter()
+        steps = visit.course.policy.queue.degrade
+        if steps and queue.num_waiting:
+            stored = self.degrade(visit, queue, now)
+            if stored is not None:
+                return stored
+            queue = visit.course.queue
+        if queue is None:
+            return None
+        work, request = visit.work, visit.request
+        units = float(work.rows) if work.usage is None else token_work(work.usage.prompt_tokens, work.usage.completion_tokens)
+        item = Turn(visit, units, now, request.timeout)
+        offered = queue.offer(item, now)
+        visit.item, visit.line = item, queue
+        if offered.evicted is not None:
+            assert isinstance(offered.evicted, Turn)
+            retry_after = queue.retry_after(offered.evicted, now)
+            offered.evicted.refuse(Shed("another request took its place in the line", reason="evicted", retry_after=retry_after))
+        if not offered.turn:
+            self._arm(queue)
+            await item.comes()
+        return None
+
+    def degrade(self, visit: "Visit", queue: FairQueue, now: float) -> AsyncGenerator[Response, None] | None:
+        """Ask for less, where the policy says so for such a wait. Returns an old answer, if that is what there is to be."""
+        wait = queue.predicted_wait(visit.priority, visit.caller.tenant, visit.caller.policy.weight, now)
+        step = degradation(visit.course.policy.queue.degrade, visit.qos_class, wait)
+        if step is None:
+            return None
+        stored = self.recalls.stale(visit.recalled) if step.cached else None
+        if stored is not None:
+            visit.stored = True
+            visit.headers |= {**stored.headers("stale", time.time()), "x-fairlead-degraded": "cached"}
+            self.counts.add("fairlead_gateway_reused_total", visit.course.name, "stale")
+            return replay(stored)
+        request, done = visit.request, []
+        if step.model is not None and may_use(visit.caller, step.model):
+            request.model, request.version = step.model, ""
+            visit.course = self.courses[step.model]
+            done.append(f"model={step.model}")
+        prompt = request.prompt
+        if step.max_tokens is not None and isinstance(prompt, Generate):
+            wanted = prompt.sampling.max_tokens
+            if wanted is None or wanted > step.max_tokens:
+                least = min(prompt.sampling.min_tokens, step.max_tokens)
+                sampling = structs.replace(prompt.sampling, max_tokens=step.max_tokens, min_tokens=least)
+                request.prompt = structs.replace(prompt, sampling=sampling)
+                done.append(f"max_tokens={step.max_tokens}")
+        raw = request.raw
+        if step.max_tokens is not None and raw is not None and (raw.max_tokens is None or raw.max_tokens > step.max_tokens):
+            raw.max_tokens = step.max_tokens
+            done.append(f"max_tokens={step.max_tokens}")
+        if done:
+            visit.forget()  # what is computed now is no answer to what was asked
+            visit.headers["x-fairlead-degraded"] = ", ".join(done)
+            self.counts.add("fairlead_gateway_degraded_total", visit.course.name, visit.qos_class)
+        return None
+
+    # The books
+
+    def note(self, visit: "Visit", took: Usage, cost: float, compute_seconds: float, error: FairleadError | None) -> None:
+        """What became of a request, for the metrics, the watch and the usage records."""
+        request, caller = visit.request, visit.caller
+        outcome, reason = ended(error)
+        if outcome == "refused":
+            known = visit.model if self.dispatch.knows(visit.model) else ""
+            self.counts.add("fairlead_gateway_refused_total", known, reason)
+        if self.abuse is not None and visit.watched:
+            self._note_abuse(visit, took, outcome, reason)
+        if self.usage is None:
+            return
+        self.usage.add(
+            UsageRow(
+                time=time.time(),
+                request_id=request.id,
+                tenant=caller.tenant,
+                project=caller.project,
+                key=caller.key,
+                model=request.model,
+                version=visit.version,
+                qos_class=visit.qos_class,
+                kind=kind_of(request),
+                outcome=outcome,
+                reason=reason,
+                input_tokens=took.prompt_tokens,
+                cached_tokens=took.cached_tokens,
+                output_tokens=took.completion_tokens,
+                rows=visit.num_rows,
+                compute_seconds=compute_seconds,
+                seconds=time.perf_counter() - visit.arrived,
+                cost=cost,
+                cached=visit.stored,
+                address=caller.address,
+            )
+        )
+
+    def _note_abuse(self, visit: "Visit", took: Usage, outcome: str, reason: str) -> None:
+        assert self.abuse is not None
+        caller, now = visit.caller, time.monotonic()
+        seen = Seen(
+            tenant=caller.tenant,
+            key=caller.key,
+            address=caller.address,
+            status=visit.status,
+            filtered=reason == "filtered",
+            tokens=took.prompt_tokens + took.completion_tokens,
+            text=last_text(visit.request) if self.abuse.wants_text(caller.tenant, now) else "",
+        )
+        action = self.abuse.note(seen, now)
+        if action is not None:
+            log.warning("abuse", tenant=action.tenant, action=action.action, score=round(action.score, 2), reasons=action.reasons)
+            if self.usage is not None:
+                details = {"score": action.score, "reasons": action.reasons, "seconds": action.until - action.since}
+                self.usage.audit(
+                    AuditRow(time=time.time(), actor="gateway", action=f"abuse.{action.action}", subject=action.tenant, details=details)
+                )
+
+    # The waiting lines
+
+    def leave(self, queue: FairQueue, item: Waiting, served: float | None) -> None:
+        """It is over with this one: whose turn is it?"""
+        now = time.perf_counter()
+        for next_one in queue.done(item, served, now) if item.running else queue.leave(item, now):
+            come(next_one)
+
+    def _arm(self, queue: FairQueue) -> None:
+        at = queue.next_expiry()
+        timer = self._timers.pop(queue, None)
+        if timer is not None:
+            timer.cancel()
+        if at is not None:
+            delay = max(at - time.perf_counter(), 0.0)
+            self._timers[queue] = asyncio.get_running_loop().call_later(delay, self._expire, queue)
+
+    def _expire(self, queue: FairQueue) -> None:
+        for item in queue.expire(time.perf_counter()):
+            assert isinstance(item, Turn)
+            item.refuse(Shed("the request waited too long for its turn", reason="queue-timeout", retry_after=1.0))
+        self._arm(queue)
+
+    def drop_waiting(self) -> None:
+        """The server stops."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        for queue in self.courses.queues.values():
+            for item in queue.drop_all():
+                assert isinstance(item, Turn)
+                item.refuse(ShuttingDown("Server is stopping"))
+
+
+class Turn(Waiting):
+    """A visit in a waiting line."""
+
+    __slots__ = ("_coming",)
+
+    def __init__(self, visit: "Visit", work: float, now: float, timeout: float) -> None:
+        super().__init__(
+            tenant=visit.caller.tenant,
+            priority=visit.priority,
+            weight=visit.caller.policy.weight,
+            work=work,
+            deadline=now + timeout if timeout else 0.0,
+            arrived=now,
+        )
+        self._coming: asyncio.Future[None] | None = None
+
+    async def comes(self) -> None:
+        """Raises Shed."""
+        self._coming = asyncio.get_running_loop().create_future()
+        await self._coming
+
+    def come(self) -> None:
+        if self._coming is not None and not self._coming.done():
+            self._coming.set_result(None)
+
+    def refuse(self, error: FairleadError) -> None:
+        if self._coming is not None and not self._coming.done():
+            self._coming.set_exception(error)
+
+
+def come(item: Waiting) -> None:
+    assert isinstance(item, Turn)
+    item.come()
+
+
+class Visit:
+    """One request on its way through the gateway: the ticket of who asked, the sink of who answers."""
+
+    def __init__(self, gateway: Gateway, course: Course, request: Request) -> None:
+        self.gateway = gateway
+        self.course = course
+        self.request = request
+        self.caller = request.caller
+        self.model = request.model
+        """As it was asked for."""
+        self.arrived = request.arrived or time.perf_counter()
+        self.qos_class = ""
+        self.priority = 0
+        own = self.caller.policy.filters
+        self.filters: Filters | None = course.filters if own is None else gateway.courses.filters(own)
+        self.output: OutputFilter | None = None
+        self.work: Work | None = None
+        self.hold: Hold | None = None
+        self.item: Turn | None = None
+        self.line: FairQueue | None = None
+        """Where `item` stands."""
+        self.headers: dict[str, str] = {}
+        """What the answer's head says of how it came about."""
+        self.version = ""
+        self.usage: Usage | None = None
+        self.num_tokens = 0
+        """Of the answer so far, as long as no usage tells."""
+        self.started = 0.0
+        """When it had its turn."""
+        self.stored = False
+        self.status = 0
+        self.watched = True
+        """It counts in what is known of its tenant's traffic."""
+        self.recalled: Recalled | None = None
+        self.answered = False
+        self.leading = False
+        """What it asked for is being computed, perhaps for others too."""
+        self.settled = False
+        self.finished = False
+        # of the callback form
+        self.sink: Sink | None = None
+        self.ticket: Ticket | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    # The callback form
+
+    def begin(self, sink: Sink) -> None:
+        self.sink = sink
+        gateway = self.gateway
+        steps = gateway.admit(self)
+        try:
+            waits_for = steps.send(None)
+        except StopIteration as end:
+            self._go(end.value)
+        except FairleadError as error:
+            self.close(error)
+        except Exception:
+            log.exception("request_failed", model=self.model)
+            self.close(ModelError("internal error"))
+        else:
+            self.task = asyncio.get_running_loop().create_task(self._walk(_resumed(steps, waits_for)))
+
+    async def _walk(self, steps: Awaitable[AsyncGenerator[Response, None] | None]) -> None:
+        try:
+            stored = await steps
+            self.task = None
+            if stored is not None:
+                async with aclosing(stored) as responses:
+                    async for response in responses:
+                        for each in self.seen(response):
+                            self._give(each)
+                self.close(None)
+            else:
+                self._go(None)
+        except FairleadError as error:
+            self.close(error)
+        except Exception:
+            log.exception("request_failed", model=self.model)
+            self.close(ModelError("internal error"))
+
+    def _go(self, stored: AsyncGenerator[Response, None] | None) -> None:
+        if self.finished:
+            return
+        if stored is not None:
+            self.task = asyncio.get_running_loop().create_task(self._walk(_just(stored)))
+            return
+        dispatch, member = self.gateway.dispatch, self.member
+        if member is None:
+            ticket = dispatch.submit(self.request, self)
+            if not self.finished:
+                self.ticket = ticket
+            return
+        self.leading = True
+        member.compute(lambda sink: dispatch.submit(self.request, sink), self.computed)
+        member.attach(self)
+
+    def compute(self) -> AsyncGenerator[Response, None]:
+        """The responses of whoever computes it."""
+        responses, member = self.gateway.dispatch.infer(self.request), self.member
+        if member is None:
+            return responses
+        self.leading = True
+        member.compute_stream(responses, self.computed)
+        return member.follow()
+
+    def computed(self, error: FairleadError | None) -> None:
+        """What others may have joined is over, whether or not this one's caller is still there."""
+        self.leading = False
+        assert self.member is not None
+        for response in self.member.flight.responses:
+            self._count(response)
+        self.settle(error)
+
+    def respond(self, response: Response) -> None:
+        if self.finished:
+            return
+        try:
+            for each in self.seen(response):
+                self._give(each)
+        except FairleadError as error:
+            ticket, self.ticket = self.ticket, None
+            self.close(error)
+            if ticket is not None:
+                ticket.cancel()
+
+    def close(self, error: FairleadError | None) -> None:
+        if self.finished:
+            return
+        if error is None:
+            try:
+                for each in self.last():
+                    self._give(each)
+            except FairleadError as failure:
+                error = failure
+        if error is not None:
+            error = self.told(error)
+        self.finish(error)
+        assert self.sink is not None
+        self.sink.close(error)
+
+    def cancel(self) -> None:
+        if self.finished:
+            return
+        ticket, self.ticket = self.ticket, None
+        if self.task is not None:
+            self.task.cancel()
+        self.close(Cancelled("request was cancelled"))
+        if ticket is not None:
+            ticket.cancel()
+
+    def pause(self) -> None:
+        """The caller reads slowly."""
+        if isinstance(self.ticket, Pausable):
+            self.ticket.pause()
+
+    def resume(self) -> None:
+        if isinstance(self.ticket, Pausable):
+            self.ticket.resume()
+
+    def _give(self, response: Response) -> None:
+        assert self.sink is not None
+        self.sink.respond(response)
+
+    # Up
+
+    def seen(self, response: Response) -> Sequence[Response]:
+        """What of a response goes on to the caller. Raises Filtered."""
+        if self.recalled is not None and self.recalled.recorder is not None:
+            self.recalled.recorder.add(response)
+        if self.member is None:
+            self._count(response)
+        if not self.answered:
+            self.answered = True
+            self.version = response.version
+            response.id = self.request.id
+            if self.headers:
+                response.headers = {**response.headers, **self.headers}
+        return (response,) if self.output is None else self.output.push(response)
+
+    def _count(self, response: Response) -> None:
+        delta = response.delta
+        if delta is not None:
+            self.num_tokens += len(delta.token_ids)
+            if delta.usage is not None:
+                self.usage = delta.usage
+        elif response.usage is not None:
+            self.usage = response.usage
+
+    def last(self) -> Sequence[Response]:
+        """What a filter still held back."""
+        return () if self.output is None else self.output.finish()
+
+    def told(self, error: FairleadError) -> FairleadError:
+        """The error with what the caller is told of limits. A copy: others may hear of the same one."""
+        if self.headers and not self.answered:
+            error = error.saying(error.message)
+            error.headers = {**self.headers, **error.headers}
+        return error
+
+    # The end
+
+    def finish(self, error: FairleadError | None) -> None:
+        """Its caller has all of it, or left, or was refused. Whatever its end, exactly once."""
+        if self.finished:
+            return
+        self.finished = True
+        if self.recalled is not None and error is None and not self.stored:
+            self.gateway.recalls.keep(self.recalled, self.course.policy.cache)
+        if self.leading:
+            assert self.member is not None
+            self.member.leave()  # may settle, if nobody else is there
+        elif self.member is not None and not self.settled:
+            self.member.give_up()
+        if not self.leading:
+            self.settle(error)
+
+    def forget(self) -> None:
+        """Its answer will be nobody else's."""
+        member = self.member
+        self.recalled = None
+        if member is not None:
+            member.give_up()
+
+    @property
+    def member(self) -> Member | None:
+        """Of a flight that it leads."""
+        return None if self.recalled is None else self.recalled.member
+
+    def settle(self, error: FairleadError | None) -> None:
+        """Give back what was held and not used, let the next one go, and write it down."""
+        if self.settled:
+            return
+        self.settled = True
+        gateway = self.gateway
+        took = self._used(error)
+        seconds = time.perf_counter() - self.started if self.started and took is not None else 0.0
+        cost = 0.0
+        if self.hold is not None or self.course.price is not FREE:
+            now = time.time()
+            amounts = {} if took is None else self.amounts(took, self.num_rows, seconds)
+            cost = amounts.get(Unit.MONEY, 0.0)
+            if self.hold is None:
+                pass
+            elif took is None:
+                self.hold.release(now)
+            else:
+                self.hold.settle(amounts, now)
+        if self.item is not None and self.line is not None:
+            gateway.leave(self.line, self.item, None if took is None else served_work(self.usage, self.num_rows or 1))
+        self.status = status_of(error)
+        gateway.note(self, took or NOTHING, cost, seconds, error)
+
+    def amounts(self, usage: Usage | None, rows: int, compute_seconds: float) -> Amounts:
+        amounts = amounts_of(self.course.price, usage=usage, rows=rows, compute_seconds=compute_seconds)
+        amounts[Unit.REQUESTS] = float(self.request.num_requests)
+        return amounts
+
+    @property
+    def num_rows(self) -> int:
+        request = self.request
+        if request.prompt is not None or self.stored:
+            return 0
+        return request.raw.num_rows if request.raw is not None else request.num_rows
+
+    def _used(self, error: FairleadError | None) -> Usage | None:
+        """What it took; None: nothing, it failed through no fault of the caller's."""
+        if self.stored:
+            return NOTHING
+        if self.usage is not None:
+            return self.usage
+        if error is None or self.num_tokens:
+            asked = self.work.usage if self.work is not None else None
+            return Usage(prompt_tokens=asked.prompt_tokens if asked else 0, completion_tokens=self.num_tokens)
+        return NOTHING if isinstance(error, (InvalidRequest, Filtered, Unsupported)) else None
+
+
+NOTHING = Usage()
+NO_WORK = Work(None, 0)
+
+
+def ended(error: FairleadError | None) -> tuple[str, str]:
+    """(outcome, reason) of a request that ended so."""
+    if error is None:
+        return "success", ""
+    if isinstance(error, Cancelled):
+        return "cancelled", "cancelled"
+    for kind, reason in REASONS.items():
+        if isinstance(error, kind):
+            return "refused", reason
+    if isinstance(error, Unavailable):
+        return "refused", error.reason
+    return "failure", "model-error"
+
+
+REASONS: dict[type[FairleadError], str] = {
+    Filtered: "filtered",
+    Unauthenticated: "unauthenticated",
+    Forbidden: "forbidden",
+    NotFound: "not-found",
+    InvalidRequest: "invalid-request",
+    Unsupported: "unsupported",
+}
+
+
+def last_text(request: Request) -> str:
+    """What its user asked: the last message, or the text."""
+    prompt = request.prompt
+    if isinstance(prompt, Generate) and prompt.chat is not None:
+        return (prompt.chat.messages[-1].content or "") if prompt.chat.messages else ""
+    if isinstance(prompt, (Generate, Embed)):
+        return prompt.text or ""
+    if request.raw is not None:
+        return bytes(request.raw.prefix[-2048:]).decode("utf-8", "replace")
+    return ""
+
+
+def status_of(error: FairleadError | None) -> int:
+    """The kind of end, in HTTP's numbers: what abuse tells apart. Doors have a table that is finer."""
+    if error is None:
+        return 200
+    if isinstance(error, Cancelled):
+        return 499
+    if isinstance(error, Unavailable):
+        return 429
+    return 400 if ended(error)[0] == "refused" else 500
+
+
+def kind_of(request: Request) -> str:
+    """What was asked."""
+    if request.raw is not None:
+        return request.raw.path.rpartition("/")[2]
+    return "infer" if request.prompt is None else type(request.prompt).__name__.lower()
+
+
+async def in_task() -> None:
+    """Before a wait that needs a task around it (a timeout, say): what was begun without one goes on in one."""
+    if asyncio.current_task() is None:
+        await asyncio.sleep(0)
+
+
+@types.coroutine
+def _resumed(steps: Coroutine[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, Any]:
+    """A coroutine that was begun without a task, to go on in one."""
+    step: Callable[[], Any]
+    while True:
+        try:
+            value = yield waits_for
+        except BaseException as error:
+            step = partial(steps.throw, error)
+        else:
+            step = partial(steps.send, value)
+        try:
+            waits_for = step()
+        except StopIteration as end:
+            return end.value
+
+
+async def _just(value: Any) -> Any:
+    return value
