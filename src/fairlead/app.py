@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -86,6 +87,8 @@ class Server:
         self.keyring = Keyring(self.store, policies, counts)
         self.keyring.refresh()
         self.identity = Identity(settings.auth, policies, self.keyring, counts, required=self.keys_required)
+        if settings.auth.mtls and not settings.tls.client_ca:
+            raise ConfigError("`auth.mtls` needs `tls.client_ca`: the authority whose certificates say who calls")
         if self.keys_required and not (self.keyring.snapshot.by_id or settings.auth.oidc or settings.auth.mtls):
             raise ConfigError(
                 "callers must show a key, and there is none: make one with `fairlead keys create --scope infer --scope admin`"
@@ -115,7 +118,8 @@ class Server:
     def _build_doors(self) -> None:
         settings, access_log, repository, gateway = self.settings, self.access_log, self.repository, self.gateway
         limit = settings.limits.max_request_bytes
-        self.doorkeeper = Doorkeeper(self.identity, settings.auth, self._nonces())
+        self.nonces = self._nonces()
+        self.doorkeeper = Doorkeeper(self.identity, settings.auth, self.nonces)
         self.http = HttpServer(
             gateway,
             data_app(
@@ -132,7 +136,7 @@ class Server:
             max_body_bytes=limit,
         )
         self.grpc = GrpcServer(repository, access_log, gateway=gateway, doorkeeper=self.doorkeeper, max_message_bytes=limit)
-        admin = None if self.store is None else Admin(self.store, self.configuration, lambda: self.policies.classes)
+        admin = None if self.store is None else Admin(self.store, self.configuration, lambda: self.policies.classes, abuse=self.abuse)
         self.ops = HttpServer(
             None,
             ops_app(repository, self.metrics.text, () if admin is None else admin.operations, self.doorkeeper),
@@ -141,11 +145,7 @@ class Server:
         )
 
     def _nonces(self) -> Nonces | SharedNonces:
-        if not self.policies.limits.redis:
-            return Nonces()
-        from redis.asyncio import Redis
-
-        return SharedNonces(Redis.from_url(self.policies.redis_url))
+        return SharedNonces.at(self.policies.redis_url) if self.policies.limits.redis else Nonces()
 
     async def start(self) -> None:
         """Listen, then load: health answers from the first moment. Raises ConfigError for a port that is taken."""
@@ -209,6 +209,7 @@ class Server:
         await self.gateway.recalls.close()
         await self.limits.stop()
         await self.identity.close()
+        await self.nonces.close()
         if self.usage is not None:
             await self.usage.stop()
         if self.store is not None:
@@ -269,23 +270,29 @@ class Server:
         }
         for window, since in starts.items():
             for name, by in subjects.items():
-                for spent in await asyncio.to_thread(self.store.usage, UsageQuery(since=since), by):
-                    for unit, amount in _spent(spent).items():
-                        await self.limits.restore(name.format(*spent.group), unit, window, amount, now)
+                spent: defaultdict[tuple[str, Unit], float] = defaultdict(float)
+                for total in await asyncio.to_thread(self.store.usage, UsageQuery(since=since), (*by, Dimension.OUTCOME)):
+                    *group, outcome = total.group
+                    if outcome in SETTLED:
+                        for unit, amount in _amounts(total):
+                            spent[name.format(*group), unit] += amount
+                for (subject, unit), amount in spent.items():
+                    await self.limits.restore(subject, unit, window, amount, now)
 
 
-def _spent(total: UsageSum) -> dict[Unit, float]:
-    amounts = {
-        Unit.REQUESTS: total.requests,
-        Unit.TOKENS: total.input_tokens + total.output_tokens,
-        Unit.INPUT_TOKENS: total.input_tokens,
-        Unit.OUTPUT_TOKENS: total.output_tokens,
-        Unit.ROWS: total.rows,
-        Unit.MEGAPIXELS: total.megapixels,
-        Unit.COMPUTE_SECONDS: total.compute_seconds,
-        Unit.MONEY: total.cost,
-    }
-    return {unit: float(amount) for unit, amount in amounts.items() if amount}
+SETTLED = ("success", "cancelled")
+"""Outcomes of requests that used what was held for them; the others gave it back."""
+
+
+def _amounts(total: UsageSum) -> Iterator[tuple[Unit, float]]:
+    yield Unit.REQUESTS, total.requests
+    yield Unit.TOKENS, total.input_tokens + total.output_tokens
+    yield Unit.INPUT_TOKENS, total.input_tokens
+    yield Unit.OUTPUT_TOKENS, total.output_tokens
+    yield Unit.ROWS, total.rows
+    yield Unit.MEGAPIXELS, total.megapixels
+    yield Unit.COMPUTE_SECONDS, total.compute_seconds
+    yield Unit.MONEY, total.cost
 
 
 async def serve(settings: Settings, path: Path | None = None, text: str = "") -> None:

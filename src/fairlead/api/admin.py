@@ -20,6 +20,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from fairlead.api.admin_bodies import (
+    ActionInForce,
+    Actions,
     BadField,
     Before,
     Config,
@@ -71,8 +73,9 @@ from fairlead.api.doorkeeper import caller_of
 from fairlead.api.openapi import Operation
 from fairlead.api.status import INTERNAL, http_status, told
 from fairlead.api.web import Serve, json_response, read_body
-from fairlead.core.errors import FairleadError, Forbidden, Unsupported
+from fairlead.core.errors import FairleadError, Forbidden, NotFound, Unsupported
 from fairlead.core.policy import DEFAULT_TENANT, Scope, TenantPolicy
+from fairlead.gateway.abuse import Abuse
 from fairlead.gateway.identity.keys import NewKey, new_key
 from fairlead.store.rows import AuditQuery, AuditRow, KeyRow, ProjectRow, TenantRow, UsageQuery, UsageRow, UsageSum
 from fairlead.store.store import Conflict, Store, said
@@ -132,12 +135,15 @@ class Admin:
         configured: Configured | None = None,
         classes: Callable[[], Collection[str]] | None = None,
         now: Callable[[], float] = time.time,
+        *,
+        abuse: Abuse | None = None,
     ) -> None:
-        """`configured`: None where no server runs. `classes`: those of service that there are; None where that is not known."""
+        """`configured`, `abuse`: None where no server runs, or watches for it. `classes`: those of service that there are; None where that is not known."""
         self.store = store
         self.configured = configured
         self.classes = classes
         self.now = now
+        self.abuse = abuse
         tenant, project, key = "/admin/tenants/{tenant}", "/admin/tenants/{tenant}/projects", "/admin/keys/{key}"
         self.operations = (
             _operation("GET", "/admin/tenants", "adminTenants", "All tenants", self.tenants, Tenants),
@@ -157,6 +163,8 @@ class Admin:
             _operation("GET", "/admin/usage/records", "adminUsageRecords", "One record a request, the newest first", self.records, Records),
             _operation("DELETE", "/admin/usage/records", "adminPurgeUsage", "Forget old records; their sums stay", self.purge, Deleted),
             _operation("GET", "/admin/audit", "adminAudit", "Who did what to what, the newest first", self.audit, Entries),
+            _operation("GET", "/admin/abuse", "adminAbuse", "What is done about tenants whose traffic looks abnormal", self.actions, Actions, None, 501),
+            _operation("DELETE", "/admin/abuse/{tenant}", "adminLiftAbuse", "Let a tenant's requests in again", self.lift, Deleted, None, 404, 501),
             _operation("GET", "/admin/config", "adminConfig", "The policies, and their latest versions", self.config, Config, None, 501),
             _operation("PUT", "/admin/config", "adminPutConfig", "Other policies: the body is YAML", self.put_config, Version, None, 501),
             _operation("POST", "/admin/config/rollback", "adminRollbackConfig", "Back to the version before", self.rollback, Version, None, 409, 501),
@@ -330,6 +338,38 @@ class Admin:
         rows = await _in_thread(self.store.audit, wanted, query.limit, int(query.cursor) if query.cursor else None)
         entries = [{**_without(row, "id"), "time": when(row.time)} for row in rows]
         return json_response(Entries(entries=entries, next=str(rows[-1].id) if len(rows) == query.limit else None))
+
+    # Abuse
+
+    async def actions(self, http: Request) -> Response:
+        query_of(http, NoQuery)
+        clock, now = self.now() - time.monotonic(), time.monotonic()
+        rows: list[ActionInForce] = [
+            {
+                "tenant": each.tenant,
+                "action": each.action,
+                "score": each.score,
+                "reasons": each.reasons,
+                "since": when(each.since + clock),
+                "until": when(each.until + clock),
+            }
+            for each in self._abuse().actions(now)
+        ]
+        return json_response(Actions(actions=rows))
+
+    async def lift(self, http: Request) -> Response:
+        query_of(http, NoQuery)
+        tenant = http.path_params["tenant"]
+        if not self._abuse().lift(tenant):
+            raise NotFound(f"nothing is done about tenant `{tenant}`")
+        await _in_thread(self.store.record, (), (self._did(http, "abuse.lift", tenant),))
+        return json_response(Deleted(deleted=1))
+
+    def _abuse(self) -> Abuse:
+        """Raises Unsupported."""
+        if self.abuse is None:
+            raise Unsupported("no server that watches for abuse runs here (`gateway.abuse.action`)")
+        return self.abuse
 
     # Configuration
 

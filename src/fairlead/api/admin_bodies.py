@@ -229,6 +229,19 @@ class ConfigVersion(Struct, frozen=True, kw_only=True):
     active: bool
 
 
+class ActionInForce(TypedDict):
+    tenant: str
+    action: str
+    score: float
+    reasons: dict[str, float]
+    since: datetime
+    until: datetime
+
+
+class Actions(TypedDict):
+    actions: list[ActionInForce]
+
+
 class Config(TypedDict):
     version: int
     text: str

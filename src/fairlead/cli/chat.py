@@ -15,6 +15,7 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
+from fairlead.cli.models import shown_key
 from fairlead.core.errors import FairleadError, Unavailable
 from fairlead.core.generation import Chat, Delta, Message, Sampling, Usage
 from fairlead.core.specs import LlmSpec
@@ -22,6 +23,7 @@ from fairlead.core.specs import LlmSpec
 HELP = """Talk to a language model.
 
 MODEL is the name of a model that a running server has, or a checkpoint's folder, which is then computed right here.
+A server that wants a key takes it from FAIRLEAD_API_KEY.
 In the conversation: /reset forgets it, /system TEXT sets the system message, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
 """
 TIMEOUT_SECONDS = 300.0
@@ -153,11 +155,12 @@ def _served(url: str, model: str, options: dict[str, Any]) -> Talk:
     connect = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
 
     def talk(messages: list[dict[str, str]]) -> Iterator[str | Usage]:
+        headers = {"content-type": "application/json", **shown_key()}
         body = {"model": model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
         # closing the connection in the middle is what tells the server to stop
         with closing(connect(host, port, timeout=TIMEOUT_SECONDS)) as connection:
             try:
-                connection.request("POST", f"{path}/v1/chat/completions", msgspec.json.encode(body), {"content-type": "application/json"})
+                connection.request("POST", f"{path}/v1/chat/completions", msgspec.json.encode(body), headers)
                 with connection.getresponse() as response:
                     if response.status != 200:
                         raise FairleadError(_message(response.read(), f"{response.status} {response.reason}"))

@@ -1,6 +1,7 @@
-"""`fairlead models`: what a running server has loaded, over its own HTTP API."""
+"""`fairlead models`: what a running server has loaded, over its own HTTP API. FAIRLEAD_API_KEY is shown to one that asks for a key."""
 
 import http.client
+import os
 import urllib.parse
 from typing import Any
 
@@ -60,6 +61,12 @@ def unload(name: str, url: str) -> None:
     click.echo(f"unloaded {name}")
 
 
+def shown_key() -> dict[str, str]:
+    """The header that shows the key of FAIRLEAD_API_KEY, where that is set."""
+    key = os.environ.get("FAIRLEAD_API_KEY", "")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def call(url: str, path: str, *, timeout: float = 30.0) -> Any:
     """POST to a server and decode its JSON. Raises FairleadError with what the server said."""
     parsed = urllib.parse.urlsplit(url)
@@ -68,7 +75,7 @@ def call(url: str, path: str, *, timeout: float = 30.0) -> Any:
     connect = http.client.HTTPSConnection if parsed.scheme == "https" else http.client.HTTPConnection
     connection = connect(parsed.hostname, parsed.port, timeout=timeout)
     try:
-        connection.request("POST", parsed.path.rstrip("/") + path)
+        connection.request("POST", parsed.path.rstrip("/") + path, headers=shown_key())
         response = connection.getresponse()
         body = response.read()
     except OSError as error:

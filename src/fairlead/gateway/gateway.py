@@ -49,7 +49,7 @@ from fairlead.gateway.abuse import Abuse, Seen
 from fairlead.gateway.course import Course, Courses
 from fairlead.gateway.estimate import Work, estimate
 from fairlead.gateway.filters.filters import Filters
-from fairlead.gateway.filters.moderation import by_label
+from fairlead.gateway.filters.moderation import by_label, check_classifier, text_rows
 from fairlead.gateway.filters.output import OutputFilter
 from fairlead.gateway.identity.identity import may_use, qos_class_of
 from fairlead.gateway.limits.ledger import AnyLimiter, Hold
@@ -232,14 +232,11 @@ class Gateway:
     async def classify(self, model: str, texts: list[str]) -> Sequence[Mapping[str, float]]:
         """For each text the labels' probabilities, by a served model that takes a text in each row. Raises FairleadError."""
         spec = self.repository.find(model).spec
-        if len(spec.inputs) != 1 or spec.inputs[0].datatype != "BYTES" or not spec.outputs or not spec.outputs[0].labels:
-            raise Unsupported(f"model '{model}' does not classify texts: it must take one BYTES tensor and give an output with `labels`")
-        shape = (len(texts), *(1 for _ in spec.inputs[0].shape[1:]))
-        array = np.array([text.encode() for text in texts], dtype=object).reshape(shape)
-        request = Request(model=model, inputs={spec.inputs[0].name: array}, arrived=time.perf_counter())
+        labels = check_classifier(spec)
+        request = Request(model=model, inputs=text_rows(spec, texts), arrived=time.perf_counter())
         async with asyncio.timeout(CLASSIFY_SECONDS), aclosing(self.dispatch.infer(request)) as responses:
             async for response in responses:
-                return by_label(spec.outputs[0].labels, response.outputs[spec.outputs[0].name])
+                return by_label(labels, response.outputs[spec.outputs[0].name])
         raise ModelError(f"model '{model}' gave no response")
 
     async def embed(self, model: str, text: str) -> np.ndarray:

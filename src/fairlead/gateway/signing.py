@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from msgspec import Struct
 
 from fairlead.core.caller import Envelope
-from fairlead.core.errors import LimitExceeded, Shed, Unauthenticated
+from fairlead.core.errors import ConfigError, LimitExceeded, Shed, Unauthenticated
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -333,6 +333,9 @@ class Nonces:
     def __len__(self) -> int:
         return self._num_entries
 
+    async def close(self) -> None:
+        pass
+
     def use(self, verified: Verified, now: float) -> None:
         """Raises Unauthenticated for a nonce that was used before."""
         if abs(now - self._swept) >= self.STEP:
@@ -371,6 +374,18 @@ class SharedNonces:
     def __init__(self, redis: "Redis", timeout: float = 1.0) -> None:
         self._redis = redis
         self._timeout = timeout
+
+    @classmethod
+    def at(cls, url: str) -> "SharedNonces":
+        """Raises ConfigError."""
+        try:
+            from redis.asyncio import Redis
+        except ImportError:
+            raise ConfigError("nonces in Redis need a package that is not installed: pip install 'fairlead[redis]'") from None
+        return cls(Redis.from_url(url))
+
+    async def close(self) -> None:
+        await self._redis.aclose()
 
     async def use(self, verified: Verified, now: float) -> None:
         """Raises Unauthenticated for a nonce that was used before."""

@@ -19,7 +19,7 @@ LEAST = -9999.0
 
 encode = msgspec.json.Encoder().encode
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "content_filter"]
 
 
 class PromptTokensDetails(Struct):
@@ -348,7 +348,7 @@ def prompt_logprobs_of(told: Sequence[TokenLogprob | None] | None, num_top: int 
 
 
 def _reason(delta: Delta) -> FinishReason:
-    return "length" if delta.finish_reason == "length" else "stop"
+    return delta.finish_reason if delta.finish_reason in ("length", "content_filter") else "stop"
 
 
 def _index(delta: Delta) -> int:

@@ -5,7 +5,7 @@ The categories are the labels of the model that answers, no more: of what it was
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
@@ -25,6 +25,8 @@ class InputPart(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ModerationBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    prompt_parameter: ClassVar[str] = "input"
+
     input: str | Annotated[list[str | InputPart], Meta(max_length=MAX_INPUTS)]
     model: str | None = None
 

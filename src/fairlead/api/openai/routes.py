@@ -40,6 +40,7 @@ from fairlead.api.openai.bodies import (
     texts_of,
 )
 from fairlead.api.openai.errors import BadParameter, OpenAIError, OpenAIErrors, decode_body
+from fairlead.api.openai.moderations import DEFAULT_MODEL, ModerationBody, Moderations, moderations
 from fairlead.api.openai.passing import Peek, Whole, chained, passed, peek, raw_of
 from fairlead.api.openai.together import each, interleaved
 from fairlead.api.openapi import Operation
@@ -49,11 +50,12 @@ from fairlead.core.caller import Caller
 from fairlead.core.errors import FairleadError, InvalidRequest, NotFound
 from fairlead.core.generation import Delta, Detokenize, Embed, EngineInfo, Generate, Prompt, Tokenize
 from fairlead.core.request import Inference, Raw, Request, Response
+from fairlead.gateway.filters.moderation import by_label, check_classifier, text_rows
 from fairlead.gateway.identity.identity import may_use
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
 
-B = TypeVar("B", ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody)
+B = TypeVar("B", ChatBody, CompletionBody, EmbeddingBody, ModerationBody, TokenizeBody, DetokenizeBody)
 
 OWNER = "fairlead"
 MAX_BODY_BYTES = 16 << 20
@@ -92,6 +94,15 @@ class OpenAI:
             self._post("/v1/chat/completions", "openaiChat", "Answer a conversation", self.chat, ChatBody, ChatCompletion, events="also"),
             self._post("/v1/completions", "openaiComplete", "Continue a text", self.complete, CompletionBody, Completion, events="also"),
             self._post("/v1/embeddings", "openaiEmbed", "Texts in, vectors out", self.embed, EmbeddingBody, Embeddings),
+            self._post(
+                "/v1/moderations",
+                "openaiModerate",
+                "Whether texts are harmful, by a served classifier",
+                self.moderate,
+                ModerationBody,
+                Moderations,
+                engine=False,
+            ),
             self._post("/v1/tokenize", "openaiTokenize", "A text or a conversation as token ids", self.tokenize, TokenizeBody, Tokens),
             self._post("/v1/detokenize", "openaiDetokenize", "Token ids as text", self.detokenize, DetokenizeBody, Text),
         )
@@ -123,13 +134,17 @@ class OpenAI:
 
     def _info(self, caller: Caller, name: str, version: str) -> EngineInfo:
         """Raises NotFound, Unavailable, or BadParameter for a model of tensors."""
-        if not self.repository.known(name) or not may_use(caller, name):
-            raise NotFound(f"The model '{name}' does not exist or you do not have access to it.")
+        self._check_known(caller, name)
         info = self.repository.engine_info(name, version)
         if info is None:
             message = f"The model '{name}' takes tensors and gives tensors: ask it at /v2/models/{name}/infer."
             raise BadParameter(message, "model", "unsupported_model")
         return info
+
+    def _check_known(self, caller: Caller, name: str) -> None:
+        """Raises NotFound."""
+        if not self.repository.known(name) or not may_use(caller, name):
+            raise NotFound(f"The model '{name}' does not exist or you do not have access to it.")
 
     # Generation
 
@@ -207,6 +222,18 @@ class OpenAI:
         deltas = await while_connected(http.scope, http.receive, each(partial(self._only, line), requests))
         return _left(line) if deltas is None else _answered(embeddings(deltas, body.model, body.encoding_format or "float"), line)
 
+    async def moderate(self, http: HttpRequest, body: ModerationBody, line: AccessLine) -> Any:
+        spec = self.repository.find(line.model, line.version).spec
+        label_names = check_classifier(spec)
+        texts = body.texts()
+        request = line.complete(Request(model=line.model, version=line.version, inputs=text_rows(spec, texts), id=line.id))
+        response = await while_connected(http.scope, http.receive, Whole.of(self.gateway, request))
+        if response is None:
+            return _left(line)
+        line.answered(response)
+        scores = by_label(label_names, response.outputs[spec.outputs[0].name])
+        return _answered(moderations(line.model, scores), line)
+
     async def tokenize(self, http: HttpRequest, body: TokenizeBody, line: AccessLine) -> Any:
         """vLLM's: a text, or the messages of a chat."""
         if (body.prompt is None) == (body.messages is None):
@@ -274,6 +301,7 @@ class OpenAI:
         if first.status != 200:
             await responses.aclose()
             return _passed(first, line)
+        line.headers.pop("content-type", None)  # the stream says it itself
         return EventStream(chained(first, responses), line.end, line.headers, OpenAIErrors())
 
     # Rows of the table
@@ -301,14 +329,16 @@ class OpenAI:
         answer: Any,
         *,
         events: str = "",
+        engine: bool = True,
     ) -> Operation:
+        """`engine`: for models that have one; else for those of tensors."""
         return Operation(
             name=name,
             method="POST",
             path=path,
             tag="openai",
             summary=summary,
-            serve=self._endpoint(body, serve),
+            serve=self._endpoint(body, serve, engine=engine),
             body=body,
             body_required=True,
             answer=answer,
@@ -317,7 +347,7 @@ class OpenAI:
             error=OpenAIError,
         )
 
-    def _endpoint(self, type_: type[B], serve: Callable[[HttpRequest, B, AccessLine], Awaitable[Any]]) -> Serve:
+    def _endpoint(self, type_: type[B], serve: Callable[[HttpRequest, B, AccessLine], Awaitable[Any]], *, engine: bool) -> Serve:
         """Decode the body, find the model, answer; every end that comes before the answer has begun is logged here."""
         errors = OpenAIErrors(type_.prompt_parameter)
 
@@ -333,8 +363,11 @@ class OpenAI:
                         see(line.caller, line.model)
                         return await self._pass(http, peeked, line, line.raw)
                 body = decode_body(data, type_)
-                line.model, line.version = _parted(body.model)
-                self._info(line.caller, line.model, line.version)
+                line.model, line.version = _parted(body.model or DEFAULT_MODEL)
+                if engine:
+                    self._info(line.caller, line.model, line.version)
+                else:
+                    self._check_known(line.caller, line.model)
                 line.version = self.repository.find(line.model, line.version).version
                 return await serve(http, body, line)
             except FairleadError as error:

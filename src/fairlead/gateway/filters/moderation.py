@@ -4,6 +4,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import numpy as np
 
+from fairlead.core.errors import Unsupported
+from fairlead.core.specs import ModelSpec
+from fairlead.core.tensors import Tensors
+
 Classify = Callable[[str, list[str]], Awaitable[Sequence[Mapping[str, float]]]]
 """(model, texts) → for each text label → probability."""
 
@@ -37,3 +41,17 @@ def above(probabilities: Sequence[Mapping[str, float]], threshold: float) -> dic
 def by_label(labels: Sequence[str], scores: np.ndarray) -> list[dict[str, float]]:
     """A classifier's output, one row for each text, with the labels of its spec."""
     return [dict(zip(labels, row, strict=True)) for row in scores.reshape(-1, len(labels)).tolist()]
+
+
+def check_classifier(spec: ModelSpec) -> tuple[str, ...]:
+    """The labels of a served classifier of texts. Raises Unsupported for a model that is none."""
+    if len(spec.inputs) != 1 or spec.inputs[0].datatype != "BYTES" or not spec.outputs or not spec.outputs[0].labels:
+        raise Unsupported(f"model '{spec.name}' does not classify texts: it must take one BYTES tensor and give an output with `labels`")
+    return spec.outputs[0].labels
+
+
+def text_rows(spec: ModelSpec, texts: Sequence[str]) -> Tensors:
+    """A text in each row of its one input."""
+    rows = np.empty(len(texts), dtype=object)
+    rows[:] = [text.encode("utf-8", "replace") for text in texts]
+    return {spec.inputs[0].name: rows.reshape(len(texts), *(1 for _ in spec.inputs[0].shape[1:]))}

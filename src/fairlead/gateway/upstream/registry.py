@@ -57,7 +57,7 @@ async def _let_go(place: UpstreamPlace) -> None:
     """Close it once what is under way there is answered, or has had its time."""
     try:
         async with asyncio.timeout(place.upstream.timeout):
-            while place.in_flight:
-                await asyncio.sleep(LINGER_SECONDS)  # noqa: ASYNC110  nobody waits for this, and a place that is used tells nobody
+            while place.in_flight:  # noqa: ASYNC110  nobody waits for this, and places tell nobody that they are idle
+                await asyncio.sleep(LINGER_SECONDS)
     finally:
         await place.close()
