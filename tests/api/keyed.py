@@ -14,6 +14,7 @@ import httpx2
 from msgspec import Struct
 from tritonclient.grpc import service_pb2 as pb
 
+from fairlead.api.grpc.messages import message_class
 from fairlead.app import Server
 from fairlead.backends import fake_engine
 from fairlead.backends.table import BACKENDS
@@ -23,6 +24,7 @@ from fairlead.gateway.identity.keys import NewKey, new_key
 from fairlead.store.rows import AuditRow, KeyRow, TenantRow
 from fairlead.store.store import Store
 from tests.api import served as http_models
+from tests.api.http_fake import Wire
 
 SERVICE = "/inference.GRPCInferenceService/"
 STREAM_INFER = SERVICE + "ModelStreamInfer"
@@ -39,7 +41,7 @@ IN_A_THREAD = "instances: {isolation: thread}\n"
 MODELS = {
     "identity": http_models.MODELS["identity"],
     "shout": http_models.MODELS["shout"],
-    "count": (http_models.MODELS["count"][0], IN_A_THREAD),
+    "count": http_models.MODELS["count"],
     "spare": http_models.MODELS["spare"],
     "secret": (SECRET, IN_A_THREAD),
     "secret-spare": (SECRET, IN_A_THREAD),
@@ -49,6 +51,9 @@ USED = "[identity, shout, count, spare, chat, 'far-*']"
 """Patterns of what the tenant `acme` may use."""
 AUDIT = AuditRow(time=1.0, actor="test", action="test", subject="test")
 SECONDS = 20.0
+HEALTH = "/grpc.health.v1.Health/Check"
+HealthRequest = message_class("grpc.health.v1.HealthCheckRequest")
+HealthResponse = message_class("grpc.health.v1.HealthCheckResponse")
 
 
 class Refusal(Struct):
@@ -275,3 +280,13 @@ def fake_engines() -> Iterator[None]:
         yield
     finally:
         del BACKENDS[fake_engine.KIND.name]
+
+
+@asynccontextmanager
+async def wire_to(home: House) -> AsyncIterator[Wire]:
+    """A raw connection to the data port."""
+    connection = Wire(*await asyncio.open_connection("127.0.0.1", home.port))
+    try:
+        yield connection
+    finally:
+        await connection.close()

@@ -48,7 +48,10 @@ class Elsewhere(Protocol):
         """Other servers compute some models."""
 
     def remote(self, model: str) -> bool:
-        """No version of it is here: its bodies go on as they come."""
+        """No version of it is here, but other servers compute it."""
+
+    def falls_back(self, model: str) -> bool:
+        """A model that is here may answer in its place: then its bodies are read by the app."""
 
 
 class Models(Inference, Protocol):

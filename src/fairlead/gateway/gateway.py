@@ -163,6 +163,10 @@ class Gateway:
         """No version of it is here, but other servers compute it: its bodies go on as they come."""
         return bool(self.upstreams(model)) and not self.repository.versions(model)
 
+    def falls_back(self, model: str) -> bool:
+        """A model that is here may answer in its place."""
+        return any(self.repository.versions(name) for name in self.settings.model(model).routing.fallback)
+
     @property
     def any_remote(self) -> bool:
         return bool(self.upstreams.models())

@@ -31,10 +31,6 @@ COUNTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fairlead_limits_redis_outages_total": ("times that Redis, where limits are shared, stopped answering", ()),
     "fairlead_limits_local_holds_total": ("requests whose limits were counted in this process while Redis did not answer", ()),
     "fairlead_limits_lost_settles_total": ("ends of requests that Redis was never told, because too many waited or it refused them", ()),
-    "fairlead_cache_answers_total": (
-        "requests that may share an answer: hit, stale, joined, semantic, or miss",
-        ("model", "outcome"),
-    ),
     "fairlead_cache_redis_failures_total": ("times that the response cache in Redis did not answer in time, or wrongly", ("what",)),
 }
 """Name → (what is counted, labels)."""

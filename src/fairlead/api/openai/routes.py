@@ -70,7 +70,10 @@ class Elsewhere(Protocol):
     """Which models other servers compute."""
 
     def remote(self, model: str) -> bool:
-        """No version of it is here: its bodies go on as they come."""
+        """No version of it is here, but other servers compute it."""
+
+    def falls_back(self, model: str) -> bool:
+        """A model that is here may answer in its place."""
 
     def remote_models(self) -> list[str]: ...
 
@@ -361,7 +364,14 @@ class OpenAI:
                     line.raw = raw_of(peeked, path, data)
                     if self.elsewhere.remote(line.model):
                         see(line.caller, line.model)
-                        return await self._pass(http, peeked, line, line.raw)
+                        try:
+                            # only one that can be read can be answered here where the others are gone
+                            body = decode_body(data, type_) if self.elsewhere.falls_back(line.model) else None
+                        except BadParameter:
+                            body = None
+                        if body is None:
+                            return await self._pass(http, peeked, line, line.raw)
+                        return await serve(http, body, line)
                 body = decode_body(data, type_)
                 line.model, line.version = _parted(body.model or DEFAULT_MODEL)
                 if engine:
