@@ -73,13 +73,13 @@ class Server:
             self.metrics,
             ForkServer(settings.logs.level, settings.logs.format),
         )
-        self._build_gateway(settings.gateway)
+        self._build_gateway(settings.gateway, path)
         self.configuration = Configuration(parse_settings(text, str(path or "flags")), path, text, self.store, self._configure)
         self._build_doors()
         self._open: list[HttpServer | GrpcServer] = []
         self._tasks: list[asyncio.Task[None]] = []
 
-    def _build_gateway(self, policies: GatewaySettings) -> None:
+    def _build_gateway(self, policies: GatewaySettings, path: Path | None) -> None:
         """Raises ConfigError."""
         settings, counts, repository = self.settings, self.metrics.counts, self.repository
         check_fallbacks(policies)
@@ -90,14 +90,15 @@ class Server:
         if settings.auth.mtls and not settings.tls.client_ca:
             raise ConfigError("`auth.mtls` needs `tls.client_ca`: the authority whose certificates say who calls")
         if self.keys_required and not (self.keyring.snapshot.by_id or settings.auth.oidc or settings.auth.mtls):
+            where = f" --config {path}" if path else ""
             raise ConfigError(
-                "callers must show a key, and there is none: make one with `fairlead keys create --scope infer --scope admin`"
+                f"callers must show a key, and there is none: make one with `fairlead keys create{where} --scope infer --scope admin`"
                 " (or, if anyone may use this server, pass --open)"
             )
         self.policies = policies
         self.upstreams = Upstreams(policies)
         self.dispatch = Dispatch(repository, lambda: self.policies, self.upstreams, counts, allowed=may_use)
-        self.courses = Courses(policies, self._max_in_flight, lambda: repository.readiness_changed, come)
+        self.courses = Courses(policies, self._max_in_flight, lambda: repository.readiness_changed, come, self._known)
         self.courses.configure(policies, compiled(policies))
         self.limits = limiter_of(policies, counts)
         self.usage = UsageLog(self.store, settings.store.flush_seconds, counts) if self.store is not None and settings.store.usage else None
@@ -119,7 +120,7 @@ class Server:
         settings, access_log, repository, gateway = self.settings, self.access_log, self.repository, self.gateway
         limit = settings.limits.max_request_bytes
         self.nonces = self._nonces()
-        self.doorkeeper = Doorkeeper(self.identity, settings.auth, self.nonces)
+        self.doorkeeper = Doorkeeper(self.identity, settings.auth, self.nonces, self.metrics.counts)
         self.http = HttpServer(
             gateway,
             data_app(
@@ -242,6 +243,9 @@ class Server:
         self.gateway.configure(policies, filters)
         if self.abuse is not None:
             self.abuse.configure(policies.abuse)
+
+    def _known(self, model: str) -> bool:
+        return self.dispatch.knows(model)
 
     def _max_in_flight(self, model: str) -> int:
         """What a language model's engines compute at once; 0 for other models, which have a batcher's line of their own."""

@@ -149,12 +149,13 @@ class House(Struct):
         )
         return await told(call(message, metadata=shown(key, **metadata), timeout=SECONDS))
 
-    async def stream(self, *messages: Any, key: str = "", **metadata: str) -> Any:
+    async def stream(self, *messages: Any, key: str = "", in_band: bool = True, **metadata: str) -> Any:
         """The answers of one ModelStreamInfer call, or a Refusal."""
         method = self.channel.stream_stream(
             STREAM_INFER, lambda each: each.SerializeToString(), pb.ModelStreamInferResponse.FromString
         )
-        call = method(iter(messages), metadata=shown(key, **metadata), timeout=SECONDS)
+        fields = shown(key, **metadata) + (() if in_band else (("triton_grpc_error", "true"),))
+        call = method(iter(messages), metadata=fields, timeout=SECONDS)
 
         async def whole() -> Any:
             return [each async for each in call]
@@ -166,6 +167,7 @@ async def told(call: Any) -> Any:
     try:
         return await call
     except grpc.aio.AioRpcError as error:
+        print("DBG", error.debug_error_string())
         metadata = {**dict(error.initial_metadata() or ()), **dict(error.trailing_metadata() or ())}
         return Refusal(error.code(), error.details() or "", metadata)
 

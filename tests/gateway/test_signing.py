@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from fairlead.core.caller import Envelope
-from fairlead.core.errors import LimitExceeded, Shed, Unauthenticated
+from fairlead.core.errors import LimitExceeded, Unreachable, Unauthenticated
 from fairlead.gateway.signing import ED25519, HMAC, Nonces, SharedNonces, SigningKey, key_id, proves, sign, signature_base, verify
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "signing_client.py"
@@ -453,7 +453,7 @@ def test_full_memory_refuses_rather_than_forgets():
     for _ in range(2):
         nonces.use(check(signed(keyid="hmac")), NOW)
     # ... but there is an end, and what was used stays used
-    with pytest.raises(Shed):
+    with pytest.raises(Unreachable):
         nonces.use(check(signed(keyid="ed", algorithm=ED25519)), NOW)
     with pytest.raises(Unauthenticated):
         nonces.use(used[0], NOW + WINDOW)
@@ -493,7 +493,7 @@ async def test_several_gateways_share_nonces_in_redis_and_refuse_without_it(redi
         (name, *_) = await redis.keys("fairlead:nonce:*")
         assert WINDOW * 1000 < await redis.pttl(name) <= (WINDOW + SharedNonces.LEEWAY) * 1000
     async with Redis(port=1) as gone:
-        with pytest.raises(Shed, match="Redis does not answer"):
+        with pytest.raises(Unreachable, match="Redis does not answer"):
             await SharedNonces(gone).use(check(signed()), NOW)
 
 

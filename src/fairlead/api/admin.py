@@ -73,9 +73,10 @@ from fairlead.api.doorkeeper import caller_of
 from fairlead.api.openapi import Operation
 from fairlead.api.status import INTERNAL, http_status, told
 from fairlead.api.web import Serve, json_response, read_body
-from fairlead.core.errors import FairleadError, Forbidden, NotFound, Unsupported
+from fairlead.core.errors import ConfigError, FairleadError, Forbidden, NotFound, Unsupported
 from fairlead.core.policy import DEFAULT_TENANT, Scope, TenantPolicy
 from fairlead.gateway.abuse import Abuse
+from fairlead.gateway.filters.filters import Filters
 from fairlead.gateway.identity.keys import NewKey, new_key
 from fairlead.store.rows import AuditQuery, AuditRow, KeyRow, ProjectRow, TenantRow, UsageQuery, UsageRow, UsageSum
 from fairlead.store.store import Conflict, Store, said
@@ -180,7 +181,7 @@ class Admin:
     async def create_tenant(self, http: Request) -> Response:
         body = decoded(await _body(http), NewTenant)
         if body.policy is not None:
-            self._check_classes(body.policy)
+            await _in_thread(self._check_policy, body.policy)
         row = TenantRow(name=body.name, policy=body.policy, created=self.now(), disabled=body.disabled)
         shown = tenant_of(row)
         await _in_thread(
@@ -201,7 +202,7 @@ class Admin:
                 policy = None
             elif patch.policy is not UNSET:
                 policy = policy_of(merged({} if policy is None else said(policy, DEFAULT_TENANT), patch.policy))
-                self._check_classes(policy)
+                self._check_policy(policy)
             return structs.replace(row, policy=policy, disabled=row.disabled if patch.disabled is UNSET else patch.disabled)
 
         did = self._did(http, "tenant.change", name, **msgspec.to_builtins(patch))
@@ -405,8 +406,13 @@ class Admin:
         address = caller_of(http)[0].address or (http.client.host if http.client else "")
         return AuditRow(time=self.now(), actor=_actor(http), action=action, subject=subject, details=details, address=address)
 
-    def _check_classes(self, policy: TenantPolicy) -> None:
-        """Raises BadField."""
+    def _check_policy(self, policy: TenantPolicy) -> None:
+        """Takes milliseconds where it has filters. Raises BadField."""
+        if policy.filters is not None:
+            try:
+                Filters.of(policy.filters)
+            except ConfigError as error:
+                raise BadField(error.message, "policy.filters") from None
         self._check_class(policy.qos_class, "policy.class")
         for name in policy.classes:
             if name != "*":

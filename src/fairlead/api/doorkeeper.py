@@ -11,7 +11,8 @@ from fairlead.core.caller import ANYONE, Caller, Credentials, Envelope
 from fairlead.core.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
 from fairlead.core.policy import AuthSettings, Scope
 from fairlead.gateway.identity.identity import Identity, client_address, may_use
-from fairlead.gateway.signing import Nonces, SharedNonces, key_id, verify
+from fairlead.gateway.signing import Nonces, SharedNonces, Verified, key_id, verify
+from fairlead.observe.counts import Counts
 
 Headers = Mapping[bytes, bytes]
 Fields = list[tuple[bytes, bytes]]
@@ -24,10 +25,11 @@ CALLER = "fairlead.caller"
 
 
 class Doorkeeper:
-    def __init__(self, identity: Identity, auth: AuthSettings, nonces: Nonces | SharedNonces) -> None:
+    def __init__(self, identity: Identity, auth: AuthSettings, nonces: Nonces | SharedNonces, counts: Counts) -> None:
         self.identity = identity
         self.auth = auth
         self.nonces = nonces
+        self.counts = counts
 
     def caller(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None) -> Caller | None:
         """Who calls; None where that must be `learn`ed. Raises Unauthenticated."""
@@ -42,14 +44,22 @@ class Doorkeeper:
     async def prove(self, envelope: Envelope, caller: Caller) -> str:
         """The id of the key that signed this message. Raises Unauthenticated for a signature that does not hold, or another's."""
         now = time.time()
-        verified = verify(envelope, self.identity.signing_key_of, window=self.auth.signature_seconds, now=now)
-        if caller.key and verified.key != caller.key:
-            raise Unauthenticated("the request is signed by another key than the one it shows")
+        try:
+            verified = verify(envelope, self.identity.signing_key_of, window=self.auth.signature_seconds, now=now)
+            if caller.key and verified.key != caller.key:
+                raise Unauthenticated("the request is signed by another key than the one it shows")
+            await self._use(verified, now)
+        except Unauthenticated:
+            self.counts.add("fairlead_auth_failures_total", "signature")
+            raise
+        return verified.key
+
+    async def _use(self, verified: Verified, now: float) -> None:
+        """Its nonce, once. Raises Unauthenticated."""
         if isinstance(self.nonces, Nonces):
             self.nonces.use(verified, now)
         else:
             await self.nonces.use(verified, now)
-        return verified.key
 
     async def admit(self, http: HttpRequest, scope: Scope | None) -> None:
         """Put the caller into the ASGI scope. Raises Unauthenticated, and Forbidden where its scopes lack this one."""

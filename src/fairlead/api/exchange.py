@@ -336,15 +336,18 @@ class Exchange:
     def _pass(self, data: Data) -> None:
         """To a model of which no version is here: as it came."""
         if self.path:
-            raw = raw_of(self.peeked, self.path, bytes(data))
+            raw = raw_of(self.peeked, self.path, bytes(data), self._accept())
             self.session = self.session or self.peeked.session
             self.request_id = self.request_id or new_request_id()
             self._submit(Request(model=self.model, version=self.version, raw=raw, id=self.request_id), JSON_FORM)
             return
         kind = self.headers.get(b"content-type", b"application/json").decode("latin-1")
         rows = num_rows(data, head_size(self.head, len(data)) if self.head else None)
-        raw = Raw(path="/infer", body=bytes(data), content_type=kind, header_length=self.head, num_rows=rows)
+        raw = Raw(path="/infer", body=bytes(data), content_type=kind, accept=self._accept(), header_length=self.head, num_rows=rows)
         self._submit(Request(model=self.model, version=self.version, raw=raw, num_rows=rows), JSON_FORM)
+
+    def _accept(self) -> str:
+        return self.headers.get(b"accept", b"").decode("latin-1")
 
     def _spec(self) -> ModelSpec:
         inference = self.server.inference

@@ -287,7 +287,8 @@ class EventStream:
         return http_status(failure), failure.message, None
 
     async def _start(self, send: Send) -> None:
-        named = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.headers.items()]
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "content-type"}  # which another server's had
+        named = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM_HEADERS, *named]})
 
 

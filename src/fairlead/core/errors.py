@@ -12,6 +12,7 @@ FairleadError
 ├── Unavailable             not now: worth a retry
 │   ├── LimitExceeded       a limit of the tenant, project, key or model
 │   ├── Shed                there are too many requests, and this one is not among those that are served
+│   ├── Unreachable         what the server depends on does not answer
 │   ├── QueueFull           the model's waiting line is at its bound
 │   ├── TimeoutExpired      the request waited longer than it was allowed to
 │   └── ShuttingDown        the server or the version is draining
@@ -102,6 +103,14 @@ class Shed(Unavailable):
         super().__init__(message)
         self.reason = reason
         self.retry_after = retry_after
+
+
+class Unreachable(Unavailable):
+    """What this depends on does not answer."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class QueueFull(Unavailable):

@@ -384,6 +384,9 @@ class GatewaySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def __post_init__(self) -> None:
         if not self.redis_url and (self.limits.redis or self.reuse.redis):
             raise ValueError("`redis_url` must say where Redis is, because `limits.redis` or `reuse.redis` wants it")
+        for name, policy in self.models.items():
+            if policy.upstreams and any(letter in name for letter in "*?["):
+                raise ValueError(f"`upstreams` of `{name}` would be those of no model: name the model, not a pattern")
         known = {"*", *self.classes}
         for name, tenant in self.tenants.items():
             for each in (tenant.qos_class, *tenant.classes):

@@ -18,6 +18,8 @@ class Raw(Struct, kw_only=True):
     """`/v1/chat/completions`, or what follows `/v2/models/NAME[/versions/N]` for KServe: `/infer`."""
     body: bytes | memoryview
     content_type: str = "application/json"
+    accept: str = ""
+    """What kinds of answer its caller takes."""
     header_length: str = ""
     """KServe's Inference-Header-Content-Length."""
     stream: bool = False

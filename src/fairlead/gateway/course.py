@@ -1,13 +1,19 @@
 """What the gateway's policies come to for one model: worked out once, asked on every request."""
 
+import asyncio
 import time
 from collections.abc import Callable
 
+import structlog
+
+from fairlead.core.errors import ConfigError, Unavailable
 from fairlead.core.policy import FilterPolicy, GatewaySettings, ModelPolicy, rules_of
 from fairlead.gateway.filters.filters import Filters
 from fairlead.gateway.limits.meter import Subject
 from fairlead.gateway.limits.price import FREE
 from fairlead.gateway.queue import FairQueue, Waiting
+
+log = structlog.get_logger("fairlead.gateway")
 
 MAX_COURSES = 4096
 MAX_FILTERS = 256
@@ -17,7 +23,8 @@ MAX_FILTERS = 256
 class Course:
     """One model, as its requests find it. Made anew when the configuration changes; the queue goes on."""
 
-    def __init__(self, name: str, settings: GatewaySettings, queue: FairQueue | None, filters: Filters | None) -> None:
+    def __init__(self, name: str, settings: GatewaySettings, queue: FairQueue | None, *, known: bool) -> None:
+        """`known`: it is served here or elsewhere."""
         policy = settings.model(name)
         self.name = name
         self.policy: ModelPolicy = policy
@@ -25,14 +32,20 @@ class Course:
         rules = rules_of(policy.limits)
         self.subject = Subject(f"model:{name}", rules) if rules else None
         self.queue = queue
-        self.filters = filters
+        self.known = known
+        self.label = name if known else ""
+        """In metrics: names that anybody may make up are not theirs."""
         self.reuses = policy.cache.mode != "off" or policy.cache.single_flight
 
     @property
     def plain(self) -> bool:
         """Nothing is asked of a request that its caller does not bring with it."""
         return (
-            self.queue is None and self.filters is None and self.subject is None and not self.reuses and not self.policy.require_signature
+            self.queue is None
+            and self.policy.filters is None
+            and self.subject is None
+            and not self.reuses
+            and not self.policy.require_signature
         )
 
 
@@ -45,12 +58,14 @@ class Courses:
         max_in_flight: Callable[[str], int],
         changed: Callable[[], object],
         come: Callable[[Waiting], None],
+        known: Callable[[str], bool],
     ) -> None:
-        """`come`: their turn has come. `max_in_flight`: what a model's engines compute at once, 0 for others; another object of `changed` says that it may
+        """`known`: whether a model is served. `come`: their turn has come. `max_in_flight`: what a model's engines compute at once, 0 for others; another object of `changed` says that it may
         be different now."""
         self.settings = settings
         self._changed = changed
         self._come = come
+        self._known = known
         self._max_in_flight = max_in_flight
         self._seen: object = None
         self._courses: dict[str, Course] = {}
@@ -70,18 +85,24 @@ class Courses:
         if found is None:
             if len(self._courses) >= MAX_COURSES:
                 self._courses.clear()  # names that nobody serves
-            policy = self.settings.model(model).filters
-            filters = None if policy is None else self.filters(policy)
-            found = self._courses[model] = Course(model, self.settings, self._queue(model), filters)
+            known = self._known(model)
+            found = self._courses[model] = Course(model, self.settings, self._queue(model) if known else None, known=known)
         return found
 
-    def filters(self, policy: FilterPolicy) -> Filters:
-        """A tenant's own, compiled once."""
-        found = self._filters.get(policy)
-        if found is None:
-            if len(self._filters) >= MAX_FILTERS:
-                self._filters.clear()
-            found = self._filters[policy] = Filters.of(policy)
+    def filters(self, policy: FilterPolicy) -> Filters | None:
+        """None: to be compiled first."""
+        return self._filters.get(policy)
+
+    async def compile(self, policy: FilterPolicy) -> Filters:
+        """A tenant's own, on its first request. Raises Unavailable where they cannot be."""
+        try:
+            found = await asyncio.to_thread(Filters.of, policy)
+        except ConfigError as error:
+            log.error("filters_not_compiled", error=error.message)
+            raise Unavailable("the filters of this tenant cannot be used: the operator's log says why") from None
+        if len(self._filters) >= MAX_FILTERS:
+            self._filters.clear()
+        self._filters[policy] = found
         return found
 
     def _queue(self, model: str) -> FairQueue | None:

@@ -34,6 +34,7 @@ from fairlead.core.errors import (
     Filtered,
     Forbidden,
     InvalidRequest,
+    LimitExceeded,
     ModelError,
     NotFound,
     Shed,
@@ -57,6 +58,7 @@ from fairlead.gateway.limits.meter import Subject
 from fairlead.gateway.limits.price import FREE, amounts_of
 from fairlead.gateway.queue import FairQueue, Waiting, degradation, served_work, token_work
 from fairlead.gateway.recall import Recall, Recalled, replay
+from fairlead.gateway.reuse.response_cache import NotStored
 from fairlead.gateway.reuse.single_flight import Member
 from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.upstream.registry import Upstreams
@@ -99,7 +101,7 @@ class Gateway:
         self.usage = usage
         self.abuse = abuse
         self.counts = counts
-        self.recalls = Recall(settings, repository, self.embed, in_task, counts)
+        self.recalls = Recall(settings, repository, self.embed, counts)
         self._subjects: dict[tuple[str, str, str], tuple[Caller, tuple[Subject, ...]]] = {}
         self._timers: dict[FairQueue, asyncio.TimerHandle] = {}
         self.stopping = False
@@ -184,8 +186,9 @@ class Gateway:
         """
         self.allow(visit)
         self.watch(visit)
-        if visit.filters is not None:
-            await self.check(visit)
+        policy = visit.caller.policy.filters or visit.course.policy.filters
+        if policy is not None:
+            await self.check(visit, policy)
         if visit.course.reuses:
             answer = await self.recall(visit)
             if answer is not None:
@@ -206,9 +209,14 @@ class Gateway:
             raise NotFound(f"Request for unknown model: '{request.model}' is not found")
         if visit.course.policy.require_signature and not request.signed_by:
             raise Unauthenticated(f"requests for model '{request.model}' must be signed (RFC 9421): see docs/signing.md")
+        if not visit.course.known:
+            raise self.dispatch.missing(request)
+        classes = self.settings.classes
+        if request.qos_class and request.qos_class not in classes:
+            raise InvalidRequest(f"there is no class of service like that: x-fairlead-class may be {', '.join(classes)}")
         visit.qos_class = qos_class_of(caller, request.qos_class)
-        visit.priority = self.settings.classes.get(visit.qos_class, 0)
-        if request.priority and "*" not in caller.classes:
+        visit.priority = classes.get(visit.qos_class, 0)
+        if request.priority and "*" not in caller.classes and not classes.keys() <= {caller.qos_class, *caller.classes}:
             raise Forbidden("`priority` may be set by callers of every class only: ask for a class with x-fairlead-class")
         prompt = request.prompt
         if caller is not ANYONE and isinstance(prompt, Generate):
@@ -220,17 +228,19 @@ class Gateway:
             visit.watched = False
             raise error
 
-    async def check(self, visit: "Visit") -> None:
-        filters = visit.filters
-        assert filters is not None
+    async def check(self, visit: "Visit", policy: FilterPolicy) -> None:
+        filters = self.courses.filters(policy)
+        if filters is None:
+            await visit.in_task()
+            filters = await self.courses.compile(policy)
         checked = filters.check(visit.request)
         visit.request = checked.request
         for rule in checked.flagged:
-            self.counts.add("fairlead_gateway_flagged_total", visit.course.name, rule)
+            self.counts.add("fairlead_gateway_flagged_total", visit.course.label, rule)
         if filters.moderates:
-            await in_task()
+            await visit.in_task()
             for rule in await filters.moderate(visit.request, self.classify):
-                self.counts.add("fairlead_gateway_flagged_total", visit.course.name, rule)
+                self.counts.add("fairlead_gateway_flagged_total", visit.course.label, rule)
         visit.output = filters.output(stream=visit.sink is None)
 
     async def classify(self, model: str, texts: list[str]) -> Sequence[Mapping[str, float]]:
@@ -238,9 +248,12 @@ class Gateway:
         spec = self.repository.find(model).spec
         labels = check_classifier(spec)
         request = Request(model=model, inputs=text_rows(spec, texts), arrived=time.perf_counter())
-        async with asyncio.timeout(CLASSIFY_SECONDS), aclosing(self.dispatch.infer(request)) as responses:
-            async for response in responses:
-                return by_label(labels, response.outputs[spec.outputs[0].name])
+        try:
+            async with asyncio.timeout(CLASSIFY_SECONDS), aclosing(self.dispatch.infer(request)) as responses:
+                async for response in responses:
+                    return by_label(labels, response.outputs[spec.outputs[0].name])
+        except TimeoutError:
+            raise Unavailable(f"model '{model}' did not classify the request's texts within {CLASSIFY_SECONDS:g} s") from None
         raise ModelError(f"model '{model}' gave no response")
 
     async def embed(self, model: str, text: str) -> np.ndarray:
@@ -256,7 +269,7 @@ class Gateway:
         policy, request = visit.course.policy, visit.request
         if policy.traffic and not request.version:
             return None  # which version answers is not known yet
-        found = visit.recalled = await self.recalls.look(request, policy.cache, policy.queue.max_wait)
+        found = visit.recalled = await self.recalls.look(request, policy.cache, policy.queue.max_wait, visit.in_task)
         if found is None:
             return None
         visit.headers.update(found.headers)
@@ -275,7 +288,7 @@ class Gateway:
             now = time.time()
             visit.hold = self.limits.hold(subjects, amounts, now)
             if visit.hold is None:
-                await in_task()
+                await visit.in_task()
                 visit.hold = await self.limits.ask(subjects, amounts, now)
             visit.headers.update(visit.hold.headers)
 
@@ -364,8 +377,7 @@ class Gateway:
         request, caller = visit.request, visit.caller
         outcome, reason = ended(error)
         if outcome == "refused":
-            known = visit.model if self.dispatch.knows(visit.model) else ""
-            self.counts.add("fairlead_gateway_refused_total", known, reason)
+            self.counts.add("fairlead_gateway_refused_total", visit.course.label, reason)
         if self.abuse is not None and visit.watched:
             self._note_abuse(visit, took, outcome, reason)
         if self.usage is None:
@@ -377,16 +389,17 @@ class Gateway:
                 tenant=caller.tenant,
                 project=caller.project,
                 key=caller.key,
-                model=request.model,
+                model=request.model if visit.course.known else "",
                 version=visit.version,
                 qos_class=visit.qos_class,
                 kind=kind_of(request),
                 outcome=outcome,
+                status=visit.status,
                 reason=reason,
                 input_tokens=took.prompt_tokens,
                 cached_tokens=took.cached_tokens,
                 output_tokens=took.completion_tokens,
-                rows=visit.num_rows,
+                rows=visit.num_rows if outcome == "success" else 0,
                 compute_seconds=compute_seconds,
                 seconds=time.perf_counter() - visit.arrived,
                 cost=cost,
@@ -498,8 +511,6 @@ class Visit:
         self.arrived = request.arrived or time.perf_counter()
         self.qos_class = ""
         self.priority = 0
-        own = self.caller.policy.filters
-        self.filters: Filters | None = course.filters if own is None else gateway.courses.filters(own)
         self.output: OutputFilter | None = None
         self.work: Work | None = None
         self.hold: Hold | None = None
@@ -525,6 +536,8 @@ class Visit:
         self.settled = False
         self.finished = False
         # of the callback form
+        self.taskless = False
+        """`begin` drives it, in whatever task or callback that was called."""
         self.sink: Sink | None = None
         self.ticket: Ticket | None = None
         self.task: asyncio.Task[None] | None = None
@@ -535,6 +548,7 @@ class Visit:
         self.sink = sink
         gateway = self.gateway
         steps = gateway.admit(self)
+        self.taskless = True
         try:
             waits_for = steps.send(None)
         except StopIteration as end:
@@ -546,6 +560,12 @@ class Visit:
             self.close(ModelError("internal error"))
         else:
             self.task = asyncio.get_running_loop().create_task(self._walk(_resumed(steps, waits_for)))
+
+    async def in_task(self) -> None:
+        """Before a wait that needs a task of its own around it (a timeout, say): what was begun without one goes on in one."""
+        if self.taskless:
+            self.taskless = False
+            await asyncio.sleep(0)
 
     async def _walk(self, steps: Awaitable[AsyncGenerator[Response, None] | None]) -> None:
         try:
@@ -621,6 +641,7 @@ class Visit:
                 error = failure
         if error is not None:
             error = self.told(error)
+        self.ticket = None  # which knows this visit: only the garbage collector would free them
         self.finish(error)
         assert self.sink is not None
         self.sink.close(error)
@@ -784,6 +805,7 @@ REASONS: dict[type[FairleadError], str] = {
     Unauthenticated: "unauthenticated",
     Forbidden: "forbidden",
     NotFound: "not-found",
+    NotStored: "not-stored",
     InvalidRequest: "invalid-request",
     Unsupported: "unsupported",
 }
@@ -802,14 +824,28 @@ def last_text(request: Request) -> str:
 
 
 def status_of(error: FairleadError | None) -> int:
-    """The kind of end, in HTTP's numbers: what abuse tells apart. Doors have a table that is finer."""
+    """The kind of end, in HTTP's numbers, whatever the protocol."""
     if error is None:
         return 200
-    if isinstance(error, Cancelled):
-        return 499
-    if isinstance(error, Unavailable):
-        return 429
-    return 400 if ended(error)[0] == "refused" else 500
+    for kind, status in STATUSES.items():
+        if isinstance(error, kind):
+            return status
+    return 500
+
+
+STATUSES: dict[type[FairleadError], int] = {
+    Cancelled: 499,
+    Unauthenticated: 401,
+    Forbidden: 403,
+    NotFound: 404,
+    NotStored: 504,
+    InvalidRequest: 400,
+    Filtered: 400,
+    Unsupported: 501,
+    LimitExceeded: 429,
+    Shed: 429,
+    Unavailable: 503,
+}
 
 
 def kind_of(request: Request) -> str:
@@ -817,12 +853,6 @@ def kind_of(request: Request) -> str:
     if request.raw is not None:
         return request.raw.path.rpartition("/")[2]
     return "infer" if request.prompt is None else type(request.prompt).__name__.lower()
-
-
-async def in_task() -> None:
-    """Before a wait that needs a task around it (a timeout, say): what was begun without one goes on in one."""
-    if asyncio.current_task() is None:
-        await asyncio.sleep(0)
 
 
 @types.coroutine

@@ -43,8 +43,8 @@ class Recalled:
 class Recall:
     """The response cache, the flights and the semantic cache of one gateway."""
 
-    def __init__(self, settings: GatewaySettings, repository: ModelRepository, embed: Embedder, in_task: InTask, counts: Counts) -> None:
-        """`in_task`: to be awaited before what needs a task around it. Raises ConfigError."""
+    def __init__(self, settings: GatewaySettings, repository: ModelRepository, embed: Embedder, counts: Counts) -> None:
+        """Raises ConfigError."""
         self.cache = ResponseCache(settings.reuse)
         self.flights = Flights()
         self.semantic = Semantic()
@@ -55,13 +55,12 @@ class Recall:
             self.redis = redis.RedisResponses(settings.redis_url, counts)
         self._repository = repository
         self._embed = embed
-        self._in_task = in_task
         self._counts = counts
         self._computed_by: dict[str, object] = {}
         """Model → the version object whose answers are stored: another one with the same number is another artefact."""
 
-    async def look(self, request: Request, policy: CacheSettings, max_wait: float) -> Recalled | None:
-        """None: this request shares nothing. Raises NotStored, TimeoutExpired."""
+    async def look(self, request: Request, policy: CacheSettings, max_wait: float, in_task: InTask) -> Recalled | None:
+        """`in_task` is awaited before what needs a task around it. None: this request shares nothing. Raises NotStored, TimeoutExpired."""
         control = cache_control(request.envelope)
         version = self._version(request)
         key = request_key(request, version, policy, control)
@@ -73,7 +72,7 @@ class Recall:
         found.key = key
         now = time.time()
         if policy.mode != "off" and not control.no_cache:
-            stored, outcome = await self._stored(request, version, policy, found, now, control.max_age)
+            stored, outcome = await self._stored(request, version, policy, found, now, control.max_age, in_task)
             if stored is not None:
                 self._counts.add("fairlead_gateway_reused_total", request.model, outcome)
                 found.answer = replay(stored)
@@ -84,7 +83,7 @@ class Recall:
         if policy.single_flight:
             member = self.flights.board(key)
             if not member.leads:
-                await self._in_task()
+                await in_task()
                 if await member.begun(max_wait):
                     self._counts.add("fairlead_gateway_reused_total", request.model, "joined")
                     found.answer = member.follow()
@@ -130,11 +129,18 @@ class Recall:
         return version.version
 
     async def _stored(
-        self, request: Request, version: str, policy: CacheSettings, found: Recalled, now: float, max_age: float | None
+        self,
+        request: Request,
+        version: str,
+        policy: CacheSettings,
+        found: Recalled,
+        now: float,
+        max_age: float | None,
+        in_task: InTask,
     ) -> tuple[Stored | None, str]:
         stored = self.cache.get(found.key, now, max_age=max_age)
         if stored is None and self.redis is not None:
-            await self._in_task()
+            await in_task()
             stored = await self.redis.get(found.key)
             if stored is not None:
                 self.cache.put(found.key, stored)
@@ -144,7 +150,7 @@ class Recall:
         question = question_of(request, version)
         if question is None:
             return None, ""
-        await self._in_task()
+        await in_task()
         vector = await embedded(lambda text: self._embed(policy.semantic_model, text), question.text)
         if vector is None:
             return None, ""

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from msgspec import Struct
 
 from fairlead.core.caller import Envelope
-from fairlead.core.errors import ConfigError, LimitExceeded, Shed, Unauthenticated
+from fairlead.core.errors import ConfigError, LimitExceeded, Unauthenticated, Unreachable
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -351,7 +351,7 @@ class Nonces:
                 retry_after=self.STEP,
             )
         if self._num_entries >= self.max_entries:
-            raise Shed("there are too many signed requests to remember", reason="too-many-signatures", retry_after=self.STEP)
+            raise Unreachable("there are too many signed requests to remember", reason="too-many-signatures")
         marks.add(mark)
         of_key[verified.key] += 1
         self._of_key[verified.key] += 1
@@ -396,8 +396,8 @@ class SharedNonces:
             async with asyncio.timeout(self._timeout):
                 new = await self._redis.set(f"fairlead:nonce:{_mark(verified).hex()}", b"", nx=True, px=milliseconds)
         except (RedisError, OSError, TimeoutError):
-            raise Shed(
-                "signed requests cannot be checked for replay now, because Redis does not answer", reason="redis-gone", retry_after=1.0
+            raise Unreachable(
+                "signed requests cannot be checked for replay now, because Redis does not answer", reason="redis-gone"
             ) from None
         if not new:
             raise _replayed()

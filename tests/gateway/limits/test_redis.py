@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from fairlead.core.errors import ConfigError, LimitExceeded, Shed
+from fairlead.core.errors import ConfigError, LimitExceeded, Unreachable
 from fairlead.core.policy import Amounts, Limits, Unit, rules_of
 from fairlead.gateway.limits.ledger import NOTHING_HELD, Hold, Limiter
 from fairlead.gateway.limits.meter import Standing, Subject, period_end
@@ -76,7 +76,7 @@ def shared(limiter: SharedLimiter) -> bool:
     """Whether it would ask Redis."""
     try:
         return limiter.hold(tenant({"concurrent": 100}, "probe"), {}, time.time()) is None
-    except Shed:
+    except Unreachable:
         return False
 
 
@@ -368,10 +368,10 @@ async def test_redis_gone_requests_with_limits_are_refused_where_the_policy_says
     async with running(redis.url, gone="refuse") as limiter:
         hold = await limiter.ask(acme, tokens(1), time.time())
         redis.kill()
-        with pytest.raises(Shed) as caught:
+        with pytest.raises(Unreachable) as caught:
             await limiter.ask(acme, tokens(1), time.time())
         assert caught.value.reason == "limits-unreachable"
-        with pytest.raises(Shed):
+        with pytest.raises(Unreachable):
             limiter.hold(acme, tokens(1), time.time())
         assert limiter.hold((Subject("tenant:free", ()),), tokens(1), time.time()) is NOTHING_HELD
         hold.release(time.time())

@@ -108,7 +108,10 @@ async def test_the_callers_credentials_never_reach_the_upstream_its_own_key_does
     envelope = Envelope(method="POST", target=CHAT, scheme="http", authority="front", headers=headers)
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     async with upstream(key="upstreams") as (fake, place):
-        await one(place, chat(envelope=envelope, id="id-1", trace=trace))
+        request = chat(envelope=envelope, id="id-1", trace=trace)
+        assert request.raw is not None
+        request.raw.accept = "application/json"
+        await one(place, request)
         sent = last(fake).headers
     assert sent.pop("content-length").isdigit()
     assert sent.pop("user-agent").startswith("fairlead/")

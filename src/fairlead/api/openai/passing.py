@@ -43,7 +43,7 @@ def peek(body: bytes) -> Peek:
     return decode_body(body, Peek)
 
 
-def raw_of(peeked: Peek, path: str, body: bytes) -> Raw:
+def raw_of(peeked: Peek, path: str, body: bytes, accept: str) -> Raw:
     """Raises BadParameter."""
     for name in ("max_tokens", "max_completion_tokens", "n"):
         value = getattr(peeked, name)
@@ -59,6 +59,7 @@ def raw_of(peeked: Peek, path: str, body: bytes) -> Raw:
     return Raw(
         path=path,
         body=body,
+        accept=accept,
         stream=bool(peeked.stream),
         max_tokens=limit,
         num_choices=max(peeked.n or 1, 1),

@@ -304,7 +304,6 @@ class OpenAI:
         if first.status != 200:
             await responses.aclose()
             return _passed(first, line)
-        line.headers.pop("content-type", None)  # the stream says it itself
         return EventStream(chained(first, responses), line.end, line.headers, OpenAIErrors())
 
     # Rows of the table
@@ -361,7 +360,7 @@ class OpenAI:
                 if self.elsewhere is not None and (path := http.scope["path"]) in PASSED_ON:
                     peeked = peek(data)
                     line.model, line.version = _parted(peeked.model)
-                    line.raw = raw_of(peeked, path, data)
+                    line.raw = raw_of(peeked, path, data, http.headers.get("accept", ""))
                     if self.elsewhere.remote(line.model):
                         see(line.caller, line.model)
                         try:

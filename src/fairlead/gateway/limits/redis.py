@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import structlog
 
-from fairlead.core.errors import ConfigError, Shed
+from fairlead.core.errors import ConfigError, Unreachable
 from fairlead.core.policy import Amounts, Unit
 from fairlead.gateway.limits.headers import headers_of, refusal
 from fairlead.gateway.limits.ledger import NOTHING_HELD, Hold, Limiter
@@ -443,5 +443,5 @@ def _read(answer: bytes, subjects: Sequence[Subject]) -> tuple[bool, list[Standi
     ]
 
 
-def unreachable() -> Shed:
-    return Shed("limits cannot be counted now: try again later", reason="limits-unreachable", retry_after=1.0)
+def unreachable() -> Unreachable:
+    return Unreachable("limits cannot be counted now: try again later", reason="limits-unreachable")

@@ -307,6 +307,7 @@ class _Flight:
 
     def closed(self, sent: _Sent, error: FairleadError | None) -> None:
         now = self._dispatch.clock()
+        sent.ticket = None  # each knows the other: only the garbage collector would free them
         if self.done or sent not in self.live:
             sent.over(now)
             return

@@ -186,8 +186,8 @@ class UpstreamTicket(Exchange):
             lines += f"x-request-id: {request.id}\r\n"
         if request.trace and _WORD.fullmatch(request.trace):
             lines += f"traceparent: {request.trace}\r\n"
-        if request.envelope is not None and (accept := request.envelope.header("accept")) and _VALUE.fullmatch(accept):
-            lines += f"accept: {accept}\r\n"
+        if raw.accept and _VALUE.fullmatch(raw.accept):
+            lines += f"accept: {raw.accept}\r\n"
         self.head = (lines + "\r\n").encode("ascii")
         self.body = body
 
