@@ -11,9 +11,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from fairlead.api.admin import Admin, Problems
 from fairlead.api.doorkeeper import CALLER
+from fairlead.api.ops import ops_app
 from fairlead.api.web import json_app
 from fairlead.core.caller import Caller
 from fairlead.core.errors import ConfigError
@@ -400,3 +402,16 @@ async def test_a_store_that_is_gone_is_a_503_that_tells_nothing_of_its_statement
         connection.exec_driver_sql("ALTER TABLE keys RENAME TO keyes")
     status, _, detail = problem(await client.get("/admin/keys"))
     assert status == 503 and "SELECT" not in detail
+
+
+async def test_the_operations_port_describes_itself(store: Store) -> None:
+    class Ready:
+        ready, stopping = True, False
+
+    app = ops_app(Ready(), lambda accept: ("text/plain", b""), Admin(store).operations)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://here") as client:
+        described = (await client.get("/admin/openapi.json")).json()
+    OpenAPIV31SpecValidator(described).validate()
+    assert described["paths"].keys() == {operation.path for operation in Admin(store).operations}
+    refusals = described["paths"]["/admin/keys"]["get"]["responses"]["403"]["$ref"].rpartition("/")[2]
+    assert list(described["components"]["responses"][refusals]["content"]) == ["application/problem+json"]

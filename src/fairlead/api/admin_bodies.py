@@ -1,7 +1,7 @@
 """Bodies and queries of the administration's operations: what is taken in is checked here, once."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, TypedDict, TypeVar
+from typing import Annotated, Any, ClassVar, TypedDict, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
@@ -35,6 +35,8 @@ class FieldError(Struct, frozen=True):
 
 class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """RFC 9457."""
+
+    content_type: ClassVar[str] = "application/problem+json"
 
     title: str
     status: int

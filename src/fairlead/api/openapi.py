@@ -122,7 +122,7 @@ def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]
             "responses": {
                 _response_name(status, error): {
                     "description": HTTPStatus(status).phrase,
-                    "content": {JSON: {"schema": schema_of[repr(error)]}},
+                    "content": {getattr(error, "content_type", JSON): {"schema": schema_of[repr(error)]}},
                 }
                 for operation in operations
                 for status, error in ((status, operation.error) for status in operation.statuses)

@@ -8,8 +8,9 @@ from starlette.types import ASGIApp
 
 from fairlead.api.admin import Problems
 from fairlead.api.doorkeeper import Doorkeeper
-from fairlead.api.openapi import Operation
-from fairlead.api.web import Readiness, health_response, json_app, live_response, ready_response
+from fairlead.api.openapi import Operation, document
+from fairlead.api.web import Readiness, health_response, json_app, json_response, live_response, ready_response
+from fairlead.core.policy import Scope
 
 MetricsText = Callable[[str], tuple[str, bytes]]
 """Takes an Accept header; returns the content type and the text: OpenMetrics where it is asked for, else Prometheus's own."""
@@ -33,13 +34,19 @@ def ops_app(
     async def ready(_: Request) -> Response:
         return ready_response(repository)
 
+    operations = tuple(admin)
+
+    async def openapi(_: Request) -> Response:
+        return json_response(document(operations, {}))
+
     return json_app(
         [
             ("GET", "/metrics", metrics, None),
             ("GET", "/healthz", health, None),
             ("GET", "/healthz/live", live, None),
             ("GET", "/healthz/ready", ready, None),
-            *((each.method, each.path, each.serve, each.scope) for each in admin),
+            *((each.method, each.path, each.serve, each.scope) for each in operations),
+            *((("GET", "/admin/openapi.json", openapi, Scope.ADMIN),) if operations else ()),
         ],
         {"/admin": Problems()},
         None if doorkeeper is None else doorkeeper.admit,

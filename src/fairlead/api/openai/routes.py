@@ -182,6 +182,8 @@ class OpenAI:
         self, http: HttpRequest, body: ChatBody | CompletionBody, prompts: list[Generate], answer: Answer, line: AccessLine
     ) -> Any:
         requests = self._requests(prompts, line, body.priority)
+        for request in requests:
+            request.session = request.session or getattr(body, "prompt_cache_key", None) or body.user or ""
         if body.stream:
             events = self._events(line, requests, answer, include_usage=body.include_usage)
             return EventStream(events, line.end, line.headers, OpenAIErrors(body.prompt_parameter))
