@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fairlead.api.http_server import HttpServer
 from fairlead.api.ops import ops_app
 from fairlead.api.tls import server_context
 from fairlead.core.errors import ConfigError, FairleadError
-from fairlead.core.policy import GatewaySettings, Unit
+from fairlead.core.policy import CALENDAR, GatewaySettings, Unit, rules_of
 from fairlead.core.settings import LOOPBACK, Settings, asks_for_keys, parse_settings
 from fairlead.gateway.abuse import Abuse
 from fairlead.gateway.configuration import Configuration
@@ -41,11 +41,13 @@ from fairlead.observe.metrics import Line, Metrics
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.repository import Control, ModelRepository, RepositorySettings
 from fairlead.store.database import default_url
-from fairlead.store.rows import Dimension, UsageQuery, UsageSum
+from fairlead.store.rows import AuditRow, Dimension, UsageQuery, UsageSum
 from fairlead.store.store import Store
 
 log = structlog.get_logger("fairlead")
 
+RESTART_SECONDS = 1.0
+"""Before what should never end is begun again."""
 YOUNG_OBJECTS = 20_000
 """Between two looks of the garbage collector: what requests leave is mostly freed without it, and each look costs some of them time."""
 
@@ -101,8 +103,8 @@ class Server:
         self.courses = Courses(policies, self._max_in_flight, lambda: repository.readiness_changed, come, self._known)
         self.courses.configure(policies, compiled(policies))
         self.limits = limiter_of(policies, counts)
-        self.usage = UsageLog(self.store, settings.store.flush_seconds, counts) if self.store is not None and settings.store.usage else None
-        self.abuse = Abuse(policies.abuse, counts) if policies.abuse.action != "off" else None
+        self.usage = None if self.store is None else UsageLog(self.store, settings.store.flush_seconds, counts)
+        self.abuse = Abuse(policies.abuse, counts)
         self.gateway = Gateway(
             settings=policies,
             repository=repository,
@@ -110,7 +112,8 @@ class Server:
             dispatch=self.dispatch,
             limits=self.limits,
             courses=self.courses,
-            usage=self.usage,
+            usage=self.usage if settings.store.usage else None,
+            audit=self._audit,
             abuse=self.abuse,
             counts=counts,
         )
@@ -150,6 +153,8 @@ class Server:
 
     async def start(self) -> None:
         """Listen, then load: health answers from the first moment. Raises ConfigError for a port that is taken."""
+        await self.limits.start()
+        await self._restore_budgets()
         listen = self.settings.listen
         for door, flag, host, port in (
             (self.http, "--port", listen.host, listen.port),
@@ -164,11 +169,9 @@ class Server:
             self._open.append(door)
         if self.usage is not None:
             self.usage.start()
-        await self.limits.start()
-        await self._restore_budgets()
-        self._begin("access-log", self._flush_access_log())
-        self._begin("identity", self.identity.follow())
-        self._begin("upstreams", self.upstreams.check())
+        self._begin("access-log", self._flush_access_log)
+        self._begin("identity", self.identity.follow)
+        self._begin("upstreams", self.upstreams.check)
         await self.repository.start()
         gc.set_threshold(YOUNG_OBJECTS, 20, 20)
         log.info(
@@ -189,8 +192,18 @@ class Server:
             return "loopback only, no keys asked"
         return "anyone who reaches these ports may use every model"
 
-    def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.append(asyncio.create_task(work, name=name))
+    def _begin(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Something that goes on for ever: it is begun again where it fails."""
+
+        async def again_and_again() -> None:
+            while True:
+                try:
+                    await work()
+                except Exception:
+                    log.exception("task_failed", task=name)
+                await asyncio.sleep(RESTART_SECONDS)
+
+        self._tasks.append(asyncio.create_task(again_and_again(), name=name))
 
     async def stop(self) -> None:
         """Ready goes false at once; requests in flight finish within the drain timeout; then everything closes."""
@@ -241,11 +254,16 @@ class Server:
         self.keyring.configure(policies)
         self.identity.configure(policies)
         self.gateway.configure(policies, filters)
-        if self.abuse is not None:
-            self.abuse.configure(policies.abuse)
+        self.abuse.configure(policies.abuse)
+
+    def _audit(self, row: AuditRow) -> None:
+        """What the gateway did by itself."""
+        if self.usage is not None:
+            self.usage.audit(row)
 
     def _known(self, model: str) -> bool:
-        return self.dispatch.knows(model)
+        """Served here or elsewhere, or named in the policies: then others may stand in for it."""
+        return self.dispatch.knows(model) or model in self.policies.models
 
     def _max_in_flight(self, model: str) -> int:
         """What a language model's engines compute at once; 0 for other models, which have a batcher's line of their own."""
@@ -272,16 +290,29 @@ class Server:
             "key:{}": (Dimension.KEY,),
             "model:{}": (Dimension.MODEL,),
         }
+        budgets = self._budgets()
         for window, since in starts.items():
             for name, by in subjects.items():
+                if not any(budget == window for _, budget in budgets):
+                    continue
                 spent: defaultdict[tuple[str, Unit], float] = defaultdict(float)
                 for total in await asyncio.to_thread(self.store.usage, UsageQuery(since=since), (*by, Dimension.OUTCOME)):
                     *group, outcome = total.group
                     if outcome in SETTLED:
                         for unit, amount in _amounts(total):
-                            spent[name.format(*group), unit] += amount
+                            if (unit, window) in budgets:
+                                spent[name.format(*group), unit] += amount
                 for (subject, unit), amount in spent.items():
                     await self.limits.restore(subject, unit, window, amount, now)
+
+    def _budgets(self) -> set[tuple[Unit, str]]:
+        """(unit, window) of every budget that anybody has."""
+        snapshot, settings = self.keyring.snapshot, self.policies
+        limits = [policy.limits for policy in (*settings.tenants.values(), *snapshot.policies.values())]
+        limits += [policy.limits for policy in settings.models.values()]
+        limits += [*snapshot.project_limits.values(), *(entry.caller.key_limits for entry in snapshot.by_id.values())]
+        rules = (rule for each in limits for rule in rules_of(each))
+        return {(rule.unit, rule.window) for rule in rules if rule.unit is not None and rule.window in CALENDAR}
 
 
 SETTLED = ("success", "cancelled")

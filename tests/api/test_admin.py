@@ -393,7 +393,7 @@ async def test_the_configuration_is_read_put_and_taken_back(client: httpx2.Async
 
 async def test_where_no_server_runs_there_is_no_configuration_to_change(store: Store) -> None:
     app = json_app([(each.method, each.path, each.serve, each.scope) for each in Admin(store).operations], {"/admin": Problems()})
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://server") as client:
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://localhost") as client:
         assert problem(await client.get("/admin/config"))[0] == 501
 
 
@@ -415,3 +415,10 @@ async def test_the_operations_port_describes_itself(store: Store) -> None:
     assert described["paths"].keys() == {operation.path for operation in Admin(store).operations}
     refusals = described["paths"]["/admin/keys"]["get"]["responses"]["403"]["$ref"].rpartition("/")[2]
     assert list(described["components"]["responses"][refusals]["content"]) == ["application/problem+json"]
+
+
+@pytest.mark.parametrize(("host", "status"), [("localhost:8002", 200), ("127.0.0.1", 200), ("[::1]:8002", 200), ("evil.example", 403)])
+async def test_a_page_whose_name_was_made_to_point_here_cannot_administer_an_open_server(store: Store, host: str, status: int) -> None:
+    app = json_app([(each.method, each.path, each.serve, each.scope) for each in Admin(store).operations], {"/admin": Problems()})
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
+        assert (await client.get("/admin/keys", headers={"host": host, "origin": f"http://{host}"})).status_code == status

@@ -223,6 +223,8 @@ def test_records_come_in_pages_and_as_many_as_are_wanted(store: Store, monkeypat
     assert [json.loads(line)["request_id"] for line in lines] == ["4", "3", "2", "1", "0"]
     rows = list(csv.DictReader(io.StringIO(run("usage", "--records", 3, "--csv").stdout)))
     assert [each["request_id"] for each in rows] == ["4", "3", "2"]
+    narrowed = run("usage", "--purge-before", "1d", "--tenant", "acme")
+    assert narrowed.exit_code == 2 and "everybody" in narrowed.stderr
     assert "forgot 5 records" in run("usage", "--purge-before", "1d").stdout
     assert run("usage", "--records", 0, "--json").stdout == ""
 

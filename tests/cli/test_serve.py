@@ -152,11 +152,12 @@ def test_a_port_that_is_taken_is_one_readable_line(root):
     [
         ((), "nothing to serve: name a model repository or a model"),
         (("nowhere/at/all",), "there is no model repository at nowhere/at/all"),
-        (("x", "--host", "0.0.0.0"), "nothing asks callers for a key"),
+        (("x", "--host", "0.0.0.0"), "callers must show a key, and there is none: make one with `fairlead keys create"),
         (("x", "--config", "not-there.yaml"), "cannot read not-there.yaml: No such file or directory"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_readable_line(arguments, message):
+def test_a_mistake_on_the_command_line_is_one_readable_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     code, said = run("serve", *arguments)
     assert code == 2
     assert message in said.splitlines()[-1]

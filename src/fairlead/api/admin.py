@@ -9,6 +9,7 @@ import io
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from http import HTTPStatus
+from ipaddress import ip_address
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -202,9 +203,12 @@ class Admin:
                 policy = None
             elif patch.policy is not UNSET:
                 policy = policy_of(merged({} if policy is None else said(policy, DEFAULT_TENANT), patch.policy))
-                self._check_policy(policy)
             return structs.replace(row, policy=policy, disabled=row.disabled if patch.disabled is UNSET else patch.disabled)
 
+        # before the transaction, which must be short
+        wanted = change(await _in_thread(self.store.tenant, name)).policy
+        if wanted is not None and patch.policy is not UNSET:
+            await _in_thread(self._check_policy, wanted)
         did = self._did(http, "tenant.change", name, **msgspec.to_builtins(patch))
         return json_response(tenant_of(await asyncio.to_thread(self.store.change_tenant, name, change, did, force=force)))
 
@@ -333,7 +337,7 @@ class Admin:
     async def audit(self, http: Request) -> Response:
         query = query_of(http, EntriesQuery)
         since, until = span(query)
-        if query.cursor and not query.cursor.isdecimal():
+        if query.cursor and not (query.cursor.isdecimal() and len(query.cursor) < 19):
             raise BadField("is none that was given", "cursor")
         wanted = AuditQuery(since=since, until=until, actor=query.actor, action=query.action, subject=query.subject)
         rows = await _in_thread(self.store.audit, wanted, query.limit, int(query.cursor) if query.cursor else None)
@@ -464,9 +468,21 @@ def _told(serve: Serve) -> Serve:
 
 def _same_site(http: Request) -> None:
     """Raises Forbidden for a page of another site that lets an administrator's browser ask: on a server that asks for no key it could."""
-    origin = http.headers.get("origin")
+    origin, host = http.headers.get("origin"), http.headers.get("host", "")
+    if not caller_of(http)[0].key and not _is_local(host):
+        # a page whose name was made to point here (DNS rebinding) is its own site
+        raise Forbidden(f"{host} may not administer this server: ask it by its address, or as localhost")
     if origin is not None and urlsplit(origin).netloc != http.headers.get("host"):
         raise Forbidden(f"pages of {origin} may not administer this server")
+
+
+def _is_local(host: str) -> bool:
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        ip_address(name)
+    except ValueError:
+        return name == "localhost"
+    return True
 
 
 def _actor(http: Request) -> str:
@@ -513,9 +529,11 @@ def _record_cursor(text: str) -> tuple[float, int] | None:
         return None
     moment, _, id = text.partition(":")
     try:
-        return float(moment), int(id)
+        if len(id) < 19:
+            return float(moment), int(id)
     except ValueError:
-        raise BadField("is none that was given", "cursor") from None
+        pass
+    raise BadField("is none that was given", "cursor")
 
 
 def _without(row: msgspec.Struct, name: str) -> dict[str, Any]:

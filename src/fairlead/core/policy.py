@@ -208,6 +208,10 @@ class QueueSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Seconds in which half of what a tenant was served is forgotten."""
     degrade: tuple[DegradeStep, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.max_in_flight == 0 and self.degrade:
+            raise ValueError("`degrade` is for those who wait, and with `max_in_flight: 0` nobody does")
+
 
 # Where
 
@@ -285,6 +289,10 @@ class CacheSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     semantic_threshold: Annotated[float, Meta(gt=0, le=1)] = 0.95
     """Least cosine of the two questions."""
 
+    def __post_init__(self) -> None:
+        if self.mode == "off" and (self.semantic_model or self.stale_seconds):
+            raise ValueError("`semantic_model` and `stale_seconds` are of stored answers, and `mode: off` stores none")
+
 
 class ReuseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The memory that all response caches share."""
@@ -318,6 +326,10 @@ class FilterPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """ISO 639-1 codes that a text of some length must be in; (): any."""
     output: bool = True
     """Answers are searched too (deny, patterns, PII; not injection, size and language)."""
+
+    def __post_init__(self) -> None:
+        if self.pii != "off" and not self.pii_kinds:
+            raise ValueError(f"`pii: {self.pii}` looks for none of `pii_kinds`: name some, or turn it off")
 
 
 class AbuseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -356,6 +368,8 @@ class ModelPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         rules_of(self.limits)
         if self.traffic and abs(sum(self.traffic.values()) - 1.0) > 1e-6:
             raise ValueError(f"`traffic` must add up to 1, not {sum(self.traffic.values()):g}")
+        if self.cache.mode == "off" and any(step.cached for step in self.queue.degrade):
+            raise ValueError("`degrade` with `cached` needs stored answers: set `cache.mode`")
 
 
 class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -387,11 +401,18 @@ class GatewaySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         for name, policy in self.models.items():
             if policy.upstreams and any(letter in name for letter in "*?["):
                 raise ValueError(f"`upstreams` of `{name}` would be those of no model: name the model, not a pattern")
-        known = {"*", *self.classes}
         for name, tenant in self.tenants.items():
-            for each in (tenant.qos_class, *tenant.classes):
-                if each not in known:
-                    raise ValueError(f"class `{each}` of tenant `{name}` is not one of `classes`: {', '.join(self.classes)}")
+            self._check_class(tenant.qos_class, f"tenant `{name}`")
+            for each in tenant.classes:
+                if each != "*":
+                    self._check_class(each, f"tenant `{name}`")
+        for name, policy in self.models.items():
+            for each in (each for step in policy.queue.degrade for each in step.classes if each != "*"):
+                self._check_class(each, f"`degrade` of `{name}`")
+
+    def _check_class(self, name: str, of: str) -> None:
+        if name not in self.classes:
+            raise ValueError(f"class `{name}` of {of} is not one of `classes`: {', '.join(self.classes)}")
 
     def model(self, name: str) -> ModelPolicy:
         """The policy of a model; the default one where no entry matches."""

@@ -42,7 +42,7 @@ def test_another_shape_is_refused_when_it_is_read(input: object) -> None:
 
 
 def test_the_answer_is_one_that_openais_library_reads() -> None:
-    answer = moderations("moderation", [{"violence": 0.75, "self-harm": 0.1}, {"violence": 0.2, "self-harm": 0.3}], threshold=0.7)
+    answer = moderations("moderation", [{"violence": 0.75, "self-harm": 0.1}, {"violence": 0.2, "self-harm": 0.3}])
     read = ModerationCreateResponse.construct(**json.loads(msgspec.json.encode(answer)))
     assert read.id.startswith("modr-") and read.model == "moderation"
     assert [result.flagged for result in read.results] == [True, False]

@@ -13,7 +13,8 @@ from fairlead.api.openai.errors import BadParameter
 
 DEFAULT_MODEL = "moderation"
 """Of a request that names none."""
-DEFAULT_THRESHOLD = 0.5
+THRESHOLD = 0.5
+"""From which on a text is flagged."""
 MAX_INPUTS = 128
 """Texts in one request."""
 
@@ -60,12 +61,12 @@ class Moderations(Struct):
     results: list[ModerationResult]
 
 
-def moderations(model: str, probabilities: Sequence[Mapping[str, float]], threshold: float = DEFAULT_THRESHOLD) -> Moderations:
+def moderations(model: str, probabilities: Sequence[Mapping[str, float]]) -> Moderations:
     """From a classifier's probabilities of each of its labels, for each text."""
-    return Moderations(id=f"modr-{uuid.uuid4().hex}", model=model, results=[_result(each, threshold) for each in probabilities])
+    return Moderations(id=f"modr-{uuid.uuid4().hex}", model=model, results=[_result(each) for each in probabilities])
 
 
-def _result(probabilities: Mapping[str, float], threshold: float) -> ModerationResult:
-    categories = {label: probability >= threshold for label, probability in probabilities.items()}
+def _result(probabilities: Mapping[str, float]) -> ModerationResult:
+    categories = {label: probability >= THRESHOLD for label, probability in probabilities.items()}
     applied: dict[str, list[Literal["text"]]] = {label: ["text"] for label in probabilities}
     return ModerationResult(any(categories.values()), categories, dict(probabilities), applied)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 from fairlead.core.policy import GatewaySettings, Upstream
 from fairlead.gateway.upstream.place import UpstreamPlace
@@ -56,8 +57,9 @@ class Upstreams:
 async def _let_go(place: UpstreamPlace) -> None:
     """Close it once what is under way there is answered, or has had its time."""
     try:
-        async with asyncio.timeout(place.upstream.timeout):
-            while place.in_flight:  # noqa: ASYNC110  nobody waits for this, and places tell nobody that they are idle
-                await asyncio.sleep(LINGER_SECONDS)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(place.upstream.timeout):
+                while place.in_flight:  # noqa: ASYNC110  nobody waits for this, and places tell nobody that they are idle
+                    await asyncio.sleep(LINGER_SECONDS)
     finally:
         await place.close()
