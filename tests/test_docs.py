@@ -133,7 +133,9 @@ def shown(field: Field) -> str:
             return ", ".join(value)
         case int() if value >= 1 << 20:
             return f"{value >> 20} MiB"
-        case int() | float():
+        case int():
+            return str(value)
+        case float():
             return f"{value:g}"
     return str(value)
 

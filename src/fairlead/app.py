@@ -76,7 +76,7 @@ class Server:
             ForkServer(settings.logs.level, settings.logs.format),
         )
         self._build_gateway(settings.gateway, path)
-        self.configuration = Configuration(parse_settings(text, str(path or "flags")), path, text, self.store, self._configure)
+        self.configuration = Configuration(parse_settings(text, str(path or "flags")), path, text, self.store, self._prepare)
         self._build_doors()
         self._open: list[HttpServer | GrpcServer] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -245,16 +245,21 @@ class Server:
 
     # What the gateway asks of the server
 
-    async def _configure(self, policies: GatewaySettings) -> None:
-        """Other policies, all at once. Raises ConfigError, and changes nothing then."""
+    async def _prepare(self, policies: GatewaySettings) -> Callable[[], None]:
+        """What replaces the policies, all at once. Raises ConfigError."""
         check_fallbacks(policies)
         filters = await asyncio.to_thread(compiled, policies)
-        self.upstreams.configure(policies)
-        self.policies = policies
-        self.keyring.configure(policies)
-        self.identity.configure(policies)
-        self.gateway.configure(policies, filters)
-        self.abuse.configure(policies.abuse)
+        places = self.upstreams.prepare(policies)
+
+        def replace() -> None:
+            self.upstreams.configure(policies, places)
+            self.policies = policies
+            self.keyring.configure(policies)
+            self.identity.configure(policies)
+            self.gateway.configure(policies, filters)
+            self.abuse.configure(policies.abuse)
+
+        return replace
 
     def _audit(self, row: AuditRow) -> None:
         """What the gateway did by itself."""

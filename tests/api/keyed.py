@@ -147,18 +147,16 @@ class House(Struct):
         call = self.channel.unary_unary(
             method if method.startswith("/") else SERVICE + method, lambda each: each.SerializeToString(), answer.FromString
         )
-        return await told(call(message, metadata=shown(key, **metadata), timeout=SECONDS))
+        return await told(call(message, metadata=fields_of(key, **metadata), timeout=SECONDS))
 
     async def stream(self, *messages: Any, key: str = "", in_band: bool = True, **metadata: str) -> Any:
-        """The answers of one ModelStreamInfer call, or a Refusal."""
-        method = self.channel.stream_stream(
-            STREAM_INFER, lambda each: each.SerializeToString(), pb.ModelStreamInferResponse.FromString
-        )
-        fields = shown(key, **metadata) + (() if in_band else (("triton_grpc_error", "true"),))
-        call = method(iter(messages), metadata=fields, timeout=SECONDS)
+        """The answers of one ModelStreamInfer call, or a Refusal. Without messages: what a refusal says before any is sent."""
+        method = self.channel.stream_stream(STREAM_INFER, lambda each: each.SerializeToString(), pb.ModelStreamInferResponse.FromString)
+        fields = fields_of(key, **metadata) + (() if in_band else (("triton_grpc_error", "true"),))
+        call = method(iter(messages) if messages else None, metadata=fields, timeout=SECONDS)
 
         async def whole() -> Any:
-            return [each async for each in call]
+            return [each async for each in call] if messages else await call.read()
 
         return await told(whole())
 
@@ -167,12 +165,11 @@ async def told(call: Any) -> Any:
     try:
         return await call
     except grpc.aio.AioRpcError as error:
-        print("DBG", error.debug_error_string())
         metadata = {**dict(error.initial_metadata() or ()), **dict(error.trailing_metadata() or ())}
         return Refusal(error.code(), error.details() or "", metadata)
 
 
-def shown(key: str, **metadata: str) -> tuple[tuple[str, str], ...]:
+def fields_of(key: str, **metadata: str) -> tuple[tuple[str, str], ...]:
     fields = {name.replace("_", "-"): value for name, value in metadata.items()}
     if key:
         fields["authorization"] = f"Bearer {key}"
@@ -203,9 +200,7 @@ def grpc_row(model: str = "identity", version: str = "") -> Any:
 
 
 def grpc_number(n: int = 2, model: str = "count") -> Any:
-    tensor = pb.ModelInferRequest.InferInputTensor(
-        name="n", datatype="INT32", shape=[1], contents=pb.InferTensorContents(int_contents=[n])
-    )
+    tensor = pb.ModelInferRequest.InferInputTensor(name="n", datatype="INT32", shape=[1], contents=pb.InferTensorContents(int_contents=[n]))
     return pb.ModelInferRequest(model_name=model, inputs=[tensor])
 
 
@@ -226,7 +221,13 @@ def write_models(root: Path) -> None:
 
 @asynccontextmanager
 async def house(
-    folder: Path, *, auth: str = "required: true", gateway: str = "", tls: str = "", extra: str = "", tls_context: ssl.SSLContext | None = None
+    folder: Path,
+    *,
+    auth: str = "required: true",
+    gateway: str = "",
+    tls: str = "",
+    extra: str = "",
+    tls_context: ssl.SSLContext | None = None,
 ) -> AsyncIterator[House]:
     """`auth`, `tls`: in braces; `gateway`: lines, indented by two, after those about the tenant `acme`; `extra`: sections."""
     root = folder / "models"
@@ -281,7 +282,7 @@ def fake_engines() -> Iterator[None]:
     try:
         yield
     finally:
-        del BACKENDS[fake_engine.KIND.name]
+        BACKENDS.pop(fake_engine.KIND.name, None)
 
 
 @asynccontextmanager

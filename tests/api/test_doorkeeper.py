@@ -1,7 +1,9 @@
 """Every door of a server that asks for keys: who comes in, who does not, and what each of them is told."""
 
 import asyncio
+import contextlib
 import gzip
+import http.client
 import json
 import time
 from collections.abc import AsyncIterator
@@ -21,16 +23,17 @@ from fairlead.core.policy import Scope
 from fairlead.gateway.identity.keys import NewKey, new_key
 from fairlead.gateway.signing import sign
 from fairlead.gateway.upstream.fake import Fake
-from tests.api.http_fake import Wire
 from tests.api.keyed import (
     HEALTH,
     SERVICE,
+    STREAM_INFER,
     HealthRequest,
     HealthResponse,
     House,
     Refusal,
     bearer,
     chat,
+    fields_of,
     grpc_number,
     grpc_row,
     house,
@@ -160,7 +163,7 @@ CALLS: dict[str, tuple[Any, Any]] = {
 }
 CHANGES = ("RepositoryModelLoad", "RepositoryModelUnload")
 WHO = "this server must know who asks"
-INVALID = "the key or token is not valid"
+INVALID = "the key, token or certificate that was shown is not valid"
 
 
 def message(name: str, model: str) -> Any:
@@ -189,7 +192,7 @@ def complaint(door: Door, response: httpx2.Response) -> str:
 @pytest.mark.parametrize("name", DOORS)
 async def test_whoever_shows_no_key_is_refused_in_the_shape_of_the_protocol_and_told_what_to_send(home: House, name: str) -> None:
     door = DOORS[name]
-    response = await door.ask(home, {})
+    response = await door.ask(home, {}, door.model or door.secret)
     assert response.status_code == 401
     assert complaint(door, response).startswith(WHO)
     assert response.headers["www-authenticate"] == 'Bearer realm="fairlead"'
@@ -205,7 +208,7 @@ async def test_whoever_calls_without_a_key_is_unauthenticated(home: House, name:
 
 
 async def test_a_stream_without_a_key_ends_before_its_first_message_is_read(home: House) -> None:
-    assert (await home.stream(grpc_row())).code is grpc.StatusCode.UNAUTHENTICATED
+    assert (await home.stream()).code is grpc.StatusCode.UNAUTHENTICATED
 
 
 @pytest.mark.parametrize("path", ["/admin/keys", "/admin/tenants", "/admin/usage", "/admin/audit", "/admin/config"])
@@ -270,7 +273,7 @@ async def test_a_key_opens_every_call_that_its_scopes_are_for(home: House, key: 
 async def test_a_stream_is_opened_by_a_key_of_the_right_scope(home: House, key: NewKey) -> None:
     answers = await home.stream(grpc_row(), grpc_number(2), key=key.secret)
     assert [answer.infer_response.model_name for answer in answers] == ["identity", "count", "count"]
-    refused = await home.stream(grpc_row(), key=home.new_key(Scope.ADMIN).secret)
+    refused = await home.stream(key=home.new_key(Scope.ADMIN).secret)
     assert refused.code is grpc.StatusCode.PERMISSION_DENIED
 
 
@@ -316,6 +319,30 @@ async def test_a_model_that_a_caller_may_not_use_is_answered_as_one_that_is_not_
     assert 400 <= hidden[0] < 500
 
 
+WORSE = (b"", b"{", b"[]", b'{"model": 1}', b'{"inputs": 1}')
+
+
+@pytest.mark.parametrize("body", [*WORSE, "temperature", "unknown", "tokens", "shape"])
+@pytest.mark.parametrize("name", ["infer", "infer elsewhere", "generate", "infer with events", "chat", "chat elsewhere", "load"])
+async def test_nor_does_a_bad_body_tell_them_apart(home: House, name: str, body: bytes | str) -> None:
+    door, key = NAMED[name], home.new_key(Scope.INFER, Scope.REPOSITORY)
+    answers = []
+    for model in (door.secret, "nobody"):
+        path, text = door.put(model)
+        assert text is not None
+        changes: dict[Any, Any] = {
+            "temperature": {"temperature": "hot"},
+            "unknown": {"unknown": 1},
+            "tokens": {"max_tokens": -1},
+            "shape": {"inputs": [{"name": "x", "shape": [-1], "datatype": "FP32", "data": []}]},
+        }
+        content = body if isinstance(body, bytes) else json.dumps(json.loads(text) | changes[body]).encode()
+        for headers in ({}, {"inference-header-content-length": "nonsense"}, {"content-encoding": "gzip"}, {"content-encoding": "br"}):
+            shown = {**door.headers, **bearer(key, x_request_id="same"), **headers}
+            answers.append(plain(await home.http.post(path, content=content, headers=shown), model))
+    assert answers[:4] == answers[4:]
+
+
 @pytest.mark.parametrize("name", ["ModelInfer", "ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics", *CHANGES])
 async def test_the_same_over_grpc(home: House, name: str) -> None:
     key = home.new_key(Scope.INFER, Scope.REPOSITORY)
@@ -324,6 +351,17 @@ async def test_the_same_over_grpc(home: House, name: str) -> None:
         answered = await home.call(name, message(name, model), CALLS[name][1], key.secret, x_request_id="same")
         assert isinstance(answered, Refusal), answered
         answers.append((answered.code, answered.message.replace(model, "MODEL"), answered.metadata))
+    assert answers[0] == answers[1]
+
+
+async def test_a_wish_for_classes_does_not_tell_them_apart_either(home: House, key: NewKey) -> None:
+    answers = []
+    for model in ("secret", "nobody"):
+        asked = grpc_row(model)
+        asked.outputs.add(name="y").parameters["classification"].int64_param = 1
+        answered = await home.call("ModelInfer", asked, pb.ModelInferResponse, key.secret, x_request_id="same")
+        (streamed,) = await home.stream(asked, key=key.secret)
+        answers.append((answered.code, answered.message.replace(model, "MODEL"), streamed.error_message.replace(model, "MODEL")))
     assert answers[0] == answers[1]
 
 
@@ -407,6 +445,20 @@ async def test_an_expired_and_a_revoked_key_are_refused_like_one_that_never_was(
     assert home.count("fairlead_auth_failures_total", "expired") and home.count("fairlead_auth_failures_total", "revoked")
 
 
+async def test_a_stream_does_not_outlive_its_key(home: House) -> None:
+    key = home.new_key()
+    method = home.channel.stream_stream(STREAM_INFER, lambda each: each.SerializeToString(), pb.ModelStreamInferResponse.FromString)
+    call = method(metadata=fields_of(key.secret), timeout=20)
+    await call.write(grpc_row())
+    assert (await call.read()).infer_response.model_name == "identity"
+    home.revoke(key)
+    for asked in (grpc_row(), grpc_number()):
+        await call.write(asked)
+        assert (await call.read()).error_message == INVALID
+    await call.done_writing()
+    assert await call.read() is grpc.aio.EOF
+
+
 async def test_two_different_keys_in_one_request_are_refused_and_the_same_one_twice_is_not(home: House, key: NewKey) -> None:
     for door in (NAMED["infer"], NAMED["chat"], NAMED["chat elsewhere"]):
         refused = await door.ask(home, bearer(key, x_api_key=forged()))
@@ -459,16 +511,25 @@ async def test_the_refusal_comes_before_the_body(home: House, name: str) -> None
         assert home.server.http.receiving_bytes == 0
 
 
-@pytest.mark.parametrize("name", ["infer", "chat", "chat elsewhere"])
+@pytest.mark.parametrize("name", ["infer", "generate", "chat", "chat elsewhere", "the index", "load"])
 async def test_who_sends_a_large_body_without_a_key_reads_why_it_is_not_taken(home: House, name: str) -> None:
+    assert await asyncio.to_thread(refused, home, name, "") == (401, "close")
+
+
+@pytest.mark.parametrize("name", ["generate", "the index"])
+async def test_who_sends_more_than_an_operation_takes_reads_that_too(home: House, key: NewKey, name: str) -> None:
+    assert await asyncio.to_thread(refused, home, name, key.secret) == (413, "close")
+
+
+def refused(home: House, name: str, key: str) -> tuple[int, str | None]:
+    """What a client reads who sends all of its 4 MiB before it looks."""
     path, _ = DOORS[name].put(DOORS[name].model)
-    async with wire_to(home) as connection:
-        head = f"POST {path} HTTP/1.1\r\nhost: {home.authority}\r\ncontent-length: {4 << 20}\r\n\r\n"
-        await connection.send(head.encode())
-        for _ in range(4):
-            connection.writer.write(bytes(1 << 20))
-        status, _, _ = await connection.receive()
-        assert status == 401
+    connection = http.client.HTTPConnection("127.0.0.1", home.port, timeout=20)
+    with contextlib.closing(connection):
+        connection.request("POST", path, bytes(4 << 20), bearer(key) if key else {})
+        response = connection.getresponse()
+        response.read()
+        return response.status, response.getheader("connection")
 
 
 async def test_a_call_without_a_key_is_refused_before_its_message(home: House) -> None:
@@ -486,7 +547,7 @@ async def test_a_call_without_a_key_is_refused_before_its_message(home: House) -
 
 async def test_heads_and_bodies_that_come_too_slowly_are_given_up_with_a_key_too(home: House, key: NewKey) -> None:
     head = f"POST /v2/models/identity/infer HTTP/1.1\r\nhost: {home.authority}\r\nauthorization: Bearer {key.secret}\r\n"
-    body = f"content-length: 100\r\n\r\n{{"
+    body = "content-length: 100\r\n\r\n{"
     for path in ("/v2/models/identity/infer", "/v1/chat/completions", "/v1/tokenize", "/v2/models/shout/generate"):
         for text in (head, head + body):
             async with wire_to(home) as connection:
@@ -502,14 +563,15 @@ async def test_heads_and_bodies_that_come_too_slowly_are_given_up_with_a_key_too
 
 
 async def test_a_head_that_is_too_long_is_refused_before_anybody_is_asked(home: House, key: NewKey) -> None:
-    async with wire_to(home) as connection:
-        await connection.send(f"POST /v2/models/identity/infer HTTP/1.1\r\nauthorization: Bearer {key.secret}\r\n".encode())
-        for number in range(80):
-            connection.writer.write(f"x-{number}: {'y' * 1000}\r\n".encode())
-        assert (await connection.receive())[0] == 431
+    head = f"POST /v2/models/identity/infer HTTP/1.1\r\nhost: {home.authority}\r\nauthorization: Bearer {key.secret}\r\n"
+    for num_fields, end in ((100, "content-length: 0\r\n\r\n"), (500, "")):
+        async with wire_to(home) as connection:
+            fields = "".join(f"x-{each}: {'y' * 1000}\r\n" for each in range(num_fields))
+            connection.writer.write((head + fields + end).encode())
+            assert (await connection.receive())[0] == 431
     call = home.channel.unary_unary(SERVICE + "ModelInfer", lambda each: each.SerializeToString(), pb.ModelInferResponse.FromString)
     with pytest.raises(grpc.aio.AioRpcError):
-        await call(grpc_row(), metadata=(("authorization", f"Bearer {key.secret}"), *((f"x-{number}", "y" * 1000) for number in range(80))))
+        await call(grpc_row(), metadata=(("authorization", f"Bearer {key.secret}"), *((f"x-{each}", "y" * 1000) for each in range(80))))
     assert (await NAMED["infer"].ask(home, bearer(key))).status_code == 200
 
 
@@ -525,7 +587,17 @@ def signed(home: House, key: NewKey, door: Door, *, model: str = "", ops: bool =
     return sign(door.method, f"http://127.0.0.1:{server.port}{path}", content, **options)
 
 
-SIGNED = ("infer", "infer with events", "generate", "metadata", "chat", "chat with events", "chat elsewhere", "events elsewhere", "infer elsewhere")
+SIGNED = (
+    "infer",
+    "infer with events",
+    "generate",
+    "metadata",
+    "chat",
+    "chat with events",
+    "chat elsewhere",
+    "events elsewhere",
+    "infer elsewhere",
+)
 
 
 @pytest.mark.parametrize("name", SIGNED)
@@ -620,7 +692,7 @@ async def test_a_tenant_that_must_sign_is_served_signed_requests_only(home: Hous
         assert (await NAMED[name].ask(home, signed(home, key, NAMED[name]))).status_code == 200
     refused = await home.call("ModelInfer", grpc_row(), pb.ModelInferResponse, key.secret)
     assert refused.code is grpc.StatusCode.UNAUTHENTICATED and "must be signed" in refused.message
-    assert (await home.stream(grpc_row(), key=key.secret)).code is grpc.StatusCode.UNAUTHENTICATED
+    assert (await home.stream(key=key.secret)).code is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_a_model_may_ask_for_signatures_too(home: House, key: NewKey) -> None:
@@ -639,15 +711,15 @@ async def test_a_model_may_ask_for_signatures_too(home: House, key: NewKey) -> N
 # Classes of service
 
 
-@pytest.mark.parametrize("name", ["infer", "infer with events", "generate", "chat", "chat with events", "chat elsewhere", "events elsewhere", "infer elsewhere"])
+@pytest.mark.parametrize(
+    "name", ["infer", "infer with events", "generate", "chat", "chat with events", "chat elsewhere", "events elsewhere", "infer elsewhere"]
+)
 async def test_a_class_is_given_only_to_those_who_may_ask_for_it(home: House, key: NewKey, name: str) -> None:
     door = NAMED[name]
-    for asked in ("interactive", "nonsense"):
-        refused = await door.ask(home, bearer(key, x_fairlead_class=asked))
-        assert (refused.status_code, complaint(door, refused)) == (
-            403,
-            f"class `{asked}` is not one that this caller may ask for: standard",
-        )
+    refused = await door.ask(home, bearer(key, x_fairlead_class="interactive"))
+    assert refused.status_code == 403
+    assert "class `interactive` is not one that this caller may ask for: standard" in complaint(door, refused)
+    assert (await door.ask(home, bearer(key, x_fairlead_class="nonsense"))).status_code == 400
     assert (await door.ask(home, bearer(key, x_fairlead_class="standard"))).status_code == 200
     vip = home.new_key(tenant=a_vip(home))
     assert (await door.ask(home, bearer(vip, x_fairlead_class="batch"))).status_code == 200
@@ -683,7 +755,18 @@ async def test_a_class_is_asked_for_in_the_metadata_of_calls_too(home: House, ke
 # Limits
 
 
-LIMITED = ("infer", "infer with events", "generate", "chat", "chat with events", "completions", "embeddings", "chat elsewhere", "events elsewhere", "infer elsewhere")
+LIMITED = (
+    "infer",
+    "infer with events",
+    "generate",
+    "chat",
+    "chat with events",
+    "completions",
+    "embeddings",
+    "chat elsewhere",
+    "events elsewhere",
+    "infer elsewhere",
+)
 
 
 @pytest.mark.parametrize("name", LIMITED)
@@ -693,8 +776,8 @@ async def test_answers_say_how_much_is_left_and_refusals_when_to_come_again(home
         headers = (await door.ask(home, bearer(key))).headers
         assert (headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]) == ("2", str(left))
         assert headers["x-ratelimit-reset-requests"].endswith("s")
-        assert '"requests_per_minute";q=2;w=60' in headers["ratelimit-policy"]
-        assert f'"requests_per_minute";r={left}' in headers["ratelimit"]
+        assert '"key-requests_per_minute";q=2;w=60' in headers["ratelimit-policy"]
+        assert f'"key-requests_per_minute";r={left}' in headers["ratelimit"]
     refused = await door.ask(home, bearer(key))
     assert refused.status_code == 429
     assert refused.headers["x-fairlead-reason"] == "limit-requests"
@@ -726,6 +809,13 @@ async def test_the_same_in_the_metadata_of_calls(home: House) -> None:
     assert refused.metadata["x-fairlead-reason"] == "limit-requests"
     assert int(refused.metadata["retry-after"]) > 0
     assert refused.metadata["x-ratelimit-remaining-requests"] == "0"
+    for model, asked in (("identity", grpc_row()), ("count", grpc_number())):
+        stream = home.channel.stream_stream(STREAM_INFER, lambda each: each.SerializeToString(), pb.ModelStreamInferResponse.FromString)
+        opened = stream(metadata=fields_of(home.new_key(limits={"requests_per_minute": 5}).secret), timeout=20)
+        await opened.write(asked)
+        assert (await opened.read()).infer_response.model_name == model
+        assert dict(await opened.initial_metadata())["x-ratelimit-remaining-requests"] == "4"
+        opened.cancel()
     refused = await home.stream(grpc_row(), key=key.secret, in_band=False)
     assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert refused.metadata["x-fairlead-reason"] == "limit-requests"
@@ -746,15 +836,15 @@ async def test_every_refusal_has_its_line_in_the_access_log(home: House, key: Ne
         ("infer", bearer(key, x_fairlead_class="interactive"), "identity", 403),
         ("chat", bearer(key, x_fairlead_class="interactive"), "chat", 403),
     )
-    for number, (name, headers, model, status) in enumerate(asked):
-        response = await NAMED[name].ask(home, {**headers, "x-request-id": f"refused-{number}"})
-        line = await home.line(f"refused-{number}")
+    for turn, (name, headers, model, status) in enumerate(asked):
+        response = await NAMED[name].ask(home, {**headers, "x-request-id": f"refused-{turn}"})
+        line = await home.line(f"refused-{turn}")
         assert (line["status"], line["model"], line["level"]) == (status, model, "warning")
-        assert response.status_code == status and line["error"] in response.json()["error"] or NAMED[name].openai
-        assert response.headers["x-request-id"] == f"refused-{number}"
+        assert (response.status_code == status and line["error"] in response.json()["error"]) or NAMED[name].openai
+        assert response.headers["x-request-id"] == f"refused-{turn}"
     for name in ("infer", "infer with events", "generate", "chat"):
-        await NAMED[name].ask(home, bearer(key, x_request_id=f"hidden-{name}"), NAMED[name].secret)
-        assert (await home.line(f"hidden-{name}"))["status"] == 404
+        await NAMED[name].ask(home, bearer(key, x_request_id="hidden"), NAMED[name].secret)
+        assert (await home.line("hidden"))["status"] == 404
     await home.call("ModelInfer", grpc_row(), pb.ModelInferResponse, x_request_id="refused-grpc")
     line = await home.line("refused-grpc")
     assert (line["protocol"], line["status"]) == ("grpc", grpc.StatusCode.UNAUTHENTICATED.value[0])

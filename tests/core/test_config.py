@@ -42,9 +42,17 @@ from fairlead.core.specs import ModelSpec
         ),
         (
             "warmup: [{inputs: {x: {data: [1], fill: random}}}]",
-            "m.yaml:1: `data` and `fill` cannot both be given (at warmup[0].inputs[...])",
+            "m.yaml:1: `data` and `fill` cannot both be given (at warmup[0].inputs.x)",
         ),
         ("instances: {count: 0}", "m.yaml:1: Expected `int` >= 1 (at instances.count)"),
+        (
+            "warmup:\n- inputs:\n    a: {fill: zeros}\n    b:\n      fill: ones\n    c: {fill: random}",
+            "m.yaml:5: Invalid enum value 'ones' (at warmup[0].inputs.b.fill)",
+        ),
+        (
+            "warmup:\n- inputs:\n    a: {fill: zeros}\n    b: {\n      fil: zeros}",
+            "m.yaml:5: unknown key `fil` (at warmup[0].inputs.b)",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_line(text, message):
@@ -91,3 +99,15 @@ def test_nobody_serves_strangers_by_accident():
         asks_for_keys(Settings(listen=Listen(host="0.0.0.0"), auth=AuthSettings(required=False)))
     with pytest.raises(ConfigError, match="contradict"):
         asks_for_keys(Settings(listen=Listen(open=True), auth=AuthSettings(required=True)))
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 40_000, "- " * 20_000 + "x", "{a: " * 40_000])
+def test_a_file_that_is_nested_too_deeply_is_refused_and_not_the_end_of_the_process(text):
+    with pytest.raises(ConfigError, match="nested more than 64 deep"):
+        read_yaml(text, Settings, "fairlead.yaml")
+
+
+def test_a_key_that_stands_twice_is_an_error_with_its_line():
+    text = "gateway:\n  models:\n    up: {limits: {concurrent: 1}}\n    other: {}\n    up: {}\n"
+    with pytest.raises(ConfigError, match=r"fairlead.yaml:5: key `up` stands twice"):
+        read_yaml(text, Settings, "fairlead.yaml")

@@ -22,7 +22,9 @@ async def house(tmp_path: Path, form: str) -> AsyncIterator[Callable[..., House]
     """Builds gateways. Whatever a test did with one, in the end nothing may be left: no hold, turn, flight or task."""
     built: list[House] = []
 
-    def build(settings: GatewaySettings | None = None, *, limits: Limiter | None = None, max_in_flight: int = 0, books: bool = True) -> House:
+    def build(
+        settings: GatewaySettings | None = None, *, limits: Limiter | None = None, max_in_flight: int = 0, books: bool = True
+    ) -> House:
         folder = tmp_path / str(len(built))
         folder.mkdir()
         built.append(House(folder, form, settings or GatewaySettings(), limits, max_in_flight, books=books))

@@ -214,6 +214,8 @@ class Models(ModelRepository):
 
     def withdraw(self, name: str) -> None:
         model = self._models[name]
+        for number in model.versions:
+            del self.metrics.models[name, str(number)]
         model.versions.clear()
         self._publish(name, model)
 
@@ -357,7 +359,9 @@ class SlowLimiter(Limiter):
 class House:
     """A gateway with `chat` (played), `double` and `shout` behind it."""
 
-    def __init__(self, folder: Path, form: str, settings: GatewaySettings, limits: Limiter | None, max_in_flight: int, *, books: bool) -> None:
+    def __init__(
+        self, folder: Path, form: str, settings: GatewaySettings, limits: Limiter | None, max_in_flight: int, *, books: bool
+    ) -> None:
         self.form = form
         self.settings = settings
         self.counts = Counts()
@@ -375,7 +379,7 @@ class House:
             lambda model: self.dispatch.knows(model) or model in self.settings.models,
         )
         self.courses.configure(settings, compiled(settings))
-        self.limits = limits or Limiter()
+        self.limits = Limiter() if limits is None else limits
         self.store = Store.open(f"sqlite:///{folder}/fairlead.db") if books else None
         self.usage = UsageLog(self.store, NEVER, self.counts) if books else None
         self.abuse = Abuse(settings.abuse, self.counts) if books and settings.abuse.action != "off" else None
@@ -389,13 +393,14 @@ class House:
             usage=self.usage,
             abuse=self.abuse,
             counts=self.counts,
+            audit=self.usage.audit if self.usage is not None else lambda row: None,
         )
         self.clients: list[Client] = []
         self._tasks = asyncio.all_tasks()
 
     def configure(self, settings: GatewaySettings) -> None:
         self.settings = settings
-        self.upstreams.configure(settings)
+        self.upstreams.configure(settings, self.upstreams.prepare(settings))
         self.gateway.configure(settings, compiled(settings))
 
     # Asking
@@ -500,4 +505,3 @@ class House:
 def policies(*, classes: dict[str, int] | None = None, tenants: Any = None, abuse: Any = None, **models: ModelPolicy) -> GatewaySettings:
     more = {name: value for name, value in {"classes": classes, "tenants": tenants, "abuse": abuse}.items() if value is not None}
     return GatewaySettings(models=models, **more)
-

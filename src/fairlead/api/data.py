@@ -74,7 +74,9 @@ def _admit(doorkeeper: Doorkeeper | None, access_log: AccessLog) -> Admit | None
         try:
             await doorkeeper.admit(http, scope)
         except FairleadError as error:
-            AccessLine(access_log, http).end(http_status(error), error.message)
+            line = AccessLine(access_log, http)
+            line.end(http_status(error), error.message)
+            error.headers = {**line.headers, **error.headers}
             raise
 
     return admit

@@ -79,9 +79,12 @@ class Doorkeeper:
     def _credentials(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None) -> Credentials:
         if self.auth.trusted_proxies:
             peer = client_address(peer, _text(headers, b"x-forwarded-for"), self.auth.trusted_proxies)
+        api_key, other = _text(headers, b"x-api-key"), _text(headers, b"api-key")
+        if api_key and other and api_key != other:
+            raise Unauthenticated("`x-api-key` and `api-key` show different keys: send one of them")
         return Credentials(
             authorization=_text(headers, b"authorization"),
-            api_key=_text(headers, b"x-api-key") or _text(headers, b"api-key"),
+            api_key=api_key or other,
             signature_input=_text(headers, b"signature-input"),
             address=peer,
             certificate=certificate,

@@ -13,7 +13,7 @@ import numpy as np
 import structlog
 
 from fairlead.api.compression import Inflater, accepted_encoding, compress, content_encoding
-from fairlead.api.doorkeeper import is_signed, joined, may, refuse_twice
+from fairlead.api.doorkeeper import is_signed, joined, may, refuse_twice, see
 from fairlead.api.kserve.codec import (
     JSON_FORM,
     LARGE_JSON_BYTES,
@@ -30,8 +30,8 @@ from fairlead.api.kserve.codec import (
     pace,
     with_labels,
 )
-from fairlead.api.openai.errors import OpenAIErrors, openai_status
-from fairlead.api.openai.passing import Peek, peek, raw_of
+from fairlead.api.openai.errors import OpenAIErrors, decode_body, no_such_model, openai_status
+from fairlead.api.openai.passing import BODIES, Peek, peek, raw_of
 from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status, told
 from fairlead.api.web import framed
 from fairlead.core.caller import ANYONE, Caller, Envelope
@@ -39,6 +39,7 @@ from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, Model
 from fairlead.core.policy import Scope
 from fairlead.core.request import Pausable, Raw, Request, Response, Ticket
 from fairlead.core.specs import ModelSpec
+from fairlead.gateway.identity.identity import may_use
 from fairlead.observe.access import SANE_ID, SANE_TRACE, new_request_id
 
 if TYPE_CHECKING:
@@ -126,6 +127,10 @@ class Exchange:
     def read_headers(self, headers: dict[bytes, bytes]) -> None:
         """The few that matter. Raises FairleadError."""
         self.headers, self.fields, self.target = headers, self.protocol.headers, self.protocol.url
+        if b"x-request-id" in headers and SANE_ID.fullmatch(headers[b"x-request-id"]):
+            self.request_id = headers[b"x-request-id"].decode("ascii")
+        if b"traceparent" in headers and SANE_TRACE.fullmatch(headers[b"traceparent"]):
+            self.trace = headers[b"traceparent"].decode("ascii")
         doorkeeper = self.server.doorkeeper
         if doorkeeper is not None:
             refuse_twice(self.fields, headers)
@@ -137,10 +142,6 @@ class Exchange:
             self.qos_class = headers[b"x-fairlead-class"].decode("latin-1")
         if b"x-fairlead-session" in headers:
             self.session = headers[b"x-fairlead-session"].decode("latin-1")
-        if b"x-request-id" in headers and SANE_ID.fullmatch(headers[b"x-request-id"]):
-            self.request_id = headers[b"x-request-id"].decode("ascii")
-        if b"traceparent" in headers and SANE_TRACE.fullmatch(headers[b"traceparent"]):
-            self.trace = headers[b"traceparent"].decode("ascii")
         if b"inference-header-content-length" in headers:
             self.head = headers[b"inference-header-content-length"].decode("latin-1")
         if b"accept-encoding" in headers:
@@ -316,7 +317,7 @@ class Exchange:
         self.run()
 
     def _decode(self, data: Data) -> None:
-        if self.server.elsewhere is not None and self.server.elsewhere.remote(self.model):
+        if self._is_remote():
             self._pass(data)
             return
         head = head_size(self.head, len(data)) if self.head else None
@@ -335,8 +336,12 @@ class Exchange:
 
     def _pass(self, data: Data) -> None:
         """To a model of which no version is here: as it came."""
+        assert self.caller is not None
         if self.path:
             raw = raw_of(self.peeked, self.path, bytes(data), self._accept())
+            if not may_use(self.caller, self.model):
+                decode_body(bytes(data), BODIES[self.path])  # for a model that is not there, this is complained of first
+                raise no_such_model(self.model)
             self.session = self.session or self.peeked.session
             self.request_id = self.request_id or new_request_id()
             self._submit(Request(model=self.model, version=self.version, raw=raw, id=self.request_id), JSON_FORM)
@@ -349,9 +354,19 @@ class Exchange:
     def _accept(self) -> str:
         return self.headers.get(b"accept", b"").decode("latin-1")
 
+    def _is_remote(self) -> bool:
+        if self.path:
+            return True  # else it would be the app's
+        elsewhere = self.server.elsewhere
+        if elsewhere is None or not elsewhere.remote(self.model):
+            return False
+        assert self.caller is not None
+        return may_use(self.caller, self.model)  # one that is hidden goes the way of those that are not there
+
     def _spec(self) -> ModelSpec:
         inference = self.server.inference
-        assert inference is not None
+        assert inference is not None and self.caller is not None
+        see(self.caller, self.model)
         return inference.find(self.model, self.version).spec
 
     def _decoded(self, decoded: tuple[Request, Form] | None, error: FairleadError | None) -> None:
@@ -588,4 +603,4 @@ class Exchange:
 
 def head_lines(headers: Mapping[str, str]) -> str:
     """Values come from us and from upstreams' names: none may end a line."""
-    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])

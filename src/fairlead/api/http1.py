@@ -76,6 +76,20 @@ class Departure:
             self.leave()
 
 
+class Parting:
+    """The transport as an ASGI cycle has it: what closes it lets the client read what was said."""
+
+    __slots__ = ("is_closing", "protocol", "write")
+
+    def __init__(self, protocol: "DataProtocol") -> None:
+        self.protocol = protocol
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+
+    def close(self) -> None:
+        self.protocol.part(linger=self.protocol.stage == BODY)
+
+
 class Flow(FlowControl):
     """Reads on only while little waits on this connection: neither requests nor answers pile up.
 
@@ -122,6 +136,8 @@ class DataProtocol(HttpToolsProtocol):
         self.num_cycle_bytes = 0
         self.num_bytes = 0
         """Of the message that comes in, beyond its first read."""
+        self.num_read = 0
+        """By the latest read."""
         self.unsent_bytes = 0
         self.unsent_since = 0.0
 
@@ -139,6 +155,7 @@ class DataProtocol(HttpToolsProtocol):
         self.heard = perf_counter()
         if self.deaf:
             return
+        self.num_read = len(data)
         if self.stage:
             self.num_bytes += len(data)
             if self.num_bytes > (MAX_HEAD_BYTES if self.stage == HEAD else self.http.max_wire_bytes):
@@ -239,6 +256,8 @@ class DataProtocol(HttpToolsProtocol):
             self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
+        if self.num_read > MAX_HEAD_BYTES and self._num_head_bytes() > MAX_HEAD_BYTES and not self.deaf:
+            self._too_long()
         if self.deaf:
             return
         self.stage = BODY
@@ -294,6 +313,7 @@ class DataProtocol(HttpToolsProtocol):
         body = exchange.take_body()
         exchange.response_complete = True
         self._begin_cycle(exchange.headers)
+        self.cycle.waiting_for_100_continue = False
         if body:
             self._cycle_body(body)
         super().on_message_complete()
@@ -344,7 +364,7 @@ class DataProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """An ASGI cycle has ended."""
         self.idle_since = perf_counter()
-        if not self.transport.is_closing():
+        if not self.transport.is_closing() and not self.linger_until:
             self.proceed()
 
     def proceed(self) -> None:
@@ -382,6 +402,7 @@ class DataProtocol(HttpToolsProtocol):
         self.expect_100_continue = headers.get(b"expect", b"").lower() == b"100-continue"
         self.num_cycle_bytes = 0
         super().on_headers_complete()
+        self.cycle.transport = Parting(self)
         if self.pipeline:
             self.flow.resume_reading()
         if self.http.draining:
@@ -437,6 +458,9 @@ class DataProtocol(HttpToolsProtocol):
         else:
             self.reject(self.http.too_large())
 
+    def _num_head_bytes(self) -> int:
+        return len(self.url) + sum([len(name) + len(value) + 4 for name, value in self.headers])
+
     def _without_upgrade(self, rest: bytes) -> bytes:
         """What to parse in place of a request that would upgrade to another protocol, for which the parser skipped the body."""
         self.upgrading = False
@@ -456,10 +480,11 @@ class DataProtocol(HttpToolsProtocol):
     def part(self, *, linger: bool) -> None:
         """Close once what was written is sent."""
         self.deaf = True
-        if linger and self.transport.can_write_eof() and not self.transport.is_closing():
+        if linger and not self.transport.is_closing():
             self.flow.discard()
             self.linger_until = perf_counter() + LINGER_SECONDS
-            self.transport.write_eof()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
         else:
             self.transport.close()
 

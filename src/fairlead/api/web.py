@@ -64,7 +64,9 @@ def json_app(
                 try:
                     await admit(request, scope)
                 except FairleadError as error:
-                    return error_response(error) if shape is None else shape.response(error, {})
+                    # What may be left of the body is not worth reading.
+                    headers = {"Connection": "close"} if has_body(request) else {}
+                    return error_response(error, headers) if shape is None else shape.response(error, headers)
             return await serve(request)
 
         return endpoint
@@ -119,6 +121,10 @@ def _no_surprises(serve: Serve) -> Serve:
             return error_response(INTERNAL)
 
     return endpoint
+
+
+def has_body(request: Request) -> bool:
+    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
 
 
 def place(request: Request) -> tuple[str, str]:

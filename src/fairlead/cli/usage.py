@@ -39,6 +39,8 @@ def usage(
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other")
     if purge_before is not None:
+        if since or until or key_id or records is not None or as_csv or any(of_whom.values()):
+            raise click.UsageError("--purge-before forgets the requests of everybody: it goes with no option that chooses some")
         deleted = ask(asks, "DELETE", target("/admin/usage/records", before=time_of(purge_before)))
         click.echo(f"forgot {deleted['deleted']} records") if not as_json else show_json(deleted)
         return

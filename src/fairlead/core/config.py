@@ -1,7 +1,7 @@
 """Typed YAML: unknown keys and wrong types are errors that name the line."""
 
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
@@ -9,13 +9,16 @@ import yaml
 from fairlead.core.errors import ConfigError
 
 T = TypeVar("T")
+MAX_DEPTH = 64
 _Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_yaml(text: str, type_: type[T], source: str) -> T:
     """Parse YAML into a msgspec type. Raises ConfigError as `source:line: what is wrong`."""
     try:
+        _check_depth(text, source)
         node = yaml.compose(text, Loader=_Loader)
+        _check_keys(node, source)
         value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = min(error.problem_mark.line, text.count("\n")) + 1 if error.problem_mark else 1
@@ -29,15 +32,90 @@ def read_yaml(text: str, type_: type[T], source: str) -> T:
         unknown = re.search(r"unknown field `(.+?)`", message)
         if unknown:
             message = f"unknown key `{unknown[1]}`"
-        line = _line_of(node, path.strip("`"), unknown[1] if unknown else None)
-        place = path.strip("`").removeprefix("$").removeprefix(".")
+        place = path.strip("`").removeprefix("$")
+        steps = _steps(place, value, type_, str(error))
+        line = _line_of(node, steps, unknown[1] if unknown else None)
+        place = _written(steps)
         raise ConfigError(f"{source}:{line}: {message}{f' (at {place})' if place else ''}") from None
 
 
-def _line_of(node: yaml.Node | None, path: str, key: str | None) -> int:
-    """The line of a msgspec error path such as `$.inputs[0].shape` in the composed document."""
-    for name, index in re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", path):
-        child = _child(node, name) if name else (node.value[int(index)] if isinstance(node, yaml.SequenceNode) else None)
+def _check_depth(text: str, source: str) -> None:
+    """Raises ConfigError: what is nested too deeply ends the process inside the composer."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise ConfigError(f"{source}:{line}: nested more than {MAX_DEPTH} deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+def _check_keys(node: yaml.Node | None, source: str) -> None:
+    """Raises ConfigError for a key that stands twice: YAML would drop the first with all that is below it."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, source)
+    elif isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{source}:{key.start_mark.line + 1}: key `{key.value}` stands twice")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            _check_keys(value, source)
+
+
+Step = str | int
+"""A key, or the number of an item."""
+
+
+def _steps(path: str, value: Any, type_: Any, error: str) -> list[Step]:
+    """A msgspec error path such as `.inputs[0].shape`. Of a mapping it tells `[...]` and not the key, which is found by leaving out the others."""
+    steps: list[Step] = []
+    at = value
+    for name, index in re.findall(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]", path):
+        step: Step = name or index
+        if index == "...":
+            found = next((key for key in at if _fails_alone(key, at, value, type_, error)), None) if isinstance(at, dict) else None
+            if found is None:
+                break
+            step = found
+        elif index:
+            step = int(index)
+        steps.append(step)
+        try:
+            at = at[step]
+        except (KeyError, IndexError, TypeError):
+            at = None
+    return steps
+
+
+def _fails_alone(key: Any, mapping: dict[Any, Any], value: Any, type_: Any, error: str) -> bool:
+    all_of_it = dict(mapping)
+    mapping.clear()
+    mapping[key] = all_of_it[key]
+    try:
+        msgspec.convert(value, type_)
+    except msgspec.ValidationError as other:
+        return str(other) == error
+    finally:
+        mapping.clear()
+        mapping.update(all_of_it)
+    return False
+
+
+def _written(steps: list[Step]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+
+
+def _line_of(node: yaml.Node | None, steps: list[Step], key: str | None) -> int:
+    """The line of a place in the composed document."""
+    for step in steps:
+        if isinstance(node, yaml.SequenceNode):
+            child = node.value[step] if isinstance(step, int) and step < len(node.value) else None
+        else:
+            child = _child(node, str(step))
         if child is None:
             break
         node = child

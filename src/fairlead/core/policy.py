@@ -305,6 +305,10 @@ class ReuseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 # Filtering and abuse
 
 
+MANY_CHARS = 1_000_000
+"""More than that nobody searches for somebody else's sake unless told to."""
+
+
 class FilterPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What texts of requests and answers are searched for. Every action: `block`, `redact` (where it can), `flag` (say so in the log and the metrics)."""
 
@@ -320,7 +324,7 @@ class FilterPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     moderation_model: str = "moderation"
     """A served model: one text in, one probability for each of its labels out."""
     moderation_threshold: Share = 0.5
-    max_chars: Count = 0
+    max_chars: Count = MANY_CHARS
     """Of a request's texts together; 0: any."""
     languages: tuple[str, ...] = ()
     """ISO 639-1 codes that a text of some length must be in; (): any."""

@@ -97,7 +97,15 @@ def _fill_in(text: str, source: str) -> str:
             raise ConfigError(f"{source}:{line}: environment variable {match[1]} is not set")
         return os.environ[match[1]]
 
-    return re.sub(r"\$\{(\w+)\}", value, text)
+    return _VARIABLE.sub(value, text)
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def variables(text: str) -> list[str]:
+    """The environment variables that a text names."""
+    return _VARIABLE.findall(text)
 
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

@@ -7,7 +7,7 @@ docs/abuse.md explains the score.
 
 from array import array
 from collections import OrderedDict
-from math import expm1, log
+from math import exp2, expm1, log
 from typing import Literal
 from zlib import crc32
 
@@ -67,7 +67,7 @@ _HALF = np.uint64(32)
 _FAST, _SLOW = log(2) / FAST, log(2) / SLOW
 
 
-class Seen(Struct, frozen=True):
+class Seen(Struct, frozen=True, gc=False):
     """One finished request, also one that a limit or a filter refused; not one that `decide` did."""
 
     tenant: str
@@ -112,15 +112,24 @@ def sketch(text: str) -> list[int]:
 class _Addresses:
     """How many addresses one key was used from in the ten minutes that run, and usually."""
 
-    __slots__ = ("bits", "period", "usual")
+    __slots__ = ("bits", "latest", "period", "ratio", "usual")
 
     def __init__(self, period: int) -> None:
         self.period = period
-        self.bits = 0
         self.usual = -1.0
         """-1: not known yet."""
+        self.forget_lately()
+
+    def forget_lately(self) -> None:
+        self.bits = 0
+        self.latest = ""
+        self.ratio = 0.0
+        """Of the number to the usual one; 0 while that is not known."""
 
     def learn(self, address: str, period: int) -> None:
+        if period == self.period and address == self.latest:
+            return
+        self.latest = address
         if period != self.period:
             if self.bits:
                 number = self.number()
@@ -129,13 +138,11 @@ class _Addresses:
         if ":" in address:
             address = ":".join(address.split(":")[:4])  # one host has any number of addresses in its /64
         self.bits |= 1 << crc32(address.encode("ascii", "replace")) % ADDRESS_BITS
+        self.ratio = 0.0 if self.usual < 0 else self.number() / max(self.usual, MIN_ADDRESSES)
 
     def number(self) -> float:
         """Linear counting: what so many bits say, some of which were set twice."""
         return -ADDRESS_BITS * log(1 - min(self.bits.bit_count(), ADDRESS_BITS - 1) / ADDRESS_BITS)
-
-    def ratio(self) -> float:
-        return 0.0 if self.usual < 0 else self.number() / max(self.usual, MIN_ADDRESSES)
 
 
 class _Tenant:
@@ -181,16 +188,17 @@ class _Tenant:
         self.addresses = 0.0
         """The ratio of the key used last."""
         for key in self.keys.values():
-            key.bits = 0
+            key.forget_lately()
 
     def learn(self, seen: Seen, now: float) -> None:
         elapsed = max(0.0, now - self.updated)
         self.updated = now
         self.num_requests += 1
-        fast, slow = 2.0 ** (-elapsed / FAST), 2.0 ** (-elapsed / SLOW)
+        faded = -expm1(-elapsed * _SLOW)
+        fast, slow = exp2(-elapsed / FAST), 1.0 - faded
         self.requests = self.requests * fast + 1.0
         self.tokens = self.tokens * fast + seen.tokens
-        self.seconds = self.seconds * slow - expm1(-elapsed * _SLOW) / _SLOW
+        self.seconds = self.seconds * slow + faded / _SLOW
         self.requests_usual = self.requests_usual * slow + 1.0
         self.tokens_usual = self.tokens_usual * slow + seen.tokens
         failed = 400 <= seen.status < 500 and seen.status not in NOT_THE_CALLERS and not seen.filtered
@@ -232,7 +240,7 @@ class _Tenant:
         else:
             self.keys.move_to_end(key)
         known.learn(address, period)
-        self.addresses = known.ratio()
+        self.addresses = known.ratio
 
     def points(self) -> dict[str, float]:
         """The parts of the score; all are 0 in ordinary traffic."""
@@ -246,13 +254,16 @@ class _Tenant:
             tokens = 0.0
         else:
             rate = 0.0
+        filtered, failed = self.filtered - FILTERED, self.failed - self.failed_usual - FAILED
+        addresses = self.addresses - ORDINARY_ADDRESSES
+        # written out, for every request asks: a call of `max` costs as much as all the arithmetic
         return {
-            "rate": max(0.0, rate),
-            "tokens": max(0.0, tokens),
-            "filtered": max(0.0, POINTS_OF_SHARE * (self.filtered - FILTERED)),
-            "failed": max(0.0, POINTS_OF_SHARE * (self.failed - self.failed_usual - FAILED)),
-            "repeated": max(0.0, repeated),
-            "addresses": max(0.0, self.addresses - ORDINARY_ADDRESSES),
+            "rate": rate if rate > 0.0 else 0.0,
+            "tokens": tokens if tokens > 0.0 else 0.0,
+            "filtered": POINTS_OF_SHARE * filtered if filtered > 0.0 else 0.0,
+            "failed": POINTS_OF_SHARE * failed if failed > 0.0 else 0.0,
+            "repeated": repeated if repeated > 0.0 else 0.0,
+            "addresses": addresses if addresses > 0.0 else 0.0,
         }
 
 

@@ -60,8 +60,8 @@ class Courses:
         come: Callable[[Waiting], None],
         known: Callable[[str], bool],
     ) -> None:
-        """`known`: whether a model is served. `come`: their turn has come. `max_in_flight`: what a model's engines compute at once, 0 for others; another object of `changed` says that it may
-        be different now."""
+        """`known`: whether a model is served. `come`: their turn has come. `max_in_flight`: what a model's engines compute at once, 0
+        for others. Another object of `changed` says that these two may be different now."""
         self.settings = settings
         self._changed = changed
         self._come = come
@@ -74,13 +74,19 @@ class Courses:
 
     def configure(self, settings: GatewaySettings, filters: dict[FilterPolicy, Filters]) -> None:
         self.settings = settings
+        self._filters = dict(filters)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self._courses = {}
-        self._filters |= filters
+        for model in self.queues:
+            self._queue(model)  # it may have more room, for those who wait
 
     def __getitem__(self, model: str) -> Course:
         changed = self._changed()
         if changed is not self._seen:
-            self._seen, self._courses = changed, {}
+            self._seen = changed
+            self._begin_anew()
         found = self._courses.get(model)
         if found is None:
             if len(self._courses) >= MAX_COURSES:

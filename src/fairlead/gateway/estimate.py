@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from fairlead.core.generation import Chat, Embed, Generate, Usage
 from fairlead.core.request import Request
+from fairlead.gateway.reuse.keys import CHOOSES
 
 CHARS_PER_TOKEN = 4.0
 """Of a prompt in most tokenizers' English; the truth corrects it when the answer is there."""
@@ -17,8 +18,11 @@ class Work(NamedTuple):
     rows: int
 
 
-def estimate(request: Request, default_output_tokens: int) -> Work:
-    """From what the request says: the length of its texts and the most that it may be answered, or its rows."""
+def estimate(request: Request, default_output_tokens: int, *, batches: bool = True) -> Work:
+    """From what the request says: the length of its texts and the most that it may be answered, or its rows.
+
+    `batches`: the model's tensors have a batch dimension.
+    """
     raw, prompt = request.raw, request.prompt
     if isinstance(prompt, Generate):
         sampling = prompt.sampling
@@ -30,10 +34,12 @@ def estimate(request: Request, default_output_tokens: int) -> Work:
         return Work(Usage(), 0)
     if raw is None:
         array = next(iter(request.inputs.values()), None)
-        return Work(None, array.shape[0] if array is not None and array.ndim else 1)
-    if raw.num_rows:
+        return Work(None, array.shape[0] if batches and array is not None and array.ndim else 1)
+    if not raw.path.startswith("/v1/"):
         return Work(None, raw.num_rows)
-    wanted = default_output_tokens if raw.max_tokens is None else raw.max_tokens
+    wanted = 0
+    if raw.path in CHOOSES:
+        wanted = default_output_tokens if raw.max_tokens is None else raw.max_tokens
     return Work(Usage(prompt_tokens=_tokens_of(raw.prompt_chars), completion_tokens=wanted * raw.num_choices), 0)
 
 

@@ -17,9 +17,8 @@ no hand-off. Only one that does wait becomes a task.
 
 import asyncio
 import time
-import types
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
@@ -37,6 +36,7 @@ from fairlead.core.errors import (
     LimitExceeded,
     ModelError,
     NotFound,
+    ReplicaDied,
     Shed,
     ShuttingDown,
     Unauthenticated,
@@ -57,8 +57,9 @@ from fairlead.gateway.limits.ledger import AnyLimiter, Hold
 from fairlead.gateway.limits.meter import Subject
 from fairlead.gateway.limits.price import FREE, amounts_of
 from fairlead.gateway.queue import FairQueue, Waiting, degradation, served_work, token_work
-from fairlead.gateway.recall import Recall, Recalled, replay
-from fairlead.gateway.reuse.response_cache import NotStored
+from fairlead.gateway.recall import Answer, Recall, Recalled, replay
+from fairlead.gateway.reuse.keys import CHOOSES
+from fairlead.gateway.reuse.response_cache import NotStored, Stored
 from fairlead.gateway.reuse.single_flight import Member
 from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.upstream.registry import Upstreams
@@ -73,6 +74,10 @@ log = structlog.get_logger("fairlead.gateway")
 MAX_SUBJECTS = 10_000
 """Callers whose limits are kept ready."""
 CLASSIFY_SECONDS = 10.0
+NOTHING = Usage()
+NO_WORK = Work(None, 0)
+MAX_NAME_CHARS = 256
+"""Of what a caller calls its request."""
 
 
 class Gateway:
@@ -88,6 +93,7 @@ class Gateway:
         limits: AnyLimiter,
         courses: Courses,
         usage: UsageLog | None,
+        audit: Callable[[AuditRow], None] = lambda _: None,
         abuse: Abuse | None,
         counts: Counts,
     ) -> None:
@@ -99,6 +105,7 @@ class Gateway:
         self.limits = limits
         self.courses = courses
         self.usage = usage
+        self.audit = audit
         self.abuse = abuse
         self.counts = counts
         self.recalls = Recall(settings, repository, self.embed, counts)
@@ -134,8 +141,8 @@ class Gateway:
         visit = Visit(self, course, request)
         error: FairleadError | None = Cancelled("the client left")
         try:
-            stored = await self.admit(visit)
-            async with aclosing(visit.compute() if stored is None else stored) as responses:
+            answer = await self.admit(visit)
+            async with aclosing(visit.answers(answer)) as responses:
                 async for response in responses:
                     for each in visit.seen(response):
                         yield each
@@ -155,7 +162,7 @@ class Gateway:
 
     def _free(self, request: Request, course: Course) -> bool:
         """Nothing that could refuse, delay, change or count this request."""
-        return course.plain and request.caller is ANYONE and self.usage is None and not request.qos_class and not self.stopping
+        return request.caller is ANYONE and self.usage is None and course.plain and not request.qos_class and not self.stopping
 
     def find(self, name: str, version: str = "") -> Version:
         """Raises NotFound."""
@@ -167,11 +174,12 @@ class Gateway:
 
     def falls_back(self, model: str) -> bool:
         """A model that is here may answer in its place."""
-        return any(self.repository.versions(name) for name in self.settings.model(model).routing.fallback)
+        fallback = self.settings.model(model).routing.fallback
+        return bool(fallback) and any(self.repository.versions(name) for name in fallback)
 
     @property
     def any_remote(self) -> bool:
-        return bool(self.upstreams.models())
+        return bool(self.upstreams)
 
     def remote_models(self) -> list[str]:
         """Those of the OpenAI protocol."""
@@ -179,7 +187,7 @@ class Gateway:
 
     # Down
 
-    async def admit(self, visit: "Visit") -> AsyncGenerator[Response, None] | None:
+    async def admit(self, visit: "Visit") -> Answer | None:
         """Everything that may refuse a request or let it wait, in order. Returns what answers it, where nothing needs computing.
 
         Raises FairleadError.
@@ -233,28 +241,44 @@ class Gateway:
         if filters is None:
             await visit.in_task()
             filters = await self.courses.compile(policy)
-        checked = filters.check(visit.request)
-        visit.request = checked.request
-        for rule in checked.flagged:
+        request = visit.request
+        found = filters.check(request)
+        checked = found.request
+        # in place: its door reads there how many rows it had
+        request.inputs, request.prompt, request.raw, request.parameters = checked.inputs, checked.prompt, checked.raw, checked.parameters
+        for rule in found.flagged:
             self.counts.add("fairlead_gateway_flagged_total", visit.course.label, rule)
         if filters.moderates:
             await visit.in_task()
-            for rule in await filters.moderate(visit.request, self.classify):
+            for rule in await filters.moderate(request, self.moderate):
                 self.counts.add("fairlead_gateway_flagged_total", visit.course.label, rule)
         visit.output = filters.output(stream=visit.sink is None)
 
-    async def classify(self, model: str, texts: list[str]) -> Sequence[Mapping[str, float]]:
-        """For each text the labels' probabilities, by a served model that takes a text in each row. Raises FairleadError."""
-        spec = self.repository.find(model).spec
-        labels = check_classifier(spec)
-        request = Request(model=model, inputs=text_rows(spec, texts), arrived=time.perf_counter())
+    async def moderate(self, model: str, texts: list[str]) -> Sequence[Mapping[str, float]]:
+        """For each text the labels' probabilities. Raises Unavailable: whatever is wrong with the classifier, its caller did right."""
         try:
-            async with asyncio.timeout(CLASSIFY_SECONDS), aclosing(self.dispatch.infer(request)) as responses:
-                async for response in responses:
-                    return by_label(labels, response.outputs[spec.outputs[0].name])
+            async with asyncio.timeout(CLASSIFY_SECONDS):
+                return await self.classify(model, texts)
         except TimeoutError:
-            raise Unavailable(f"model '{model}' did not classify the request's texts within {CLASSIFY_SECONDS:g} s") from None
-        raise ModelError(f"model '{model}' gave no response")
+            error = f"no answer within {CLASSIFY_SECONDS:g} s"
+        except (FairleadError, ValueError) as failure:
+            error = str(failure)
+        log.warning("not_moderated", model=model, error=error)
+        raise Unavailable("the texts of this request could not be moderated: try again later")
+
+    async def classify(self, model: str, texts: list[str]) -> Sequence[Mapping[str, float]]:
+        """By a served model that takes a text in each row. Raises FairleadError."""
+        spec = self.repository.find(model).spec
+        labels, output = check_classifier(spec), spec.outputs[0].name
+        found: list[Mapping[str, float]] = []
+        for some in batched(texts, spec.batching.max_batch_size or len(texts)):
+            request = Request(model=model, inputs=text_rows(spec, some), arrived=time.perf_counter())
+            async with aclosing(self.dispatch.infer(request)) as responses:
+                async for response in responses:
+                    found += by_label(labels, response.outputs[output])
+        if len(found) != len(texts):
+            raise ModelError(f"model '{model}' judged {len(found)} of {len(texts)} texts")
+        return found
 
     async def embed(self, model: str, text: str) -> np.ndarray:
         """By a served embedder. Raises FairleadError."""
@@ -265,16 +289,14 @@ class Gateway:
                     return np.frombuffer(response.delta.vector, "<f4")
         raise ModelError(f"model '{model}' gave no vector")
 
-    async def recall(self, visit: "Visit") -> AsyncGenerator[Response, None] | None:
+    async def recall(self, visit: "Visit") -> Answer | None:
         policy, request = visit.course.policy, visit.request
-        if policy.traffic and not request.version:
-            return None  # which version answers is not known yet
-        found = visit.recalled = await self.recalls.look(request, policy.cache, policy.queue.max_wait, visit.in_task)
-        if found is None:
-            return None
+        fixed = bool(request.version) or not (policy.traffic or self.dispatch.routes.shares.get(request.model))
+        found = visit.recalled = Recalled()
+        await self.recalls.look(found, request, policy.cache, policy.queue.max_wait, visit.in_task, fixed=fixed)
         visit.headers.update(found.headers)
         if found.answer is not None:
-            visit.stored = True
+            visit.reused = True
             await self.hold(visit)
         return found.answer
 
@@ -282,7 +304,7 @@ class Gateway:
         subjects = self.subjects(visit.caller, visit.course)
         if not subjects and visit.course.queue is None:
             return
-        work = visit.work = NO_WORK if visit.stored else estimate(visit.request, self.settings.limits.output_tokens)
+        work = visit.work = NO_WORK if visit.reused else self.estimate(visit.request)
         if subjects:
             amounts = visit.amounts(work.usage, work.rows, 0.0)
             now = time.time()
@@ -292,11 +314,23 @@ class Gateway:
                 visit.hold = await self.limits.ask(subjects, amounts, now)
             visit.headers.update(visit.hold.headers)
 
+    def estimate(self, request: Request) -> Work:
+        batches = True
+        if request.inputs:
+            with suppress(FairleadError):
+                batches = self.find(request.model, request.version).spec.batches
+        return estimate(request, self.settings.limits.output_tokens, batches=batches)
+
     def subjects(self, caller: Caller, course: Course) -> tuple[Subject, ...]:
         """Everything whose limits a request of this caller counts against."""
         key = (caller.tenant, caller.project, caller.key)
         found = self._subjects.get(key)
-        if found is None or found[0].policy is not caller.policy or found[0].key_limits is not caller.key_limits:
+        if (
+            found is None
+            or found[0].policy is not caller.policy
+            or found[0].key_limits is not caller.key_limits
+            or found[0].project_limits != caller.project_limits
+        ):
             if len(self._subjects) >= MAX_SUBJECTS:
                 self._subjects.clear()
             named = (
@@ -308,7 +342,7 @@ class Gateway:
             found = self._subjects[key] = (caller, subjects)
         return found[1] if course.subject is None else (*found[1], course.subject)
 
-    async def turn(self, visit: "Visit") -> AsyncGenerator[Response, None] | None:
+    async def turn(self, visit: "Visit") -> Answer | None:
         """Returns an answer that will do although it is old, where the policy allows that for such a wait."""
         queue = visit.course.queue
         assert queue is not None and visit.work is not None
@@ -319,8 +353,8 @@ class Gateway:
             if stored is not None:
                 return stored
             queue = visit.course.queue
-        if queue is None:
-            return None
+            if queue is None:
+                return None
         work, request = visit.work, visit.request
         units = float(work.rows) if work.usage is None else token_work(work.usage.prompt_tokens, work.usage.completion_tokens)
         item = Turn(visit, units, now, request.timeout)
@@ -335,7 +369,7 @@ class Gateway:
             await item.comes()
         return None
 
-    def degrade(self, visit: "Visit", queue: FairQueue, now: float) -> AsyncGenerator[Response, None] | None:
+    def degrade(self, visit: "Visit", queue: FairQueue, now: float) -> Stored | None:
         """Ask for less, where the policy says so for such a wait. Returns an old answer, if that is what there is to be."""
         wait = queue.predicted_wait(visit.priority, visit.caller.tenant, visit.caller.policy.weight, now)
         step = degradation(visit.course.policy.queue.degrade, visit.qos_class, wait)
@@ -343,12 +377,12 @@ class Gateway:
             return None
         stored = self.recalls.stale(visit.recalled) if step.cached else None
         if stored is not None:
-            visit.stored = True
+            visit.reused = True
             visit.headers |= {**stored.headers("stale", time.time()), "x-fairlead-degraded": "cached"}
             self.counts.add("fairlead_gateway_reused_total", visit.course.name, "stale")
-            return replay(stored)
+            return stored
         request, done = visit.request, []
-        if step.model is not None and may_use(visit.caller, step.model):
+        if step.model is not None and may_use(visit.caller, step.model) and self.dispatch.knows(step.model):
             request.model, request.version = step.model, ""
             visit.course = self.courses[step.model]
             done.append(f"model={step.model}")
@@ -361,36 +395,49 @@ class Gateway:
                 request.prompt = structs.replace(prompt, sampling=sampling)
                 done.append(f"max_tokens={step.max_tokens}")
         raw = request.raw
-        if step.max_tokens is not None and raw is not None and (raw.max_tokens is None or raw.max_tokens > step.max_tokens):
-            raw.max_tokens = step.max_tokens
-            done.append(f"max_tokens={step.max_tokens}")
+        if step.max_tokens is not None and raw is not None and raw.path in CHOOSES:
+            least = step.max_tokens if raw.max_tokens is None else min(raw.max_tokens, step.max_tokens)
+            if least != raw.max_tokens:
+                raw.max_tokens = least
+                done.append(f"max_tokens={step.max_tokens}")
         if done:
             visit.forget()  # what is computed now is no answer to what was asked
+            visit.work = self.estimate(request)
             visit.headers["x-fairlead-degraded"] = ", ".join(done)
             self.counts.add("fairlead_gateway_degraded_total", visit.course.name, visit.qos_class)
         return None
 
     # The books
 
-    def note(self, visit: "Visit", took: Usage, cost: float, compute_seconds: float, error: FairleadError | None) -> None:
+    def note(self, visit: "Visit") -> None:
         """What became of a request, for the metrics, the watch and the usage records."""
-        request, caller = visit.request, visit.caller
+        request, caller, error = visit.request, visit.caller, visit.error
         outcome, reason = ended(error)
+        if error is not None:
+            visit.status = status_of(error)
+        elif visit.status >= 400:
+            outcome, reason = "failure", "upstream-error"
         if outcome == "refused":
             self.counts.add("fairlead_gateway_refused_total", visit.course.label, reason)
-        if self.abuse is not None and visit.watched:
-            self._note_abuse(visit, took, outcome, reason)
+        if visit.output is not None:
+            for rule in visit.output.rules:
+                self.counts.add("fairlead_gateway_filtered_total", visit.course.label, rule, "answer")
+        if isinstance(error, Filtered) and not visit.answered:
+            self.counts.add("fairlead_gateway_filtered_total", visit.course.label, error.rule, "request")
+        took = visit.took.usage or NOTHING
+        if self.abuse is not None and self.abuse.settings.action != "off" and visit.watched:
+            self._note_abuse(visit, took, reason)
         if self.usage is None:
             return
         self.usage.add(
             UsageRow(
                 time=time.time(),
-                request_id=request.id,
+                request_id=plain(request.id),
                 tenant=caller.tenant,
                 project=caller.project,
                 key=caller.key,
                 model=request.model if visit.course.known else "",
-                version=visit.version,
+                version=plain(visit.version),
                 qos_class=visit.qos_class,
                 kind=kind_of(request),
                 outcome=outcome,
@@ -399,16 +446,16 @@ class Gateway:
                 input_tokens=took.prompt_tokens,
                 cached_tokens=took.cached_tokens,
                 output_tokens=took.completion_tokens,
-                rows=visit.num_rows if outcome == "success" else 0,
-                compute_seconds=compute_seconds,
+                rows=visit.took.rows,
+                compute_seconds=visit.compute_seconds,
                 seconds=time.perf_counter() - visit.arrived,
-                cost=cost,
-                cached=visit.stored,
+                cost=visit.cost,
+                cached=visit.reused,
                 address=caller.address,
             )
         )
 
-    def _note_abuse(self, visit: "Visit", took: Usage, outcome: str, reason: str) -> None:
+    def _note_abuse(self, visit: "Visit", took: Usage, reason: str) -> None:
         assert self.abuse is not None
         caller, now = visit.caller, time.monotonic()
         seen = Seen(
@@ -423,11 +470,8 @@ class Gateway:
         action = self.abuse.note(seen, now)
         if action is not None:
             log.warning("abuse", tenant=action.tenant, action=action.action, score=round(action.score, 2), reasons=action.reasons)
-            if self.usage is not None:
-                details = {"score": action.score, "reasons": action.reasons, "seconds": action.until - action.since}
-                self.usage.audit(
-                    AuditRow(time=time.time(), actor="gateway", action=f"abuse.{action.action}", subject=action.tenant, details=details)
-                )
+            details = {"score": action.score, "reasons": action.reasons, "seconds": action.until - action.since}
+            self.audit(AuditRow(time=time.time(), actor="gateway", action=f"abuse.{action.action}", subject=action.tenant, details=details))
 
     # The waiting lines
 
@@ -449,7 +493,8 @@ class Gateway:
     def _expire(self, queue: FairQueue) -> None:
         for item in queue.expire(time.perf_counter()):
             assert isinstance(item, Turn)
-            item.refuse(Shed("the request waited too long for its turn", reason="queue-timeout", retry_after=1.0))
+            retry_after = queue.retry_after(item, time.perf_counter())
+            item.refuse(Shed("the request waited too long for its turn", reason="queue-timeout", retry_after=retry_after))
         self._arm(queue)
 
     def drop_waiting(self) -> None:
@@ -491,6 +536,7 @@ class Turn(Waiting):
     def refuse(self, error: FairleadError) -> None:
         if self._coming is not None and not self._coming.done():
             self._coming.set_exception(error)
+            self._coming.exception()  # it may have left in this very moment, and nobody looks
 
 
 def come(item: Waiting) -> None:
@@ -501,6 +547,45 @@ def come(item: Waiting) -> None:
 class Visit:
     """One request on its way through the gateway: the ticket of who asked, the sink of who answers."""
 
+    # Defaults stand on the class: most are never set.
+    qos_class = ""
+    priority = 0
+    output: OutputFilter | None = None
+    work: Work | None = None
+    hold: Hold | None = None
+    item: Turn | None = None
+    line: FairQueue | None = None
+    """Where `item` stands."""
+    version = ""
+    status = 200
+    """In HTTP's numbers."""
+    usage: Usage | None = None
+    num_tokens = 0
+    """Of the answer so far, as long as no usage tells."""
+    started = 0.0
+    """When it had its turn."""
+    watched = True
+    """It counts in what is known of its tenant's traffic."""
+    recalled: Recalled | None = None
+    reused = False
+    """Nothing is computed for it: its answer is stored, or computed for somebody else."""
+    leading = False
+    """What it asked for is being computed, perhaps for others too."""
+    answered = False
+    finished = False
+    error: FairleadError | None = None
+    """How it ended for its caller."""
+    settled = False
+    took = NO_WORK
+    cost = 0.0
+    compute_seconds = 0.0
+    # of the callback form
+    taskless = False
+    """`begin` drives it, in whatever task or callback that was called."""
+    sink: Sink | None = None
+    ticket: Ticket | None = None
+    task: asyncio.Task[None] | None = None
+
     def __init__(self, gateway: Gateway, course: Course, request: Request) -> None:
         self.gateway = gateway
         self.course = course
@@ -509,38 +594,8 @@ class Visit:
         self.model = request.model
         """As it was asked for."""
         self.arrived = request.arrived or time.perf_counter()
-        self.qos_class = ""
-        self.priority = 0
-        self.output: OutputFilter | None = None
-        self.work: Work | None = None
-        self.hold: Hold | None = None
-        self.item: Turn | None = None
-        self.line: FairQueue | None = None
-        """Where `item` stands."""
         self.headers: dict[str, str] = {}
         """What the answer's head says of how it came about."""
-        self.version = ""
-        self.usage: Usage | None = None
-        self.num_tokens = 0
-        """Of the answer so far, as long as no usage tells."""
-        self.started = 0.0
-        """When it had its turn."""
-        self.stored = False
-        self.status = 0
-        self.watched = True
-        """It counts in what is known of its tenant's traffic."""
-        self.recalled: Recalled | None = None
-        self.answered = False
-        self.leading = False
-        """What it asked for is being computed, perhaps for others too."""
-        self.settled = False
-        self.finished = False
-        # of the callback form
-        self.taskless = False
-        """`begin` drives it, in whatever task or callback that was called."""
-        self.sink: Sink | None = None
-        self.ticket: Ticket | None = None
-        self.task: asyncio.Task[None] | None = None
 
     # The callback form
 
@@ -559,7 +614,7 @@ class Visit:
             log.exception("request_failed", model=self.model)
             self.close(ModelError("internal error"))
         else:
-            self.task = asyncio.get_running_loop().create_task(self._walk(_resumed(steps, waits_for)))
+            self.task = asyncio.get_running_loop().create_task(self._walk(_Resumed(steps, waits_for)))
 
     async def in_task(self) -> None:
         """Before a wait that needs a task of its own around it (a timeout, say): what was begun without one goes on in one."""
@@ -567,56 +622,39 @@ class Visit:
             self.taskless = False
             await asyncio.sleep(0)
 
-    async def _walk(self, steps: Awaitable[AsyncGenerator[Response, None] | None]) -> None:
+    async def _walk(self, steps: Awaitable[Answer | None]) -> None:
         try:
-            stored = await steps
+            answer = await steps
             self.task = None
-            if stored is not None:
-                async with aclosing(stored) as responses:
-                    async for response in responses:
-                        for each in self.seen(response):
-                            self._give(each)
-                self.close(None)
-            else:
-                self._go(None)
+            if not self.finished:
+                self._go(answer)
         except FairleadError as error:
             self.close(error)
+        except asyncio.CancelledError:
+            self.close(Cancelled("request was cancelled"))
+            raise
         except Exception:
             log.exception("request_failed", model=self.model)
             self.close(ModelError("internal error"))
 
-    def _go(self, stored: AsyncGenerator[Response, None] | None) -> None:
-        if self.finished:
-            return
-        if stored is not None:
-            self.task = asyncio.get_running_loop().create_task(self._walk(_just(stored)))
-            return
+    def _go(self, answer: Answer | None) -> None:
         dispatch, member = self.gateway.dispatch, self.member
-        if member is None:
+        if isinstance(answer, Stored):
+            for response in answer.replay():
+                self.respond(response)
+            self.close(None)
+        elif answer is not None:
+            answer.attach(self)
+        elif member is None:
             ticket = dispatch.submit(self.request, self)
             if not self.finished:
                 self.ticket = ticket
-            return
-        self.leading = True
-        member.compute(lambda sink: dispatch.submit(self.request, sink), self.computed)
-        member.attach(self)
-
-    def compute(self) -> AsyncGenerator[Response, None]:
-        """The responses of whoever computes it."""
-        responses, member = self.gateway.dispatch.infer(self.request), self.member
-        if member is None:
-            return responses
-        self.leading = True
-        member.compute_stream(responses, self.computed)
-        return member.follow()
-
-    def computed(self, error: FairleadError | None) -> None:
-        """What others may have joined is over, whether or not this one's caller is still there."""
-        self.leading = False
-        assert self.member is not None
-        for response in self.member.flight.responses:
-            self._count(response)
-        self.settle(error)
+            else:
+                ticket.cancel()  # of an answer that was blocked
+        else:
+            self.leading = True
+            member.compute(lambda sink: dispatch.submit(self.request, sink), self.computed)
+            member.attach(self)
 
     def respond(self, response: Response) -> None:
         if self.finished:
@@ -625,10 +663,16 @@ class Visit:
             for each in self.seen(response):
                 self._give(each)
         except FairleadError as error:
-            ticket, self.ticket = self.ticket, None
-            self.close(error)
-            if ticket is not None:
-                ticket.cancel()
+            self._break_off(error)
+        except Exception:
+            log.exception("request_failed", model=self.model)
+            self._break_off(ModelError("internal error"))
+
+    def _break_off(self, error: FairleadError) -> None:
+        ticket, self.ticket = self.ticket, None
+        self.close(error)
+        if ticket is not None:
+            ticket.cancel()
 
     def close(self, error: FairleadError | None) -> None:
         if self.finished:
@@ -639,6 +683,9 @@ class Visit:
                     self._give(each)
             except FairleadError as failure:
                 error = failure
+            except Exception:
+                log.exception("request_failed", model=self.model)
+                error = ModelError("internal error")
         if error is not None:
             error = self.told(error)
         self.ticket = None  # which knows this visit: only the garbage collector would free them
@@ -649,12 +696,9 @@ class Visit:
     def cancel(self) -> None:
         if self.finished:
             return
-        ticket, self.ticket = self.ticket, None
         if self.task is not None:
             self.task.cancel()
-        self.close(Cancelled("request was cancelled"))
-        if ticket is not None:
-            ticket.cancel()
+        self._break_off(Cancelled("request was cancelled"))
 
     def pause(self) -> None:
         """The caller reads slowly."""
@@ -669,6 +713,21 @@ class Visit:
         assert self.sink is not None
         self.sink.respond(response)
 
+    # The other form
+
+    def answers(self, answer: Answer | None) -> AsyncGenerator[Response, None]:
+        """The responses: stored ones, or of whoever computes them."""
+        if isinstance(answer, Stored):
+            return replay(answer)
+        if answer is not None:
+            return answer.follow()
+        responses, member = self.gateway.dispatch.infer(self.request), self.member
+        if member is None:
+            return responses
+        self.leading = True
+        member.compute_stream(responses, self.computed)
+        return member.follow()
+
     # Up
 
     def seen(self, response: Response) -> Sequence[Response]:
@@ -677,10 +736,11 @@ class Visit:
             self.recalled.recorder.add(response)
         if self.member is None:
             self._count(response)
+        response.id = self.request.id  # not that of whom it was computed for
         if not self.answered:
             self.answered = True
             self.version = response.version
-            response.id = self.request.id
+            self.status = response.status
             if self.headers:
                 response.headers = {**response.headers, **self.headers}
         return (response,) if self.output is None else self.output.push(response)
@@ -711,16 +771,24 @@ class Visit:
         """Its caller has all of it, or left, or was refused. Whatever its end, exactly once."""
         if self.finished:
             return
-        self.finished = True
-        if self.recalled is not None and error is None and not self.stored:
-            self.gateway.recalls.keep(self.recalled, self.course.policy.cache)
-        if self.leading:
-            assert self.member is not None
-            self.member.leave()  # may settle, if nobody else is there
-        elif self.member is not None and not self.settled:
-            self.member.give_up()
-        if not self.leading:
+        self.finished, self.error = True, error
+        recalled, settled = self.recalled, self.settled
+        if recalled is not None and error is None and not self.reused:
+            self.gateway.recalls.keep(recalled, self.course.policy.cache)
+        if recalled is not None and recalled.member is not None:
+            recalled.member.leave()  # the last one ends what it led: that settles it
+        if settled:
+            self.gateway.note(self)
+        elif not self.leading:
             self.settle(error)
+
+    def computed(self, error: FairleadError | None) -> None:
+        """What it led is over, whether or not its own caller is still there."""
+        self.leading = False
+        assert self.member is not None
+        for response in self.member.flight.responses:
+            self._count(response)
+        self.settle(error)
 
     def forget(self) -> None:
         """Its answer will be nobody else's."""
@@ -731,59 +799,64 @@ class Visit:
 
     @property
     def member(self) -> Member | None:
-        """Of a flight that it leads."""
+        """Of a flight that it leads or joined."""
         return None if self.recalled is None else self.recalled.member
 
     def settle(self, error: FairleadError | None) -> None:
-        """Give back what was held and not used, let the next one go, and write it down."""
+        """Nothing more is computed: give back what was held and not used, and let the next one go. Written down is a request when
+        its caller has heard the end, too."""
         if self.settled:
             return
         self.settled = True
-        gateway = self.gateway
-        took = self._used(error)
-        seconds = time.perf_counter() - self.started if self.started and took is not None else 0.0
-        cost = 0.0
+        took = self._took(error)
+        if took is not None:
+            self.took = took
+            self.compute_seconds = time.perf_counter() - self.started if self.started else 0.0
         if self.hold is not None or self.course.price is not FREE:
-            now = time.time()
-            amounts = {} if took is None else self.amounts(took, self.num_rows, seconds)
-            cost = amounts.get(Unit.MONEY, 0.0)
-            if self.hold is None:
-                pass
-            elif took is None:
-                self.hold.release(now)
-            else:
-                self.hold.settle(amounts, now)
+            self._pay(took)
         if self.item is not None and self.line is not None:
-            gateway.leave(self.line, self.item, None if took is None else served_work(self.usage, self.num_rows or 1))
-        self.status = status_of(error)
-        gateway.note(self, took or NOTHING, cost, seconds, error)
+            self.gateway.leave(self.line, self.item, None if took is None else served_work(took.usage, took.rows))
+        if self.finished:
+            self.gateway.note(self)
+
+    def _pay(self, took: Work | None) -> None:
+        amounts: Amounts = {}
+        if self.reused or (took is not None and took is not NO_WORK):
+            amounts = self.amounts(self.took.usage, self.took.rows, self.compute_seconds)
+            self.cost = amounts.get(Unit.MONEY, 0.0)
+        if self.hold is None:
+            return
+        if took is None:
+            self.hold.release(time.time())
+        else:
+            self.hold.settle(amounts or {Unit.REQUESTS: float(self.request.num_requests)}, time.time())
 
     def amounts(self, usage: Usage | None, rows: int, compute_seconds: float) -> Amounts:
-        amounts = amounts_of(self.course.price, usage=usage, rows=rows, compute_seconds=compute_seconds)
-        amounts[Unit.REQUESTS] = float(self.request.num_requests)
-        return amounts
+        num_requests = self.request.num_requests
+        return amounts_of(self.course.price, num_requests=num_requests, usage=usage, rows=rows, compute_seconds=compute_seconds)
 
     @property
     def num_rows(self) -> int:
         request = self.request
-        if request.prompt is not None or self.stored:
+        if request.prompt is not None:
             return 0
         return request.raw.num_rows if request.raw is not None else request.num_rows
 
-    def _used(self, error: FairleadError | None) -> Usage | None:
-        """What it took; None: nothing, it failed through no fault of the caller's."""
-        if self.stored:
-            return NOTHING
+    def _took(self, error: FairleadError | None) -> Work | None:
+        """What it used; NO_WORK: no more than a request may; None: nothing, it failed through no fault of the caller's."""
+        if self.reused:
+            return NO_WORK
+        if self.status >= 400:  # another server's error
+            return None if self.status == 429 or self.status >= 500 else NO_WORK
+        left = bool(self.started) and isinstance(error, Cancelled)
+        if not (error is None or self.answered or self.num_tokens or left):
+            return NO_WORK if isinstance(error, CALLERS_FAULT) else None
         if self.usage is not None:
-            return self.usage
-        if error is None or self.num_tokens:
-            asked = self.work.usage if self.work is not None else None
-            return Usage(prompt_tokens=asked.prompt_tokens if asked else 0, completion_tokens=self.num_tokens)
-        return NOTHING if isinstance(error, (InvalidRequest, Filtered, Unsupported)) else None
-
-
-NOTHING = Usage()
-NO_WORK = Work(None, 0)
+            return Work(self.usage, 0)
+        asked = (self.work or self.gateway.estimate(self.request)).usage
+        if asked is None:
+            return Work(None, self.num_rows)
+        return Work(Usage(prompt_tokens=asked.prompt_tokens, completion_tokens=self.num_tokens), 0)
 
 
 def ended(error: FairleadError | None) -> tuple[str, str]:
@@ -797,7 +870,7 @@ def ended(error: FairleadError | None) -> tuple[str, str]:
             return "refused", reason
     if isinstance(error, Unavailable):
         return "refused", error.reason
-    return "failure", "model-error"
+    return "failure", "replica-died" if isinstance(error, ReplicaDied) else "model-error"
 
 
 REASONS: dict[type[FairleadError], str] = {
@@ -833,6 +906,8 @@ def status_of(error: FairleadError | None) -> int:
     return 500
 
 
+CALLERS_FAULT = tuple(REASONS)
+
 STATUSES: dict[type[FairleadError], int] = {
     Cancelled: 499,
     Unauthenticated: 401,
@@ -848,6 +923,16 @@ STATUSES: dict[type[FairleadError], int] = {
 }
 
 
+def batched(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (texts[at : at + size] for at in range(0, len(texts), size))
+
+
+def plain(text: str) -> str:
+    """As much of what a caller wrote as every database takes."""
+    text = text[:MAX_NAME_CHARS]
+    return text if text.isprintable() else "".join(filter(str.isprintable, text))
+
+
 def kind_of(request: Request) -> str:
     """What was asked."""
     if request.raw is not None:
@@ -855,22 +940,25 @@ def kind_of(request: Request) -> str:
     return "infer" if request.prompt is None else type(request.prompt).__name__.lower()
 
 
-@types.coroutine
-def _resumed(steps: Coroutine[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, Any]:
+class _Resumed:
     """A coroutine that was begun without a task, to go on in one."""
-    step: Callable[[], Any]
-    while True:
-        try:
-            value = yield waits_for
-        except BaseException as error:
-            step = partial(steps.throw, error)
-        else:
-            step = partial(steps.send, value)
-        try:
-            waits_for = step()
-        except StopIteration as end:
-            return end.value
 
+    def __init__(self, steps: Coroutine[Any, Any, Answer | None], waits_for: Any) -> None:
+        self.steps = steps
+        self.waits_for = waits_for
 
-async def _just(value: Any) -> Any:
-    return value
+    def __await__(self) -> Generator[Any, Any, Answer | None]:
+        steps, waits_for = self.steps, self.waits_for
+        step: Callable[[], Any]
+        while True:
+            try:
+                value = yield waits_for
+            except BaseException as error:
+                step = partial(steps.throw, error)
+            else:
+                step = partial(steps.send, value)
+            try:
+                waits_for = step()
+            except StopIteration as end:
+                answer: Answer | None = end.value
+                return answer

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import ref
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from fairlead.gateway.reuse.semantic import Semantic, embedded
 from fairlead.gateway.reuse.single_flight import Flights, Member
 from fairlead.observe.counts import Counts
 from fairlead.runtime.repository import ModelRepository
+from fairlead.runtime.version import Version
 
 if TYPE_CHECKING:
     from fairlead.gateway.reuse.redis import RedisResponses
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
 Embedder = Callable[[str, str], Awaitable[np.ndarray]]
 """(model, text) → vector."""
 InTask = Callable[[], Awaitable[None]]
+Answer = Stored | Member
+"""What answers a request without computing: it is stored, or it is being computed for somebody else."""
+
+
+class _Loaded(NamedTuple):
+    version: "ref[Version]"
+    times: int
+    """That another one of the same number was there before."""
 
 
 class Recalled:
@@ -30,11 +40,12 @@ class Recalled:
     __slots__ = ("answer", "headers", "key", "member", "question", "recorder", "vector")
 
     def __init__(self) -> None:
-        self.answer: AsyncGenerator[Response, None] | None = None
+        self.answer: Answer | None = None
         self.headers: dict[str, str] = {}
         self.key = b""
+        """b"" for a request that shares nothing."""
         self.member: Member | None = None
-        """It leads a flight."""
+        """Of the flight that it leads or joined."""
         self.recorder: Recorder | None = None
         self.question: Question | None = None
         self.vector: np.ndarray | None = None
@@ -56,44 +67,44 @@ class Recall:
         self._repository = repository
         self._embed = embed
         self._counts = counts
-        self._computed_by: dict[str, object] = {}
-        """Model → the version object whose answers are stored: another one with the same number is another artefact."""
+        self._loaded: dict[str, _Loaded] = {}
+        """model@number → the version whose answers are stored: another one with the same number is another artefact."""
 
-    async def look(self, request: Request, policy: CacheSettings, max_wait: float, in_task: InTask) -> Recalled | None:
-        """`in_task` is awaited before what needs a task around it. None: this request shares nothing. Raises NotStored, TimeoutExpired."""
+    async def look(
+        self, found: Recalled, request: Request, policy: CacheSettings, max_wait: float, in_task: InTask, *, fixed: bool
+    ) -> None:
+        """Fill `found`, which its request gives up with itself. `fixed`: it is known which version answers. `in_task` is awaited
+        before what needs a task around it. Raises NotStored, TimeoutExpired."""
         control = cache_control(request.envelope)
-        version = self._version(request)
-        key = request_key(request, version, policy, control)
+        version, edition = self._version(request)
+        key = request_key(request, edition, policy, control) if fixed else None
         if key is None:
             if control.only_if_cached:
                 raise NotStored("no stored answer may be given to this request (`Cache-Control: only-if-cached`)")
-            return None
-        found = Recalled()
+            return
         found.key = key
         now = time.time()
         if policy.mode != "off" and not control.no_cache:
-            stored, outcome = await self._stored(request, version, policy, found, now, control.max_age, in_task)
+            stored, outcome = await self._stored(request, edition, policy, found, now, control.max_age, in_task)
             if stored is not None:
                 self._counts.add("fairlead_gateway_reused_total", request.model, outcome)
-                found.answer = replay(stored)
+                found.answer = stored
                 found.headers = stored.headers(outcome, now)
-                return found
+                return
         if control.only_if_cached:
             raise NotStored("no answer to this request is stored (`Cache-Control: only-if-cached`)")
         if policy.single_flight:
-            member = self.flights.board(key)
+            member = found.member = self.flights.board(key)
             if not member.leads:
                 await in_task()
                 if await member.begun(max_wait):
                     self._counts.add("fairlead_gateway_reused_total", request.model, "joined")
-                    found.answer = member.follow()
+                    found.answer = member
                     found.headers = {"x-fairlead-cache": "joined"}
-                    return found
-            found.member = member
+                    return
         if policy.mode != "off":
             found.recorder = Recorder(request.model, version, policy.max_entry_bytes)
             found.headers = {"x-fairlead-cache": "miss"}
-        return found
 
     def stale(self, found: Recalled | None) -> Stored | None:
         """A stored answer although it has expired."""
@@ -115,23 +126,26 @@ class Recall:
         if self.redis is not None:
             await self.redis.close()
 
-    def _version(self, request: Request) -> str:
-        """That which computes it; "" where another server does."""
+    def _version(self, request: Request) -> tuple[str, str]:
+        """That which computes it, "" where another server does; and what keeps its answers apart from those of one of the same
+        number that was there before, which may even be under way still."""
         try:
             version = self._repository.find(request.model, request.version)
         except FairleadError:
-            return request.version
-        place = f"{request.model}@{version.version}"
-        if self._computed_by.get(place) is not version:
-            if place in self._computed_by:
+            return request.version, request.version
+        number = version.version
+        place = f"{request.model}@{number}"
+        loaded = self._loaded.get(place)
+        if loaded is None or loaded.version() is not version:
+            if loaded is not None:
                 self.cache.drop(request.model)
-            self._computed_by[place] = version
-        return version.version
+            loaded = self._loaded[place] = _Loaded(ref(version), 0 if loaded is None else loaded.times + 1)
+        return number, f"{number}#{loaded.times}" if loaded.times else number
 
     async def _stored(
         self,
         request: Request,
-        version: str,
+        edition: str,
         policy: CacheSettings,
         found: Recalled,
         now: float,
@@ -147,7 +161,7 @@ class Recall:
                 stored = self.cache.get(found.key, now, max_age=max_age)
         if stored is not None or not policy.semantic_model:
             return stored, "hit"
-        question = question_of(request, version)
+        question = question_of(request, edition)
         if question is None:
             return None, ""
         await in_task()

@@ -30,7 +30,7 @@ def new_request_id() -> str:
     return f"{_prefix}-{next(_numbers):x}"
 
 
-class Line(Struct, omit_defaults=True):
+class Line(Struct, omit_defaults=True, gc=False):
     """A finished request, as it is logged."""
 
     time: float

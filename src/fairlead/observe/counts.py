@@ -12,6 +12,10 @@ COUNTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fairlead_gateway_reused_total": ("answers that needed no computing (hit, semantic, joined, stale)", ("model", "outcome")),
     "fairlead_gateway_degraded_total": ("requests that were given less while the wait was long", ("model", "class")),
     "fairlead_gateway_flagged_total": ("texts that a filter flagged and let pass", ("model", "rule")),
+    "fairlead_gateway_filtered_total": (
+        "requests that a filter blocked, and answers in which one found something",
+        ("model", "rule", "where"),
+    ),
     "fairlead_gateway_refused_total": ("requests refused by the gateway", ("model", "reason")),
     "fairlead_gateway_abuse_actions_total": (
         "tenants whose traffic looked abnormal, by what was done and the main reason",

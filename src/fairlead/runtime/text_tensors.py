@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct, structs
 
+from fairlead.core.caller import ANYONE
 from fairlead.core.errors import InvalidRequest
 from fairlead.core.generation import Delta, Embed, EngineInfo, Generate, Prompt, Sampling
 from fairlead.core.request import Request
@@ -72,7 +73,8 @@ def text_form(request: Request, info: EngineInfo) -> TextForm:
     if stream and exclude is False:
         raise InvalidRequest("when streaming, `exclude_input_in_output` cannot be false")
     sampling = _sampling(parameters)
-    return TextForm(Generate(text=text, sampling=sampling, stream=stream), "" if stream or exclude else text)
+    salt = "" if request.caller is ANYONE else request.caller.tenant
+    return TextForm(Generate(text=text, sampling=sampling, stream=stream, salt=salt), "" if stream or exclude else text)
 
 
 def _text(inputs: Tensors, name: str) -> str:

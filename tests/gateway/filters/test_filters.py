@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,15 @@ def test_token_ids_are_no_way_around_a_filter() -> None:
             filters.check(ids)
     assert Filters.of(FilterPolicy(pii="flag")).check(ids).request is ids
     assert REDACT.check(Request(model="m", prompt=Detokenize(token_ids=[1]))).flagged == ()
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": ["x", [98]]}, {"prompt": "x", "prompt_embeds": "AA=="}, {"prompt": "x", "prompt_token_ids": [1]}]
+)
+def test_other_ways_to_say_a_prompt_to_another_server_are_no_way_around_either(body: dict[str, Any]) -> None:
+    with pytest.raises(Unsupported, match="send text"):
+        DENY.check(passed(body))
+    assert Filters.of(FilterPolicy(pii="flag")).check(passed(body)).flagged == ()
 
 
 def test_tensors_of_text_are_searched_and_pictures_are_not() -> None:
@@ -195,7 +205,7 @@ def test_tensors_in_the_binary_form_pass_unless_they_are_text() -> None:
 
 
 def test_gigantic_inputs_are_searched_in_one_pass() -> None:
-    text = "harmless words, 12 of them at most. " * 30_000 + MAIL
+    text = "harmless words, 12 of them at most. " * 25_000 + MAIL
     assert REDACT.check(chat(user(text))).request.prompt.chat.messages[0].content.endswith(HIDDEN)  # type: ignore[union-attr]
     numbers = passed({"inputs": [{"name": "x", "datatype": "FP32", "data": [0.5] * 200_000}]})
     assert REDACT.check(numbers).request is numbers

@@ -45,7 +45,7 @@ def stored(*responses: Response, ttl: float = 60.0) -> Stored:
     recorder = Recorder("m", "1", 64 << 20)
     for response in responses or (told("hi"),):
         recorder.add(response)
-    found = recorder.finish(time.time(), CacheSettings(ttl=ttl, stale_seconds=1.0))
+    found = recorder.finish(time.time(), CacheSettings(mode="deterministic", ttl=ttl, stale_seconds=1.0))
     assert found is not None
     return found
 

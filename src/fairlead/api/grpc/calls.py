@@ -483,6 +483,15 @@ class Call(Stream):
         if self.caller is not None:
             may(self.caller, scope, "")
 
+    def ask_again(self) -> None:
+        """For each message of a long stream: the key may be revoked by now. Raises Unauthenticated."""
+        doorkeeper, method = self.calls.doorkeeper, self.head.method
+        if doorkeeper is None or method is None or method.scope is None:
+            return
+        caller = doorkeeper.caller(self.head.metadata, self.connection.peer, self.connection.certificate)
+        if caller is not None:  # else its issuer's keys are being read anew: it was proved before
+            self.caller = caller
+
     async def _learn(self) -> None:
         doorkeeper, method, connection = self.calls.doorkeeper, self.head.method, self.connection
         assert doorkeeper is not None and method is not None and method.scope is not None

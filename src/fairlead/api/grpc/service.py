@@ -162,6 +162,7 @@ class Service:
     def form_of(self, infer: InferCall) -> Form | None:
         """How outputs are to be classified; None if the model is unknown, which it will hear soon enough."""
         try:
+            see(infer.request.caller, infer.request.model)
             spec = self.repository.find(infer.request.model, infer.request.version).spec
         except FairleadError:
             return None
@@ -343,6 +344,7 @@ class _InferStream:
         self.turns: deque[_Turn] = deque()
         self.relays: set[asyncio.Task[None]] = set()
         self.changed: asyncio.Future[None] | None = None
+        self.told = False
         call.quiet = True
 
     async def run(self) -> None:
@@ -378,7 +380,9 @@ class _InferStream:
                 infer = decode_request(message)
             except TooSlow:
                 infer = await self.call.in_thread(decode_request, message, patient=True)
+            self.call.ask_again()
             request = turn.take(infer)
+            see(request.caller, request.model)
             version = self.service.repository.find(request.model, request.version)
             if infer.classes:
                 turn.form = with_labels(Form(classes=infer.classes), version.spec)
@@ -396,6 +400,12 @@ class _InferStream:
         else:
             self.turns.append(turn)
             turn.ticket = self.service.gateway.submit(request, turn)
+
+    def tell(self, response: Response) -> None:
+        """Of the first answer, what the head is to say of it."""
+        if response.headers and not self.told:
+            self.told = True
+            self.call.tell(response.headers)
 
     def advance(self) -> None:
         """Send the answers whose turn it is."""
@@ -418,7 +428,7 @@ class _InferStream:
             call.write([encode_stream_error(message, turn.id)])
         else:
             call.model, call.version, call.num_rows = turn.model, turn.version, turn.num_rows
-            call.fail(status, message)
+            call.refuse(error, message)
 
     async def _relay(self, infer: InferCall, turn: "_Turn") -> None:
         """The responses of a streaming model, at the pace of the client's reading."""
@@ -426,6 +436,7 @@ class _InferStream:
         try:
             async with aclosing(self.service.gateway.infer(request)) as responses:
                 async for response in responses:
+                    self.tell(response)
                     if is_slow(response, turn.form):
                         parts = await call.in_thread(encode_response, response, request.outputs, turn.form, final=False)
                     else:
@@ -483,6 +494,7 @@ class _Turn:
     def respond(self, response: Response) -> None:
         assert self.request is not None
         self.version = response.version
+        self.stream.tell(response)
         arguments = response, self.request.outputs, self.form
         try:
             if is_slow(response, self.form):

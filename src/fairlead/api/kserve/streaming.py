@@ -52,8 +52,9 @@ class Streaming:
 
     async def _logged(self, http: HttpRequest, serve: Callable[[HttpRequest, AccessLine], Awaitable[Any]]) -> Any:
         """Every end that comes before the answer has begun is logged here."""
-        line = AccessLine(self.access_log, http, *place(http))
+        line = AccessLine(self.access_log, http)
         try:
+            line.model, line.version = place(http)
             return await serve(http, line)
         except FairleadError as failure:
             error = _named(failure, line.request.id if line.request else "")

@@ -134,6 +134,10 @@ class OpenAIErrors:
         return OpenAIError(OpenAIErrorDetails(error.message, kind, param, code))
 
 
+def no_such_model(name: str) -> errors.NotFound:
+    return errors.NotFound(f"The model '{name}' does not exist or you do not have access to it.")
+
+
 def openai_status(error: FairleadError) -> int:
     return _entry(error)[0]
 

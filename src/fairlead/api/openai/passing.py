@@ -4,14 +4,22 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+import msgspec
 from msgspec import Raw as Json
 from msgspec import Struct
 from starlette.responses import Response as HttpResponse
 
+from fairlead.api.openai.bodies import ChatBody, CompletionBody, EmbeddingBody
 from fairlead.api.openai.errors import BadParameter, decode_body
 from fairlead.core.errors import FairleadError, ModelError
 from fairlead.core.request import Inference, Raw, Request, Response
 
+BODIES: dict[str, type[ChatBody | CompletionBody | EmbeddingBody]] = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+    "/v1/embeddings": EmbeddingBody,
+}
+"""By the path that goes on to other servers."""
 PREFIX_BYTES = 32 << 10
 """Of a prompt's beginning, by which a place is found that has computed it before."""
 EMPTY = Json(b"")
@@ -38,21 +46,24 @@ class Peek(Struct):
         return self.prompt_cache_key or self.user or ""
 
 
+_peek = msgspec.json.Decoder(Peek)
+
+
 def peek(body: bytes) -> Peek:
     """Raises BadParameter."""
-    return decode_body(body, Peek)
+    try:
+        return _peek.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return decode_body(body, Peek)  # which says what is wrong
 
 
 def raw_of(peeked: Peek, path: str, body: bytes, accept: str) -> Raw:
     """Raises BadParameter."""
-    for name in ("max_tokens", "max_completion_tokens", "n"):
-        value = getattr(peeked, name)
+    old, new, num_choices = peeked.max_tokens, peeked.max_completion_tokens, peeked.n
+    for name, value in (("max_tokens", old), ("max_completion_tokens", new), ("n", num_choices)):
         if value is not None and value < 0:
             raise BadParameter(f"Invalid value for '{name}': expected at least 0.", name, "invalid_value")
-    if peeked.max_tokens is not None and peeked.max_completion_tokens is not None:
-        limit: int | None = max(peeked.max_tokens, peeked.max_completion_tokens)
-    else:
-        limit = peeked.max_tokens if peeked.max_completion_tokens is None else peeked.max_completion_tokens
+    limit = old if new is None else new if old is None else max(old, new)
     if path == "/v1/embeddings":
         limit = 0
     text = bytes(peeked.messages) or bytes(peeked.prompt) or bytes(peeked.input)
@@ -62,7 +73,7 @@ def raw_of(peeked: Peek, path: str, body: bytes, accept: str) -> Raw:
         accept=accept,
         stream=bool(peeked.stream),
         max_tokens=limit,
-        num_choices=max(peeked.n or 1, 1),
+        num_choices=num_choices or 1,
         prompt_chars=len(text) - ESCAPED_QUOTES * text.count(b'"role"'),
         prefix=text[:PREFIX_BYTES],
     )

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
-from fairlead.api.doorkeeper import caller_of, see
+from fairlead.api.doorkeeper import caller_of
 from fairlead.api.line import AccessLine
 from fairlead.api.openai.answers import (
     Answer,
@@ -39,7 +39,7 @@ from fairlead.api.openai.bodies import (
     chat_of,
     texts_of,
 )
-from fairlead.api.openai.errors import BadParameter, OpenAIError, OpenAIErrors, decode_body
+from fairlead.api.openai.errors import BadParameter, OpenAIError, OpenAIErrors, decode_body, no_such_model
 from fairlead.api.openai.moderations import DEFAULT_MODEL, ModerationBody, Moderations, moderations
 from fairlead.api.openai.passing import Peek, Whole, chained, passed, peek, raw_of
 from fairlead.api.openai.together import each, interleaved
@@ -47,7 +47,7 @@ from fairlead.api.openapi import Operation
 from fairlead.api.status import CLIENT_LEFT, INTERNAL
 from fairlead.api.web import EventStream, Serve, framed, json_response, read_body, while_connected
 from fairlead.core.caller import Caller
-from fairlead.core.errors import FairleadError, InvalidRequest, NotFound
+from fairlead.core.errors import FairleadError, InvalidRequest
 from fairlead.core.generation import Delta, Detokenize, Embed, EngineInfo, Generate, Prompt, Tokenize
 from fairlead.core.request import Inference, Raw, Request, Response
 from fairlead.gateway.filters.moderation import by_label, check_classifier, text_rows
@@ -147,7 +147,7 @@ class OpenAI:
     def _check_known(self, caller: Caller, name: str) -> None:
         """Raises NotFound."""
         if not self.repository.known(name) or not may_use(caller, name):
-            raise NotFound(f"The model '{name}' does not exist or you do not have access to it.")
+            raise no_such_model(name)
 
     # Generation
 
@@ -363,8 +363,7 @@ class OpenAI:
                     peeked = peek(data)
                     line.model, line.version = _parted(peeked.model)
                     line.raw = raw_of(peeked, path, data, http.headers.get("accept", ""))
-                    if self.elsewhere.remote(line.model):
-                        see(line.caller, line.model)
+                    if self.elsewhere.remote(line.model) and may_use(line.caller, line.model):
                         try:
                             # only one that can be read can be answered here where the others are gone
                             body = decode_body(data, type_) if self.elsewhere.falls_back(line.model) else None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from fairlead.core.errors import FairleadError, Filtered
-from fairlead.core.policy import FilterPolicy
+from fairlead.core.policy import MANY_CHARS, FilterPolicy
 from fairlead.core.request import Request
 from fairlead.gateway.filters.deny import deny_patterns, deny_words
 from fairlead.gateway.filters.finding import Finding, Scan, redacted
@@ -103,9 +103,8 @@ class Filters(Struct, frozen=True, kw_only=True):
         """Whether there is anything that a request must not pass unseen."""
         policy = self.policy
         enforced = (policy.injection, policy.moderation, policy.pii)
-        return bool(policy.deny or policy.deny_patterns or policy.max_chars or policy.languages) or not {"block", "redact"}.isdisjoint(
-            enforced
-        )
+        bounded = policy.max_chars not in (0, MANY_CHARS)
+        return bool(policy.deny or policy.deny_patterns or bounded or policy.languages) or not {"block", "redact"}.isdisjoint(enforced)
 
     async def moderate(self, request: Request, classify: Classify) -> tuple[str, ...]:
         """The rules that it hit and that only want to be told of. Raises Filtered, and where it must not pass unseen what `classify` raises."""

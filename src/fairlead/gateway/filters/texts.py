@@ -28,8 +28,23 @@ TEXT_KEYS = (
     "documents",
     "text_input",
     "chat_template_kwargs",
+    "chat_template",
+    "functions",
+    "function_call",
+    "response_format",
+    "prediction",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "parameters",
+    "metadata",
+    "extra_body",
 )
 """Where a body that goes on to another server has its texts."""
+UNREADABLE_KEYS = frozenset(("prompt_embeds", "prompt_token_ids", "input_ids", "token_ids"))
+"""Other ways to say a prompt, which some servers know."""
 _NUMBERS = frozenset((int, float, bool, type(None)))
 _MEDIA_KEYS = frozenset(("image_url", "input_audio", "file"))
 
@@ -120,8 +135,10 @@ class Texts(Struct, frozen=True):
         if not isinstance(body, dict):
             raise InvalidRequest("the body must be a JSON object")
         for name in ("prompt", "input"):
-            if _is_token_ids(body.get(name)):
+            if _has_token_ids(body.get(name)):
                 self._unreadable("a prompt of token ids")
+        for name in UNREADABLE_KEYS & body.keys():
+            self._unreadable(f"`{name}`")
         if rest and any(isinstance(each, dict) and each.get("datatype") == "BYTES" for each in _list(body.get("inputs"))):
             self._unreadable("a BYTES tensor in the binary form")
         changed = {name: self._deep(body[name], "", 0) for name in TEXT_KEYS if name in body}
@@ -178,5 +195,6 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and (isinstance(value[0], int) or _is_token_ids(value[0]))
+def _has_token_ids(value: Any) -> bool:
+    """Alone, or among texts."""
+    return isinstance(value, list) and any(isinstance(each, (int, float)) or _has_token_ids(each) for each in value)

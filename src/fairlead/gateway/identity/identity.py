@@ -187,9 +187,10 @@ def anyone(snapshot: Snapshot) -> Caller:
 
 def may_use(caller: Caller, model: str) -> bool:
     """Whether all of its allow-lists have a pattern that the model matches."""
-    return all(
-        "*" in patterns or model in patterns or any(fnmatchcase(model, pattern) for pattern in patterns) for patterns in caller.models
-    )
+    for patterns in caller.models:
+        if not ("*" in patterns or model in patterns or any(fnmatchcase(model, pattern) for pattern in patterns)):
+            return False
+    return True
 
 
 def qos_class_of(caller: Caller, asked: str) -> str:

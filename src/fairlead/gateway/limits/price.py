@@ -4,6 +4,9 @@ from fairlead.core.generation import Usage
 from fairlead.core.policy import Amounts, Price, Unit
 
 FREE = Price()
+# Looked up once: an enum's own look-up costs more than the rest of `amounts_of`, which every request calls twice.
+REQUESTS, SECONDS = Unit.REQUESTS, Unit.COMPUTE_SECONDS
+INPUT_TOKENS, OUTPUT_TOKENS, TOKENS = Unit.INPUT_TOKENS, Unit.OUTPUT_TOKENS, Unit.TOKENS
 
 
 def cost(price: Price, amounts: Amounts, cached_tokens: float = 0.0) -> float:
@@ -23,15 +26,21 @@ def cost(price: Price, amounts: Amounts, cached_tokens: float = 0.0) -> float:
 
 
 def amounts_of(
-    price: Price = FREE, *, usage: Usage | None = None, rows: int = 0, megapixels: float = 0.0, compute_seconds: float = 0.0
+    price: Price = FREE,
+    *,
+    num_requests: int = 1,
+    usage: Usage | None = None,
+    rows: int = 0,
+    megapixels: float = 0.0,
+    compute_seconds: float = 0.0,
 ) -> Amounts:
     """Of one request, before (estimated) or after (real). Units that it has nothing to do with are not there, so that their
     rules do not concern it."""
-    amounts: Amounts = {Unit.REQUESTS: 1.0, Unit.COMPUTE_SECONDS: compute_seconds}
+    amounts: Amounts = {REQUESTS: float(num_requests), SECONDS: compute_seconds}
     if usage is not None:
-        amounts[Unit.INPUT_TOKENS] = usage.prompt_tokens
-        amounts[Unit.OUTPUT_TOKENS] = usage.completion_tokens
-        amounts[Unit.TOKENS] = usage.prompt_tokens + usage.completion_tokens
+        amounts[INPUT_TOKENS] = usage.prompt_tokens
+        amounts[OUTPUT_TOKENS] = usage.completion_tokens
+        amounts[TOKENS] = usage.prompt_tokens + usage.completion_tokens
     if rows:
         amounts[Unit.ROWS] = rows
     if megapixels:

@@ -152,8 +152,9 @@ class Trip:
         self.choices = choices
         version = choices.version_of(request, self._guide.random() if choices.shares else 0.0)
         candidates = choices.candidates(version)
-        # Where none of them can read it, one of them says so.
-        self.candidates = tuple([each for each in candidates if takes(each.place, request)]) or candidates
+        if len(candidates) > 1:  # where none of them can read it, one of them says so
+            candidates = tuple([each for each in candidates if takes(each.place, request)]) or candidates
+        self.candidates = candidates
         if version != request.version and self.candidates and self.candidates[0].place.remote:
             request = structs.replace(request, version=version)
         self.request = request

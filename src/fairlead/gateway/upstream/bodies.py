@@ -15,7 +15,7 @@ _integer = msgspec.json.Decoder(int)
 WITH_USAGE = Json(b'{"include_usage":true}')
 LENGTHS = ("max_tokens", "max_completion_tokens")
 READ_HERE = frozenset({"model", "stream", "stream_options", "n", "messages", "prompt", "input", *LENGTHS})
-_USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
+_USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 """As a key: a quotation mark inside of a JSON string has a backslash before it, so no text of a model can look like this."""
 
 
@@ -29,8 +29,8 @@ def openai_body(body: bytes | memoryview, model: str, *, max_tokens: int | None,
         fields = _fields.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is no JSON object: {error}") from None
-    for name in fields.keys() - READ_HERE:
-        if name.casefold() in READ_HERE:  # some servers do not tell `Model` from `model`
+    for name in fields:
+        if name not in READ_HERE and name.casefold() in READ_HERE:  # some servers do not tell `Model` from `model`
             raise InvalidRequest(f"unknown field `{name}`: did you mean `{name.casefold()}`?")
     fields["model"] = Json(_encode(model))
     if max_tokens is not None:

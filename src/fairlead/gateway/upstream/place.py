@@ -24,6 +24,8 @@ MAX_EVENT_BYTES = 8 << 20
 """Of one server-sent event."""
 BUFFER_BYTES = 64 << 10
 """Of a stream's answer, waiting for a slow reader; then the upstream is read no further."""
+MAX_STARTS = 64
+"""Beginnings of requests that are kept ready."""
 CHARS_PER_TOKEN = 4
 """Where an upstream does not say how many tokens there were."""
 DONE = b": end\n\n"
@@ -66,6 +68,7 @@ class UpstreamPlace:
         self.name = upstream.model or model
         self._prefix = address.prefix if self.openai else f"{address.prefix}/v2/models/{quote(self.name, safe='')}"
         self.fixed = fixed_headers(address, upstream.key)
+        self._starts: dict[tuple[str, str, str], str] = {}
 
     def submit(self, request: Request, sink: Sink) -> "UpstreamTicket":
         """Responses as they come, then the end. Errors go to the sink, possibly before this returns."""
@@ -112,16 +115,27 @@ class UpstreamPlace:
         """What is under way fails."""
         await self.pool.close()
 
-    def target(self, request: Request, raw: Raw) -> str:
-        """Raises Unsupported, or InvalidRequest."""
+    def start(self, version: str, raw: Raw) -> str:
+        """The first lines of a request. Raises Unsupported, or InvalidRequest."""
+        asked = (version, raw.path, raw.content_type)
+        found = self._starts.get(asked)
+        if found is None:
+            kind = raw.content_type if _VALUE.fullmatch(raw.content_type) else "application/json"
+            found = f"POST {self._target(version, raw)} HTTP/1.1\r\n{self.fixed}content-type: {kind}\r\n"
+            if len(self._starts) >= MAX_STARTS:
+                self._starts.clear()
+            self._starts[asked] = found
+        return found
+
+    def _target(self, version: str, raw: Raw) -> str:
         path = raw.path
         if self.openai != path.startswith("/v1/"):
             wanted = "/v1/..." if self.openai else f"/v2/models/{self.model}/infer"
             raise Unsupported(f"model '{self.model}' is computed by a server of another protocol: ask it at {wanted}")
         if not _PATH.fullmatch(path):
             raise InvalidRequest("the path of the request holds characters that must be escaped")
-        version = f"/versions/{quote(request.version, safe='')}" if request.version and not self.openai else ""
-        return f"{self._prefix}{version}{path}"
+        versions = f"/versions/{quote(version, safe='')}" if version and not self.openai else ""
+        return f"{self._prefix}{versions}{path}"
 
     def _turned(self, ready: bool, down: str) -> None:
         if ready != self.ready:
@@ -170,14 +184,13 @@ class UpstreamTicket(Exchange):
             raise Unsupported(
                 f"model '{place.model}' is computed by another server: it can only be asked over HTTP, as that server is ({place.upstream.protocol})"
             )
-        target = place.target(request, raw)
+        start = place.start(request.version, raw)
         body = raw.body
         if place.openai:
             name = f"{place.name}@{request.version}" if request.version else place.name
             max_tokens = None if raw.path == EMBEDDINGS else raw.max_tokens
             body, self.asked_usage = openai_body(body, name, max_tokens=max_tokens, streams=raw.stream)
-        kind = raw.content_type if _VALUE.fullmatch(raw.content_type) else "application/json"
-        lines = f"POST {target} HTTP/1.1\r\n{place.fixed}content-type: {kind}\r\ncontent-length: {len(body)}\r\n"
+        lines = f"{start}content-length: {len(body)}\r\n"
         if raw.header_length:
             if not (raw.header_length.isascii() and raw.header_length.isdigit()):
                 raise InvalidRequest("Inference-Header-Content-Length must be a number")

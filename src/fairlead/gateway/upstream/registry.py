@@ -11,23 +11,28 @@ CHECK_SECONDS = 5.0
 LINGER_SECONDS = 0.5
 
 
+Places = dict[tuple[str, Upstream], UpstreamPlace]
+
+
 class Upstreams:
     def __init__(self, settings: GatewaySettings) -> None:
         """Raises ConfigError."""
-        self._places: dict[tuple[str, Upstream], UpstreamPlace] = {}
+        self._places: Places = {}
         self._of: dict[str, tuple[UpstreamPlace, ...]] = {}
         self._closing: set[asyncio.Task[None]] = set()
-        self.configure(settings)
+        self.configure(settings, self.prepare(settings))
 
-    def configure(self, settings: GatewaySettings) -> None:
-        """A place that is still named goes on with what it has under way; the others are closed. Raises ConfigError, and
-        changes nothing then."""
-        wanted = {name: policy.upstreams for name, policy in settings.models.items() if policy.upstreams}
-        places = {
+    def prepare(self, settings: GatewaySettings) -> Places:
+        """What `configure` takes: a place that is still named stays. Raises ConfigError."""
+        return {
             (name, upstream): self._places.get((name, upstream)) or UpstreamPlace(name, upstream)
-            for name, upstreams in wanted.items()
-            for upstream in upstreams
+            for name, policy in settings.models.items()
+            for upstream in policy.upstreams
         }
+
+    def configure(self, settings: GatewaySettings, places: Places) -> None:
+        """Places that are not named any more are closed once what is under way there is over."""
+        wanted = {name: policy.upstreams for name, policy in settings.models.items() if policy.upstreams}
         gone = [place for key, place in self._places.items() if key not in places]
         self._places = places
         self._of = {name: tuple(places[name, upstream] for upstream in upstreams) for name, upstreams in wanted.items()}
@@ -38,6 +43,10 @@ class Upstreams:
 
     def __call__(self, model: str) -> Sequence[UpstreamPlace]:
         return self._of.get(model, ())
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self._of)
 
     def models(self) -> list[str]:
         return list(self._of)
