@@ -575,6 +575,33 @@ async def test_a_head_that_is_too_long_is_refused_before_anybody_is_asked(home: 
     assert (await NAMED["infer"].ask(home, bearer(key))).status_code == 200
 
 
+FRAMES = {
+    "both lengths": "content-length: {n}\r\ntransfer-encoding: chunked",
+    "two lengths": "content-length: {n}\r\ncontent-length: 0",
+    "a sign": "content-length: +{n}",
+    "a space": "transfer-encoding : chunked",
+    "a fold": "content-length:\r\n {n}\r\ntransfer-encoding:\r\n chunked",
+    "another coding": "transfer-encoding: xchunked",
+    "chunked in between": "transfer-encoding: chunked, identity",
+    "a bare line feed": "content-length: 0\ntransfer-encoding: chunked",
+    "nothing": "x-nothing: 1",
+}
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("name", ["infer", "chat", "chat elsewhere"])
+async def test_no_request_is_smuggled_in_behind_another_s_key(home: House, key: NewKey, name: str, frame: str) -> None:
+    path, body = NAMED[name].put(NAMED[name].model)
+    assert body is not None
+    plain = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key.secret}\r\n{FRAMES[frame]}\r\n\r\n"
+    async with wire_to(home) as connection:
+        await connection.send(head.replace("{n}", str(len(plain))).encode() + b"0\r\n\r\n" + plain.encode())
+        connection.writer.write_eof()
+        answers = await connection.ended()
+    assert b" 200 OK" not in answers
+
+
 # Signed requests
 
 

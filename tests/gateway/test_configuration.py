@@ -126,7 +126,11 @@ async def test_a_server_without_a_file_has_none_to_read_again(tmp_path):
 
 WRONG = {
     "no YAML": ("gateway:", "gateway: [", r"configuration:\d+: not YAML"),
-    "an unknown key": ("queue: {max_in_flight", "queue: {max_in_fligth", r"configuration:8: unknown key `max_in_fligth` \(at gateway.models.far.queue\)"),
+    "an unknown key": (
+        "queue: {max_in_flight",
+        "queue: {max_in_fligth",
+        r"configuration:8: unknown key `max_in_fligth` \(at gateway.models.far.queue\)",
+    ),
     "a wrong value": ("requests_per_day: 2", "requests_per_day: many", r"configuration:4: "),
     "an unknown limit": ("requests_per_day", "requests_per_eon", r"configuration:4: .*`requests_per_eon` is no limit"),
     "an unknown class": ("limits: {requests", "class: gold, limits: {requests", r"class `gold` of tenant `acme` is not one"),

@@ -273,6 +273,22 @@ async def test_an_answer_that_is_blocked_was_computed_and_is_paid_for(house):
 
 
 @both
+async def test_what_is_blocked_is_not_computed_any_further(house):
+    """Even where the first piece is there before the model has returned its ticket."""
+
+    class Eager(Played):
+        def submit(self, request: Any, sink: Any) -> Any:
+            asked = super().submit(request, sink)
+            asked.respond(outputs={"y": np.array([[b"a bomb"]], object)})
+            return asked
+
+    front = house(policies(eager=ModelPolicy(filters=NO_BOMBS)))
+    front.repository.serve(eager := Eager("eager"))
+    assert isinstance(await front.refusal(texts("what?", model="eager")), Filtered)
+    assert eager.asked[0].cancelled and eager.running == []
+
+
+@both
 async def test_a_stream_is_searched_across_its_pieces_and_its_head_still_comes_first(house):
     front = house(policies(chat=ModelPolicy(filters=MAIL)))
     client = await front.said("who?", "ask root", "@exam", "ple.com ", "today", caller=caller(limits={"requests_per_day": 5}))

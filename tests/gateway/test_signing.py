@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from fairlead.core.caller import Envelope
-from fairlead.core.errors import LimitExceeded, Unreachable, Unauthenticated
+from fairlead.core.errors import LimitExceeded, Unauthenticated, Unreachable
 from fairlead.gateway.signing import ED25519, HMAC, Nonces, SharedNonces, SigningKey, key_id, proves, sign, signature_base, verify
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "signing_client.py"

@@ -344,7 +344,8 @@ class Exchange:
                 raise no_such_model(self.model)
             self.session = self.session or self.peeked.session
             self.request_id = self.request_id or new_request_id()
-            self._submit(Request(model=self.model, version=self.version, raw=raw, id=self.request_id), JSON_FORM)
+            priority = self.peeked.priority or 0
+            self._submit(Request(model=self.model, version=self.version, raw=raw, id=self.request_id, priority=priority), JSON_FORM)
             return
         kind = self.headers.get(b"content-type", b"application/json").decode("latin-1")
         rows = num_rows(data, head_size(self.head, len(data)) if self.head else None)
@@ -396,6 +397,8 @@ class Exchange:
         request.signed_by = self.signed_by
         request.qos_class = self.qos_class
         request.session = self.session
+        self.request_id = self.request_id or new_request_id()
+        request.log_id = self.request_id
         if b"cache-control" in self.headers:
             request.envelope = self._envelope(b"")
         self._release()

@@ -36,6 +36,7 @@ class AccessLine:
         request.arrived, request.trace = self.arrived, self.trace
         request.caller, request.signed_by = self.caller, self.signed_by
         request.qos_class = headers.get("x-fairlead-class", "")
+        request.log_id = self.id
         request.session = headers.get("x-fairlead-session", "")
         if "cache-control" in headers:
             request.envelope = envelope_of(self.http)

@@ -56,6 +56,8 @@ class Request(Struct, kw_only=True):
     """Requests of one session may be kept together."""
     id: str = ""
     """The caller's id, echoed in the answer; "" when it gave none."""
+    log_id: str = ""
+    """What logs and usage records know it by: its x-request-id."""
     version: str = ""
     """"" for the one that the version policy makes the default."""
     outputs: tuple[str, ...] | None = None

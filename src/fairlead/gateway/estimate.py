@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-from fairlead.core.generation import Chat, Embed, Generate, Usage
+from fairlead.core.generation import Chat, Detokenize, Embed, Generate, Tokenize, Usage
 from fairlead.core.request import Request
+from fairlead.core.tensors import nbytes_of
 from fairlead.gateway.reuse.keys import CHOOSES
 
 CHARS_PER_TOKEN = 4.0
@@ -54,3 +55,15 @@ def _tokens(text: str | None, token_ids: list[int] | None, chat: Chat | None) ->
 
 def _tokens_of(num_chars: int) -> int:
     return int(num_chars / CHARS_PER_TOKEN) + 1
+
+
+def num_chars(request: Request) -> int:
+    """Of its texts, about; of tensors, their bytes."""
+    prompt = request.prompt
+    if request.raw is not None:
+        return len(request.raw.body)
+    if prompt is None:
+        return sum(nbytes_of(array) for array in request.inputs.values() if array.dtype.kind == "O")
+    if isinstance(prompt, (Generate, Tokenize)) and prompt.chat is not None:
+        return sum(len(message.content or "") for message in prompt.chat.messages)
+    return 0 if isinstance(prompt, Detokenize) else len(prompt.text or "")

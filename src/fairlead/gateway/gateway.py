@@ -48,7 +48,7 @@ from fairlead.core.policy import Amounts, FilterPolicy, GatewaySettings, Unit, r
 from fairlead.core.request import Pausable, Request, Response, Sink, Ticket
 from fairlead.gateway.abuse import Abuse, Seen
 from fairlead.gateway.course import Course, Courses
-from fairlead.gateway.estimate import Work, estimate
+from fairlead.gateway.estimate import Work, estimate, num_chars
 from fairlead.gateway.filters.filters import Filters
 from fairlead.gateway.filters.moderation import by_label, check_classifier, text_rows
 from fairlead.gateway.filters.output import OutputFilter
@@ -74,6 +74,8 @@ log = structlog.get_logger("fairlead.gateway")
 MAX_SUBJECTS = 10_000
 """Callers whose limits are kept ready."""
 CLASSIFY_SECONDS = 10.0
+MANY_CHARS = 1 << 15
+"""Of a request's texts: from here on a thread searches them."""
 NOTHING = Usage()
 NO_WORK = Work(None, 0)
 MAX_NAME_CHARS = 256
@@ -242,7 +244,11 @@ class Gateway:
             await visit.in_task()
             filters = await self.courses.compile(policy)
         request = visit.request
-        found = filters.check(request)
+        if num_chars(request) > MANY_CHARS:
+            await visit.in_task()  # nobody else would be served meanwhile
+            found = await asyncio.to_thread(filters.check, request)
+        else:
+            found = filters.check(request)
         checked = found.request
         # in place: its door reads there how many rows it had
         request.inputs, request.prompt, request.raw, request.parameters = checked.inputs, checked.prompt, checked.raw, checked.parameters
@@ -432,7 +438,7 @@ class Gateway:
         self.usage.add(
             UsageRow(
                 time=time.time(),
-                request_id=plain(request.id),
+                request_id=request.log_id or plain(request.id),
                 tenant=caller.tenant,
                 project=caller.project,
                 key=caller.key,
@@ -688,7 +694,7 @@ class Visit:
                 error = ModelError("internal error")
         if error is not None:
             error = self.told(error)
-        self.ticket = None  # which knows this visit: only the garbage collector would free them
+
         self.finish(error)
         assert self.sink is not None
         self.sink.close(error)

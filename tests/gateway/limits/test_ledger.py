@@ -140,6 +140,15 @@ def test_a_budget_of_which_the_rest_is_only_held_says_to_try_again_soon():
     used(limiter, acme, {Unit.MONEY: 3.0}, NOON)
 
 
+def test_the_prompts_that_came_in_one_request_are_one_request_under_way() -> None:
+    limiter, acme = Limiter(), tenant({"concurrent": 1})
+    holds = [limiter.hold(acme, {Unit.REQUESTS: float(number == 0), Unit.TOKENS: 5.0}, NOON) for number in range(10)]
+    assert refused(limiter, acme, tokens(1), NOON).reason == "limit-concurrent"
+    for hold in holds:
+        hold.settle({Unit.TOKENS: 5.0}, NOON)
+    limiter.hold(acme, tokens(1), NOON)
+
+
 def test_requests_under_way_are_bounded_and_their_end_makes_room():
     limiter, acme = Limiter(), tenant({"concurrent": 2})
     first = limiter.hold(acme, tokens(5), NOON)

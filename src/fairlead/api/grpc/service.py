@@ -272,6 +272,7 @@ def complete(request: Request, call: Call, arrived: float) -> None:
     """Add what the call's metadata says to a request."""
     assert call.caller is not None
     request.arrived, request.trace, request.caller = arrived, call.trace, call.caller
+    request.log_id = call.request_id
     metadata = call.metadata
     if b"x-fairlead-class" in metadata:
         request.qos_class = metadata[b"x-fairlead-class"].decode("latin-1")

@@ -40,8 +40,6 @@ class Streaming:
 
     async def infer(self, http: HttpRequest) -> Any:
         """The body is that of any `infer`; every response is an event."""
-        if EVENTS not in http.headers.get("accept", ""):
-            raise HTTPException(406, f"this path answers with {EVENTS}")
         return await self._logged(http, self._infer)
 
     async def generate(self, http: HttpRequest) -> Any:
@@ -70,6 +68,8 @@ class Streaming:
             raise
 
     async def _infer(self, http: HttpRequest, line: AccessLine) -> EventStream:
+        if EVENTS not in http.headers.get("accept", ""):
+            raise HTTPException(406, f"this path answers with {EVENTS}")
         spec = self.repository.find(line.model, line.version).spec
         request, form = await self._decode(http, line, spec)
         self._complete(line, request)

@@ -35,6 +35,8 @@ class Peek(Struct):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     n: int | None = None
+    best_of: int | None = None
+    priority: int | None = None
     messages: Json = EMPTY
     prompt: Json = EMPTY
     input: Json = EMPTY
@@ -47,6 +49,7 @@ class Peek(Struct):
 
 
 _peek = msgspec.json.Decoder(Peek)
+_list = msgspec.json.Decoder(list[Json])
 
 
 def peek(body: bytes) -> Peek:
@@ -59,10 +62,20 @@ def peek(body: bytes) -> Peek:
 
 def raw_of(peeked: Peek, path: str, body: bytes, accept: str) -> Raw:
     """Raises BadParameter."""
-    old, new, num_choices = peeked.max_tokens, peeked.max_completion_tokens, peeked.n
-    for name, value in (("max_tokens", old), ("max_completion_tokens", new), ("n", num_choices)):
+    old, new = peeked.max_tokens, peeked.max_completion_tokens
+    given = (
+        ("max_tokens", old),
+        ("max_completion_tokens", new),
+        ("n", peeked.n),
+        ("best_of", peeked.best_of),
+        ("priority", peeked.priority),
+    )
+    for name, value in given:
         if value is not None and value < 0:
             raise BadParameter(f"Invalid value for '{name}': expected at least 0.", name, "invalid_value")
+    num_choices = max(peeked.n or 1, peeked.best_of or 1)
+    if bytes(peeked.prompt)[:1] == b"[":
+        num_choices *= num_prompts(peeked.prompt)
     limit = old if new is None else new if old is None else max(old, new)
     if path == "/v1/embeddings":
         limit = 0
@@ -73,10 +86,19 @@ def raw_of(peeked: Peek, path: str, body: bytes, accept: str) -> Raw:
         accept=accept,
         stream=bool(peeked.stream),
         max_tokens=limit,
-        num_choices=num_choices or 1,
+        num_choices=num_choices,
         prompt_chars=len(text) - ESCAPED_QUOTES * text.count(b'"role"'),
         prefix=text[:PREFIX_BYTES],
     )
+
+
+def num_prompts(prompt: Json) -> int:
+    """Of a list: texts and lists of token ids are one each; a list of token ids is one alone."""
+    try:
+        prompts = _list.decode(prompt)
+    except msgspec.DecodeError:
+        return 1
+    return max(sum(bytes(each)[:1] in (b'"', b"[") for each in prompts), 1)
 
 
 class Whole:

@@ -288,7 +288,7 @@ class OpenAI:
 
     async def _pass(self, http: HttpRequest, peeked: Peek, line: AccessLine, raw: Raw) -> Any:
         """To a model of which no version is here."""
-        request = line.complete(Request(model=line.model, version=line.version, raw=raw, id=line.id))
+        request = line.complete(Request(model=line.model, version=line.version, raw=raw, id=line.id, priority=peeked.priority or 0))
         request.session = request.session or peeked.session
         if not raw.stream:
             answer = await while_connected(http.scope, http.receive, Whole.of(self.gateway, request))
@@ -373,7 +373,7 @@ class OpenAI:
                             return await self._pass(http, peeked, line, line.raw)
                         return await serve(http, body, line)
                 body = decode_body(data, type_)
-                line.model, line.version = _parted(body.model or DEFAULT_MODEL)
+                line.model, line.version = _parted(DEFAULT_MODEL if body.model is None else body.model)
                 if engine:
                     self._info(line.caller, line.model, line.version)
                 else:

@@ -6,7 +6,7 @@ from math import ceil
 
 from fairlead.core.errors import LimitExceeded
 from fairlead.core.policy import CALENDAR, Amounts, Unit
-from fairlead.gateway.limits.meter import DUST, GREATEST, NEVER, Meter, Standing, rate_of, reset_of
+from fairlead.gateway.limits.meter import DUST, GREATEST, NEVER, Meter, Standing, at_once, rate_of, reset_of
 
 SOON = 1.0
 """Seconds after which to try again where other requests must end first, which no clock tells."""
@@ -61,7 +61,7 @@ def go_duration(seconds: float) -> str:
 
 def needed_of(standing: Standing, amounts: Amounts) -> float | None:
     """None: the rule does not concern a request of these amounts."""
-    return 1.0 if standing.rule.unit is None else amounts.get(standing.rule.unit)
+    return at_once(amounts) if standing.rule.unit is None else amounts.get(standing.rule.unit)
 
 
 def refusal(standings: Sequence[Standing], amounts: Amounts) -> LimitExceeded | None:

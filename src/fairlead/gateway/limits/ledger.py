@@ -17,7 +17,7 @@ from typing import Protocol
 from fairlead.core.errors import LimitExceeded
 from fairlead.core.policy import Amounts, Rule, Unit
 from fairlead.gateway.limits.headers import headers_of, refusal
-from fairlead.gateway.limits.meter import NEVER, Meter, Standing, Subject, period_end
+from fairlead.gateway.limits.meter import NEVER, Meter, Standing, Subject, at_once, period_end
 
 MANY = 1024
 """Remembered budgets, from which on those of ended periods are looked for and forgotten."""
@@ -156,7 +156,7 @@ class Limiter:
             accounts.append(account)
             for meter in account.meters:
                 meter.flow(now)
-                needed = 1.0 if meter.unit is None else amounts.get(meter.unit)
+                needed = at_once(amounts) if meter.unit is None else amounts.get(meter.unit)
                 if needed is None:
                     needed = 0.0
                 elif meter.spent + meter.held + needed > meter.full:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 from msgspec import Struct
 
-from fairlead.core.policy import CALENDAR, WINDOWS, Rule, Unit
+from fairlead.core.policy import CALENDAR, WINDOWS, Amounts, Rule, Unit
 
 NEVER = math.inf
 DUST = 1e-9
@@ -116,6 +116,11 @@ def reset_of(meter: "Meter | Standing", now: float) -> float:
 def rate_of(rule: Rule) -> float:
     """What flows off each second; 0 for budgets and `concurrent`."""
     return 0.0 if rule.window in CALENDAR or not rule.window else rule.amount / WINDOWS[rule.window]
+
+
+def at_once(amounts: Amounts) -> float:
+    """How many requests under way it is: of the prompts that came in one request, only the first is one."""
+    return 0.0 if amounts.get(Unit.REQUESTS) == 0.0 else 1.0
 
 
 def period_end(window: str, now: float) -> float:

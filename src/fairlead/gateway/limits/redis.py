@@ -26,7 +26,7 @@ from fairlead.core.errors import ConfigError, Unreachable
 from fairlead.core.policy import Amounts, Unit
 from fairlead.gateway.limits.headers import headers_of, refusal
 from fairlead.gateway.limits.ledger import NOTHING_HELD, Hold, Limiter
-from fairlead.gateway.limits.meter import NEVER, Standing, Subject
+from fairlead.gateway.limits.meter import NEVER, Standing, Subject, at_once
 from fairlead.observe.counts import Counts
 
 if TYPE_CHECKING:
@@ -373,7 +373,7 @@ class SharedLimiter:
         for subject in subjects:
             rules = []
             for rule in subject.rules:
-                needed = 1.0 if rule.unit is None else amounts.get(rule.unit, -1.0)
+                needed = at_once(amounts) if rule.unit is None else amounts.get(rule.unit, -1.0)
                 rules.append((rule.name, rule.window, rule.amount, rule.unit or "", needed))
             if rules:
                 named.append((subject.name, rules))
