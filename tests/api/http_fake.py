@@ -168,7 +168,7 @@ class Lines(AccessLog):
         self._more.set()
 
     async def wait(self, count: int) -> list[dict[str, Any]]:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             while len(self.lines) < count:
                 self._more.clear()
                 await self._more.wait()
@@ -199,7 +199,7 @@ async def echo_app(scope, receive, send) -> None:
 
 async def until(condition: Callable[[], Any]) -> None:
     """What the server's own loop brings about, within a deadline."""
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -227,7 +227,7 @@ class Wire:
 
     async def receive(self, *, head: bool = False) -> tuple[int, dict[str, str], bytes]:
         """(status, headers by lower-case name, body) of the next response, 100 Continue included."""
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             text = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             line, *fields = text.rstrip().split("\r\n")
             headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
@@ -236,7 +236,7 @@ class Wire:
 
     async def ended(self) -> bytes:
         """What is left until the server closes."""
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             return await self.reader.read()
 
     async def close(self) -> None:

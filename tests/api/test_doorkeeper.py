@@ -593,10 +593,10 @@ FRAMES = {
 async def test_no_request_is_smuggled_in_behind_another_s_key(home: House, key: NewKey, name: str, frame: str) -> None:
     path, body = NAMED[name].put(NAMED[name].model)
     assert body is not None
-    plain = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+    another = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}"
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key.secret}\r\n{FRAMES[frame]}\r\n\r\n"
     async with wire_to(home) as connection:
-        await connection.send(head.replace("{n}", str(len(plain))).encode() + b"0\r\n\r\n" + plain.encode())
+        await connection.send(head.replace("{n}", str(len(another))).encode() + b"0\r\n\r\n" + another.encode())
         connection.writer.write_eof()
         answers = await connection.ended()
     assert b" 200 OK" not in answers

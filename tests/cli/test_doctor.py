@@ -173,7 +173,7 @@ def test_the_configurations_own_repositories_are_looked_at(tmp_path: Path, model
     ("text", "told"),
     [
         ("listen: {prot: 8000}\n", "fairlead.yaml:1: unknown key `prot`"),
-        ("listen: {host: 0.0.0.0}\n", "reachable from other machines"),
+        ("listen: {host: 0.0.0.0}\nauth: {required: false}\n", "reachable from other machines"),
         ("listen: {host: '${FAIRLEAD_NOWHERE_SET}'}\n", "environment variable FAIRLEAD_NOWHERE_SET is not set"),
         (None, "No such file or directory"),
     ],

@@ -177,9 +177,7 @@ async def test_a_version_that_is_unloaded_is_not_kept_in_memory(house):
     front.repository.withdraw("double")
     front.double = None
     await front.refusal(rows())
-    await turns()
-    gc.collect()
-    assert gone() is None
+    await until(lambda: (gc.collect(), gone())[1] is None)
 
 
 # Nearly the same question

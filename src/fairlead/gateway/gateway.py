@@ -694,7 +694,7 @@ class Visit:
                 error = ModelError("internal error")
         if error is not None:
             error = self.told(error)
-
+        self.ticket = None  # which knows this visit: only the garbage collector would free them
         self.finish(error)
         assert self.sink is not None
         self.sink.close(error)
