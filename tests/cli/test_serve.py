@@ -158,7 +158,7 @@ def test_a_port_that_is_taken_is_one_readable_line(root):
 )
 def test_a_mistake_on_the_command_line_is_one_readable_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    code, said = run("serve", *arguments)
+    code, said = run("serve", *arguments, "--port", 0, "--grpc-port", 0, "--ops-port", 0)
     assert code == 2
     assert message in said.splitlines()[-1]
     assert "Traceback" not in said
