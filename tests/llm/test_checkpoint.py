@@ -92,7 +92,8 @@ def test_a_moe_checkpoint_in_its_old_spelling_is_the_same_model(tmp_path: Path) 
     ids = torch.arange(5, 15)[None]
     with torch.inference_mode():
         wanted = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")(ids).logits
-        assert torch.equal(load(folder)(ids).logits, wanted)
+        # not bit for bit: where a tensor happens to lie in memory decides in which order some CPUs add
+        torch.testing.assert_close(load(folder)(ids).logits, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_tied_embeddings_need_no_head_in_the_file(tmp_path: Path) -> None:
