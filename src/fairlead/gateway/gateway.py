@@ -55,7 +55,7 @@ from fairlead.gateway.filters.output import OutputFilter
 from fairlead.gateway.identity.identity import may_use, qos_class_of
 from fairlead.gateway.limits.ledger import AnyLimiter, Hold
 from fairlead.gateway.limits.meter import Subject
-from fairlead.gateway.limits.price import FREE, amounts_of
+from fairlead.gateway.limits.price import FREE, MONEY, amounts_of
 from fairlead.gateway.queue import FairQueue, Waiting, degradation, served_work, token_work
 from fairlead.gateway.recall import Answer, Recall, Recalled, replay
 from fairlead.gateway.reuse.keys import CHOOSES
@@ -829,7 +829,7 @@ class Visit:
         amounts: Amounts = {}
         if self.reused or (took is not None and took is not NO_WORK):
             amounts = self.amounts(self.took.usage, self.took.rows, self.compute_seconds)
-            self.cost = amounts.get(Unit.MONEY, 0.0)
+            self.cost = amounts.get(MONEY, 0.0)
         if self.hold is None:
             return
         if took is None:

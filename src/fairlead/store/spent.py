@@ -19,8 +19,8 @@ COLUMNS = UsageRow.__struct_fields__[:-1]
 """All but the id."""
 
 
-STATEMENT_ROWS = 250
-"""SQLite takes so many parameters in one statement, and some more."""
+STATEMENT_ROWS = (128, 16, 1)
+"""Rows of one statement."""
 
 
 def _names(columns: Sequence[str]) -> str:
@@ -33,13 +33,16 @@ ADD = f" ON CONFLICT ({_names(GROUP)}) DO UPDATE SET " + ", ".join(f'"{name}" = 
 def insert_usage(connection: Connection, rows: Sequence[UsageRow]) -> None:
     values = [astuple(row)[:-1] for row in rows]
     if connection.dialect.name == "sqlite":
-        for at in range(0, len(values), STATEMENT_ROWS):
-            part = values[at : at + STATEMENT_ROWS]
-            # One statement, not `executemany`: that would give up and win back the GIL for every row, at the requests' expense.
-            marks = ", ".join([f"({', '.join('?' * len(COLUMNS))})"] * len(part))
-            connection.exec_driver_sql(
-                f"INSERT INTO usage ({_names(COLUMNS)}) VALUES {marks}", tuple(value for row in part for value in row)
-            )
+        # Statements of several rows, not `executemany`: that would give up and win back the GIL for every row, at the
+        # requests' expense. Of few lengths, because the driver keeps each that it has prepared.
+        at = 0
+        for rows_at_once in STATEMENT_ROWS:
+            marks = ", ".join([f"({', '.join('?' * len(COLUMNS))})"] * rows_at_once)
+            statement = f"INSERT INTO usage ({_names(COLUMNS)}) VALUES {marks}"
+            while len(values) - at >= rows_at_once:
+                part = values[at : at + rows_at_once]
+                connection.exec_driver_sql(statement, tuple(value for row in part for value in row))
+                at += rows_at_once
         connection.exec_driver_sql(_insert("usage_hours", (*GROUP, *SUMS), "?") + ADD, by_hour(rows))
     else:
         # A quarter of INSERT's CPU.

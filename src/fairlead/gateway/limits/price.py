@@ -7,21 +7,22 @@ FREE = Price()
 # Looked up once: an enum's own look-up costs more than the rest of `amounts_of`, which every request calls twice.
 REQUESTS, SECONDS = Unit.REQUESTS, Unit.COMPUTE_SECONDS
 INPUT_TOKENS, OUTPUT_TOKENS, TOKENS = Unit.INPUT_TOKENS, Unit.OUTPUT_TOKENS, Unit.TOKENS
+ROWS, MEGAPIXELS, MONEY = Unit.ROWS, Unit.MEGAPIXELS, Unit.MONEY
 
 
 def cost(price: Price, amounts: Amounts, cached_tokens: float = 0.0) -> float:
     """Money. `cached_tokens` are those of the input tokens that the prefix cache held."""
     of = amounts.get
-    input_tokens = of(Unit.INPUT_TOKENS, 0.0)
+    input_tokens = of(INPUT_TOKENS, 0.0)
     per_input = price.per_million_input_tokens
     per_cached = per_input if price.per_million_cached_input_tokens is None else price.per_million_cached_input_tokens
     cached = min(cached_tokens, input_tokens)
     return (
-        price.per_request * of(Unit.REQUESTS, 0.0)
-        + ((input_tokens - cached) * per_input + cached * per_cached + of(Unit.OUTPUT_TOKENS, 0.0) * price.per_million_output_tokens) / 1e6
-        + price.per_thousand_rows * of(Unit.ROWS, 0.0) / 1e3
-        + price.per_megapixel * of(Unit.MEGAPIXELS, 0.0)
-        + price.per_compute_second * of(Unit.COMPUTE_SECONDS, 0.0)
+        price.per_request * of(REQUESTS, 0.0)
+        + ((input_tokens - cached) * per_input + cached * per_cached + of(OUTPUT_TOKENS, 0.0) * price.per_million_output_tokens) / 1e6
+        + price.per_thousand_rows * of(ROWS, 0.0) / 1e3
+        + price.per_megapixel * of(MEGAPIXELS, 0.0)
+        + price.per_compute_second * of(SECONDS, 0.0)
     )
 
 
@@ -42,9 +43,9 @@ def amounts_of(
         amounts[OUTPUT_TOKENS] = usage.completion_tokens
         amounts[TOKENS] = usage.prompt_tokens + usage.completion_tokens
     if rows:
-        amounts[Unit.ROWS] = rows
+        amounts[ROWS] = rows
     if megapixels:
-        amounts[Unit.MEGAPIXELS] = megapixels
+        amounts[MEGAPIXELS] = megapixels
     if price is not FREE and price != FREE:
-        amounts[Unit.MONEY] = cost(price, amounts, usage.cached_tokens if usage is not None else 0)
+        amounts[MONEY] = cost(price, amounts, usage.cached_tokens if usage is not None else 0)
     return amounts
