@@ -47,6 +47,7 @@ from fairlead.core.generation import (
     EngineStats,
     FinishReason,
     Generate,
+    Paint,
     Prompt,
     Sampling,
     Tokenize,
@@ -218,6 +219,8 @@ class FakeEngine:
                 )
             case Detokenize(token_ids=ids):
                 return Delta(text="".join(self._word(token_id) for token_id in ids), finish_reason="stop", usage=Usage())
+        if isinstance(prompt, Paint):
+            raise Unsupported("this model does not make pictures")
         if ("generate" if isinstance(prompt, Generate) else "embed") not in self.info.tasks:
             raise Unsupported(
                 "this model embeds: it does not generate text" if isinstance(prompt, Generate) else "this model does not embed"
@@ -329,7 +332,7 @@ class FakeEngine:
 
     def _words(self, prompt: Prompt) -> list[str]:
         """With the white space that follows each. Raises InvalidRequest."""
-        assert not isinstance(prompt, Detokenize)
+        assert not isinstance(prompt, (Detokenize, Paint))
         if not isinstance(prompt, Tokenize) and prompt.token_ids is not None:
             return [self._word(token_id) for token_id in prompt.token_ids]
         text = prompt.text or ""

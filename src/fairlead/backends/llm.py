@@ -14,7 +14,7 @@ from msgspec import structs
 
 from fairlead.backends.base import Deliver, EngineBackend
 from fairlead.core.errors import FairleadError, InvalidRequest, LoadError, ShuttingDown, Unsupported
-from fairlead.core.generation import Delta, Detokenize, Embed, EngineInfo, EngineStats, Generate, Prompt, Tokenize, Usage
+from fairlead.core.generation import Delta, Detokenize, Embed, EngineInfo, EngineStats, Generate, Paint, Prompt, Tokenize, Usage
 from fairlead.core.specs import ModelSpec
 from fairlead.llm.build import build_embedder, build_generator, task_of
 from fairlead.llm.embedder import EmbeddingEngine
@@ -166,6 +166,8 @@ class EngineThread:
                 if any(not 0 <= token_id < size for token_id in ids):
                     raise InvalidRequest(f"`tokens` holds token ids outside the vocabulary of {size}")
                 return Delta(text=self.tokenizer.decode(ids, skip_special_tokens=False), finish_reason="stop", usage=Usage())
+            case Paint():
+                raise Unsupported("this is a language model: it does not make pictures")
 
     def _ids(self, prompt: Generate | Tokenize) -> list[int]:
         """Raises InvalidRequest, also where not exactly one form of prompt is given."""

@@ -1,4 +1,4 @@
-"""Words of generation: what a language model is asked, and what it answers piece by piece.
+"""Words of generation: what a model is asked that answers piece by piece, text or pictures, and what it answers.
 
 These cross from the doors to the replica and back; every one is a msgspec Struct, so the wire needs no other form.
 """
@@ -118,8 +118,91 @@ class Detokenize(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="det
     token_ids: list[int]
 
 
-Prompt = Generate | Embed | Tokenize | Detokenize
+Mode = Literal["exact", "balanced", "turbo"]
+"""How much a picture may lose for speed: nothing; reduced precision and compiled kernels; caches between steps, too."""
+PictureFormat = Literal["png", "jpeg", "webp"]
+
+MAX_PICTURES = 16
+MAX_PROMPT_CHARS = 32_000
+
+
+class Lora(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Low-rank weights laid over the model's for one request."""
+
+    name: str
+    """Of those that the model's folder holds."""
+    scale: Annotated[float, Meta(ge=-4.0, le=4.0)] = 1.0
+
+
+class Paint(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="paint"):
+    """Pictures from a text, and from a picture where one is given. None: what the model's own defaults say."""
+
+    text: Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)]
+    negative: Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)] = ""
+    """What it should not show; needs a model with classifier-free guidance."""
+    width: Positive | None = None
+    height: Positive | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_PICTURES)] = 1
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
+    """Of the first picture; the next ones have the numbers that follow. None is replaced at the door, so that a repeated job
+    gives the same pictures."""
+    num_steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
+    guidance: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None
+    scheduler: str = ""
+    """"" for the model's own; else one of `ImageInfo.schedulers`."""
+    image: bytes = b""
+    """To begin from: PNG, JPEG or WebP."""
+    mask: bytes = b""
+    """White where `image` is painted anew."""
+    strength: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    """How far from `image` it may go: the share of the steps that are computed."""
+    loras: Annotated[tuple[Lora, ...], Meta(max_length=8)] = ()
+    mode: Mode = "exact"
+    preview_steps: Count = 0
+    """A small preview every so many steps; 0: none."""
+    format: PictureFormat = "png"
+    quality: Annotated[int, Meta(ge=1, le=100)] = 90
+    """Of JPEG and WebP."""
+    tenant: str = ""
+    """Whose compute it is: tenants share the engine's steps fairly. Set by the gateway."""
+
+    def __post_init__(self) -> None:
+        if self.mask and not self.image:
+            raise ValueError("`mask` needs an `image` that it belongs to")
+        if self.strength is not None and not self.image:
+            raise ValueError("`strength` needs an `image` to begin from")
+
+
+Prompt = Generate | Embed | Tokenize | Detokenize | Paint
 """What goes down in `Request.prompt`."""
+
+
+class Progress(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How far a picture is."""
+
+    step: Count
+    """Denoising steps done."""
+    num_steps: Positive
+    """Of those that are computed for it."""
+    preview: bytes = b""
+    """A small JPEG of what it looks like by now, where asked for."""
+
+
+class Picture(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A finished one."""
+
+    data: bytes
+    """A file of `content_type`."""
+    content_type: str
+    width: int
+    height: int
+    seed: int
+    mode: Mode = "exact"
+    """In which it was computed."""
+    num_steps: int
+    guidance: float
+    scheduler: str
+
 
 FinishReason = Literal["", "stop", "length", "abort", "content_filter"]
 
@@ -141,13 +224,19 @@ class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
     completion_tokens: int = 0
     cached_tokens: int = 0
     """Of the prompt's, those that the prefix cache held."""
+    megapixels: float = 0.0
+    """Of finished pictures; 1 is 1,000,000 pixels."""
+    num_steps: int = 0
+    """Denoising steps that were computed, of all pictures."""
+    compute_seconds: float = 0.0
+    """The request's share of the time that steps took; 0 where the engine does not tell."""
 
 
 class Delta(Struct, kw_only=True, omit_defaults=True):
     """A piece of one answer: what comes up in `Response.delta`. The last one of a request carries `usage`."""
 
     index: int = 0
-    """Which of the n choices."""
+    """Which of the n choices, or of the n pictures."""
     text: str = ""
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
@@ -162,20 +251,53 @@ class Delta(Struct, kw_only=True, omit_defaults=True):
     """An embedding: float32, little-endian."""
     tokens: list[str] | None = None
     """Of Tokenize: the tokens as the vocabulary spells them."""
+    progress: Progress | None = None
+    """Of a picture; a newer one stands for those before it."""
+    picture: Picture | None = None
+
+
+class ImageInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an image engine takes."""
+
+    family: str
+    """`sd`, `sd3`, `flux`; `whole` for a pipeline that runs from beginning to end without a step schedule."""
+    width: int
+    """Default, in pixels."""
+    height: int
+    multiple: int
+    """Width and height must be multiples of it."""
+    max_pixels: int
+    """width times height of one picture."""
+    num_steps: int
+    """Default."""
+    max_steps: int
+    guidance: float
+    """Default."""
+    has_guidance: bool = True
+    """Whether `guidance` means something."""
+    has_negative: bool = True
+    schedulers: tuple[str, ...] = ()
+    inputs: tuple[Literal["text", "image", "mask"], ...] = ("text",)
+    """What it can begin from."""
+    loras: tuple[str, ...] = ()
+    modes: tuple[Mode, ...] = ("exact",)
+    previews: bool = True
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a loaded engine tells of itself."""
 
-    tasks: tuple[Literal["generate", "embed", "tokenize"], ...]
-    max_model_len: int
+    tasks: tuple[Literal["generate", "embed", "tokenize", "paint"], ...]
+    max_model_len: int = 0
     """Tokens of prompt and answer together."""
-    vocab_size: int
+    vocab_size: int = 0
     architecture: str = ""
     has_chat_template: bool = False
     num_kv_blocks: int = 0
     block_size: int = 0
     embedding_size: int = 0
+    image: ImageInfo | None = None
+    """Of an image engine."""
     explain: tuple[str, ...] = ()
     """What was chosen at load, and why, one readable line each."""
 
@@ -205,3 +327,8 @@ class EngineStats(Struct, kw_only=True):
     queue_time: tuple[list[int], float] = ([], 0.0)
     step_time: tuple[list[int], float] = ([], 0.0)
     recovering: bool = False
+    num_pictures: int = 0
+    num_denoising_steps: int = 0
+    """One for each picture in each step."""
+    num_cached_steps: int = 0
+    """Of those, the ones that the first-block cache answered."""

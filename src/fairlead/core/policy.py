@@ -442,5 +442,70 @@ class StoreSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """How often records are written: a crash loses at most so much."""
 
 
+# Later
+
+
+class JobSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Requests that are stored and answered later."""
+
+    enabled: bool = True
+    run: bool = True
+    """Whether this server answers them, too; else it only takes them, and others that share its store do the work."""
+    max_active: Positive = 64
+    """Jobs that this server runs at once; the models' own lines order them."""
+    tenant_active: Positive = 24
+    """Jobs of one tenant that run at once, on all servers together."""
+    tenant_queued: Positive = 1000
+    """Jobs of one tenant that may wait; more get 429."""
+    max_input_bytes: Positive = 32 << 20
+    """Of one stored request."""
+    tries: Positive = 3
+    """How often a job is begun before it fails. Waiting for a limit, or losing a runner that was stopped in order, is no try."""
+    lease_seconds: Annotated[float, Meta(ge=1)] = 15.0
+    """How long a runner that says nothing keeps its jobs; it says something three times as often."""
+    start_seconds: Annotated[float, Meta(gt=0)] = 86_400.0
+    """A job that has not started by then has expired, unless it asks for less."""
+    total_seconds: Annotated[float, Meta(gt=0)] = 90_000.0
+    """A job that has not ended by then fails, unless it asks for less."""
+    retention_seconds: Annotated[float, Meta(gt=0)] = 86_400.0
+    """How long an ended job, its input, its result and its artifacts are kept, unless it asks for less."""
+    idempotency_seconds: Annotated[float, Meta(gt=0)] = 86_400.0
+    """How long an `Idempotency-Key` is remembered."""
+    max_wait_seconds: Annotated[float, Meta(gt=0)] = 60.0
+    """The longest `Prefer: wait=`."""
+
+
+class ArtifactSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where files that jobs make are kept."""
+
+    url: str = ""
+    """A folder or any fsspec URL: `s3://bucket/prefix`, `memory://`. "": a folder beside the store's file."""
+    options: dict[str, Any] = {}
+    """Of the fsspec file system: endpoint, credentials."""
+    link_seconds: Annotated[float, Meta(gt=0)] = 600.0
+    """How long a signed link is good."""
+    public_url: str = ""
+    """How callers reach this server, for the links in webhooks: `https://images.example.com`. "": as the request was addressed."""
+    timeout: Annotated[float, Meta(gt=0)] = 30.0
+    """Seconds for one file to be written or read."""
+
+
+class WebhookSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Calls to the URL that a job names (Standard Webhooks)."""
+
+    enabled: bool = True
+    allow: tuple[str, ...] = ()
+    """Networks (CIDR) of private, loopback and link-local addresses that may be called all the same."""
+    schemes: tuple[Literal["http", "https"], ...] = ("https", "http")
+    timeout: Annotated[float, Meta(gt=0)] = 15.0
+    retries: tuple[Annotated[float, Meta(gt=0)], ...] = (5.0, 300.0, 1800.0, 7200.0, 18_000.0, 36_000.0, 50_400.0, 72_000.0, 86_400.0)
+    """Seconds between the tries; a tenth more or less by chance."""
+    max_in_flight: Positive = 32
+    rotation_seconds: Annotated[float, Meta(ge=0)] = 86_400.0
+    """How long a secret that was replaced signs, too."""
+    log_seconds: Annotated[float, Meta(gt=0)] = 604_800.0
+    """How long deliveries are remembered."""
+
+
 Document = dict[str, Any]
 """A policy as JSON, as the store keeps it."""

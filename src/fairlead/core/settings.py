@@ -9,7 +9,15 @@ from msgspec import Meta, Struct
 
 from fairlead.core.config import read_yaml
 from fairlead.core.errors import ConfigError
-from fairlead.core.policy import AuthSettings, GatewaySettings, StoreSettings, TlsSettings
+from fairlead.core.policy import (
+    ArtifactSettings,
+    AuthSettings,
+    GatewaySettings,
+    JobSettings,
+    StoreSettings,
+    TlsSettings,
+    WebhookSettings,
+)
 from fairlead.core.specs import Positive, Seconds
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -70,6 +78,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tls: TlsSettings = TlsSettings()
     store: StoreSettings = StoreSettings()
     gateway: GatewaySettings = GatewaySettings()
+    jobs: JobSettings = JobSettings()
+    artifacts: ArtifactSettings = ArtifactSettings()
+    webhooks: WebhookSettings = WebhookSettings()
 
 
 def read_settings(path: Path) -> Settings:

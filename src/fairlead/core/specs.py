@@ -158,12 +158,47 @@ class LlmSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds after which a step counts as hung: its process is started again."""
 
 
+class DiffusionSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `diffusion` section: how an image model's engine runs. Every default suits a small machine."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: float32 on CPU, the checkpoint's own on CUDA (bfloat16 where it has none)."""
+    width: Count = 0
+    """Of pictures whose size is not asked for; 0: what the checkpoint was trained for."""
+    height: Count = 0
+    num_steps: Count = 0
+    """Of requests that name none; 0: what is usual for the pipeline."""
+    guidance: Annotated[float, Meta(ge=0.0)] | None = None
+    """Of requests that name none; null: what is usual for the pipeline."""
+    max_pixels: Positive = 4 << 20
+    max_steps: Positive = 200
+    max_batch_tokens: Positive = 4096
+    """Latent tokens (of 2x2 latents) that one forward computes, guidance included; a picture larger than that is computed alone."""
+    max_num_seqs: Positive = 32
+    """Pictures under way at once; others wait."""
+    max_waiting: Positive = 256
+    """Requests that may wait; more get 429."""
+    prompt_cache: Count = 64
+    """Prompts whose embeddings are kept; 0: none."""
+    first_block_threshold: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    """First-block cache: a step whose first block changes relatively less than this reuses the rest of the step before.
+    0: only in mode `turbo`, which then takes 0.08."""
+    tiling_pixels: Positive = 2 << 20
+    """Pictures of more are decoded in tiles."""
+    compile: bool = False
+    """Compile the repeated blocks (CUDA), with bucketed shapes and a cache that lasts."""
+    loras: str = "loras"
+    """A folder in the model's: every *.safetensors in it is a LoRA that requests may name."""
+    step_timeout: Annotated[float, Meta(gt=0)] = 120.0
+    """Seconds after which a step counts as hung: its process is started again."""
+
+
 class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`model.yaml`: every key is optional where the artefact or the folder tells it."""
 
     name: str = ""
     backend: str = ""
-    """onnx, xgboost, lightgbm, catboost, sklearn, torchscript, torch_export, llm or python; "" to detect it."""
+    """onnx, xgboost, lightgbm, catboost, sklearn, torchscript, torch_export, llm, diffusion or python; "" to detect it."""
     file: str = ""
     """The artefact's name inside the version folder; "" to detect it."""
     inputs: tuple[TensorSpec, ...] = ()
@@ -178,6 +213,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Passed to the backend, or to a Python model's `load`."""
     llm: LlmSpec = LlmSpec()
     """Of language models and embedders."""
+    diffusion: DiffusionSpec = DiffusionSpec()
+    """Of image models."""
     streams: bool = False
     """Several responses may answer one request (Triton: decoupled). Told by the artefact."""
 

@@ -2,13 +2,15 @@
 
 from typing import NamedTuple
 
-from fairlead.core.generation import Chat, Detokenize, Embed, Generate, Tokenize, Usage
+from fairlead.core.generation import Chat, Detokenize, Embed, Generate, Paint, Tokenize, Usage
 from fairlead.core.request import Request
 from fairlead.core.tensors import nbytes_of
 from fairlead.gateway.reuse.keys import CHOOSES
 
 CHARS_PER_TOKEN = 4.0
 """Of a prompt in most tokenizers' English; the truth corrects it when the answer is there."""
+PICTURE_SIZE, PICTURE_STEPS = 512, 30
+"""Of pictures that leave it to the model: what it does tells."""
 TOKENS_PER_MESSAGE = 4
 """What a chat template adds to each turn."""
 
@@ -31,6 +33,9 @@ def estimate(request: Request, default_output_tokens: int, *, batches: bool = Tr
         return Work(Usage(prompt_tokens=_tokens(prompt.text, prompt.token_ids, prompt.chat), completion_tokens=wanted * sampling.n), 0)
     if isinstance(prompt, Embed):
         return Work(Usage(prompt_tokens=_tokens(prompt.text, prompt.token_ids, None)), 0)
+    if isinstance(prompt, Paint):
+        width, height = prompt.width or PICTURE_SIZE, prompt.height or PICTURE_SIZE
+        return Work(Usage(megapixels=prompt.n * width * height / 1e6, num_steps=prompt.n * (prompt.num_steps or PICTURE_STEPS)), 0)
     if prompt is not None:
         return Work(Usage(), 0)
     if raw is None:
@@ -66,4 +71,6 @@ def num_chars(request: Request) -> int:
         return sum(nbytes_of(array) for array in request.inputs.values() if array.dtype.kind == "O")
     if isinstance(prompt, (Generate, Tokenize)) and prompt.chat is not None:
         return sum(len(message.content or "") for message in prompt.chat.messages)
+    if isinstance(prompt, Paint):
+        return len(prompt.text) + len(prompt.negative)
     return 0 if isinstance(prompt, Detokenize) else len(prompt.text or "")

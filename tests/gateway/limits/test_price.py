@@ -29,7 +29,7 @@ def test_cached_tokens_cost_as_others_unless_the_price_says_more():
 
 def test_rows_pixels_and_time_cost_what_the_price_says():
     price = Price(per_thousand_rows=0.5, per_megapixel=0.01, per_compute_second=0.002)
-    amounts = amounts_of(price, rows=400, megapixels=2.0, compute_seconds=10.0)
+    amounts = amounts_of(price, usage=Usage(megapixels=2.0), rows=400, compute_seconds=10.0)
     assert amounts[Unit.MONEY] == pytest.approx(0.2 + 0.02 + 0.02)
     assert Unit.TOKENS not in amounts
 

@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Struct, structs
 
 from fairlead.core.errors import InvalidRequest, Unsupported
-from fairlead.core.generation import Chat, Detokenize, Generate, Message, Prompt, Tokenize
+from fairlead.core.generation import Chat, Detokenize, Generate, Message, Paint, Prompt, Tokenize
 from fairlead.core.request import Raw, Request
 from fairlead.core.tensors import Tensors, object_array
 
@@ -75,6 +75,10 @@ class Texts(Struct, frozen=True):
     def _prompt(self, prompt: Prompt) -> Prompt:
         if isinstance(prompt, Detokenize):
             return prompt
+        if isinstance(prompt, Paint):
+            text, negative = self.change(prompt.text, ""), self.change(prompt.negative, "")
+            same = text is prompt.text and negative is prompt.negative
+            return prompt if same else structs.replace(prompt, text=text, negative=negative)
         if not isinstance(prompt, Tokenize) and prompt.token_ids is not None:
             self._unreadable("a prompt of token ids")
         if isinstance(prompt, (Generate, Tokenize)) and prompt.chat is not None:

@@ -32,20 +32,19 @@ def amounts_of(
     num_requests: int = 1,
     usage: Usage | None = None,
     rows: int = 0,
-    megapixels: float = 0.0,
     compute_seconds: float = 0.0,
 ) -> Amounts:
     """Of one request, before (estimated) or after (real). Units that it has nothing to do with are not there, so that their
     rules do not concern it."""
     amounts: Amounts = {REQUESTS: float(num_requests), SECONDS: compute_seconds}
-    if usage is not None:
+    if usage is not None and usage.megapixels:
+        amounts[MEGAPIXELS] = usage.megapixels
+    elif usage is not None:
         amounts[INPUT_TOKENS] = usage.prompt_tokens
         amounts[OUTPUT_TOKENS] = usage.completion_tokens
         amounts[TOKENS] = usage.prompt_tokens + usage.completion_tokens
     if rows:
         amounts[ROWS] = rows
-    if megapixels:
-        amounts[MEGAPIXELS] = megapixels
     if price is not FREE and price != FREE:
         amounts[MONEY] = cost(price, amounts, usage.cached_tokens if usage is not None else 0)
     return amounts

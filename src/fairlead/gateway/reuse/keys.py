@@ -17,7 +17,7 @@ from msgspec import Raw as Json
 from msgspec import Struct, structs
 
 from fairlead.core.caller import Envelope
-from fairlead.core.generation import Chat, Generate
+from fairlead.core.generation import Chat, Generate, Paint
 from fairlead.core.policy import CacheSettings
 from fairlead.core.request import Raw, Request
 from fairlead.core.tensors import datatype_of, encode_bytes
@@ -121,6 +121,8 @@ def _question(request: Request, *, anything: bool) -> tuple[Any, ...] | None:
     """The parts that say what is asked. `anything`: also where the answer is drawn at random."""
     prompt = request.prompt
     if prompt is not None:
+        if isinstance(prompt, Paint):
+            return None
         if isinstance(prompt, Generate):
             if not (anything or prompt.sampling.greedy or prompt.sampling.seed is not None):
                 return None
