@@ -19,13 +19,14 @@ from fairlead.core.specs import BatchingSpec, Execution, ModelSpec, TensorSpec
 from fairlead.core.tensors import Tensors
 from fairlead.gateway.abuse import Abuse
 from fairlead.gateway.course import Courses, compiled
-from fairlead.gateway.gateway import Gateway, come
+from fairlead.gateway.gateway import Gateway
 from fairlead.gateway.identity.identity import may_use
 from fairlead.gateway.limits.ledger import Hold, Limiter
 from fairlead.gateway.limits.meter import Subject
 from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.upstream.registry import Upstreams
 from fairlead.gateway.usage import UsageLog
+from fairlead.gateway.visit import come
 from fairlead.observe.counts import COUNTS, Counts
 from fairlead.observe.metrics import Metrics, ModelMetrics
 from fairlead.runtime.local import LocalInstance

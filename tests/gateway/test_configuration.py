@@ -136,6 +136,11 @@ WRONG = {
     "an unknown class": ("limits: {requests", "class: gold, limits: {requests", r"class `gold` of tenant `acme` is not one"),
     "a pattern that is none": ("queue: {max_in_flight: 1}", 'filters: {deny_patterns: ["("]}', r"deny_patterns"),
     "a fallback to itself": ("queue: {max_in_flight: 1}", "routing: {fallback: [far]}", r"names the model itself"),
+    "a degradation to itself": (
+        "queue: {max_in_flight: 1}",
+        "queue: {max_in_flight: 1, degrade: [{wait_above: 1, model: far}]}",
+        r"names the model itself",
+    ),
     "an upstream that is none": ("http://", "gopher://", r"gopher|url"),
     "a variable of others": ("max_in_flight: 1", "max_in_flight: ${HOME}", r"HOME"),
     "another section": ("gateway:", "logs: {level: debug}\ngateway:", r"`logs` can only change with a restart"),
@@ -152,6 +157,13 @@ async def test_a_text_that_is_wrong_changes_nothing_and_says_where(front, wrong)
     assert front.server.gateway.settings is before is front.server.policies and front.server.upstreams("far") == places
     assert front.configuration.version == 0 and front.server.store.configs() == ()
     assert (await front.ask().end()).headers["x-ratelimit-limit-requests"] == "2"
+
+
+async def test_a_fallback_that_nobody_computes_is_told_in_the_log(front):
+    with capture_logs() as logs:
+        await front.put(("queue: {max_in_flight: 1}", "routing: {fallback: [nowhere]}"))
+    (line,) = [line for line in logs if line["event"] == "unknown_fallback"]
+    assert (line["option"], line["model"]) == ("gateway.models.far.routing.fallback", "nowhere")
 
 
 @pytest.mark.parametrize("fixed", FIXED)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from structlog.testing import capture_logs
 
 from fairlead.core.caller import ANYONE, Caller
@@ -40,11 +41,31 @@ from fairlead.core.policy import (
     RoutingSettings,
     TenantPolicy,
     Upstream,
+    rules_of,
 )
-from fairlead.core.request import Pausable, Raw
+from fairlead.core.request import Pausable, Raw, Request
 from fairlead.core.tensors import Tensors
+from fairlead.gateway.filters.filters import Filters
+from fairlead.gateway.limits.budgets import restore
+from fairlead.gateway.limits.ledger import Limiter
+from fairlead.gateway.limits.meter import Subject
 from fairlead.gateway.upstream.fake import Fake, Script
-from tests.gateway.house import ACME, House, Played, SlowLimiter, asking, caller, policies, rows, say, tensor_model, texts, turns, until
+from tests.gateway.house import (
+    ACME,
+    Client,
+    House,
+    Played,
+    SlowLimiter,
+    asking,
+    caller,
+    policies,
+    rows,
+    say,
+    tensor_model,
+    texts,
+    turns,
+    until,
+)
 
 both = pytest.mark.parametrize("form", ["submit", "infer"])
 LINE_OF_ONE = QueueSettings(max_in_flight=1)
@@ -326,6 +347,22 @@ async def test_filters_of_a_tenant_that_cannot_be_compiled_let_nothing_pass(hous
 
 
 @both
+@pytest.mark.parametrize("works", [True, False])
+async def test_filters_of_a_tenant_are_compiled_once_for_all_its_first_requests(house, monkeypatch, works):
+    front = house()
+    own = FilterPolicy(deny=("never",), deny_patterns=() if works else ("(",))
+    who = caller(policy=TenantPolicy(filters=own))
+    compiled, of = [], Filters.of
+    monkeypatch.setattr(Filters, "of", lambda policy: (compiled.append(policy), of(policy))[1])
+    clients = [front.ask(rows(caller=who)) for _ in range(3)]
+    await turns()
+    await clients.pop().leave()  # the others still hear of it
+    for client in clients:
+        assert type((await client.end()).error) is (type(None) if works else Unavailable)
+    assert compiled == [own]
+
+
+@both
 async def test_a_served_classifier_moderates(house):
     front = house(policies(shout=ModelPolicy(filters=FilterPolicy(moderation="block"))))
     front.repository.serve(classifier())
@@ -545,6 +582,21 @@ async def test_prompts_of_one_request_are_one_request(house):
 
 
 @both
+async def test_after_a_restart_exactly_that_much_of_the_budgets_is_spent(house):
+    front = house(policies(chat=ModelPolicy(limits=DAILY, price=PRICED.price)))
+    for num_requests in (1, 0, 0):
+        await front.said("hello", caller=caller(limits=DAILY), num_requests=num_requests)
+    before = {subject: front.spent(subject) for subject in ("tenant:acme", "model:chat")}
+    now = (await front.records())[0].time
+    limits, rules = Limiter(), rules_of(DAILY)
+    await restore(limits, front.store, {(rule.unit, rule.window) for rule in rules}, now)
+    for subject, spent_before in before.items():
+        standings = await limits.standing([Subject(subject, rules)], now)
+        assert {each.rule.name: each.spent for each in standings} == pytest.approx(spent_before)
+    assert before["model:chat"]["requests_per_day"] == 1
+
+
+@both
 async def test_the_head_tells_of_limits_whether_it_is_an_answers_or_an_errors(house):
     front = house()
     who = caller(limits={"requests_per_day": 2})
@@ -585,6 +637,17 @@ async def test_limits_that_are_counted_elsewhere_are_waited_for(house):
     limits.open.set()
     assert (await client.end()).error is None and front.spent() == spent(1, 0, 1)
     assert isinstance(await front.refusal(rows(caller=caller(limits={"requests_per_day": 0}))), LimitExceeded)
+
+
+@both
+async def test_compute_is_the_time_that_the_engine_tells_and_else_that_from_its_turn_on(house):
+    front = house(policies(chat=ModelPolicy(price=Price(per_compute_second=8.0))))
+    who = caller(limits={"compute_seconds_per_day": 100.0, "money_per_day": 1000.0})
+    await front.said("hello", usage=Usage(prompt_tokens=5, compute_seconds=0.25), caller=who)
+    assert front.spent() == {"compute_seconds_per_day": 0.25, "money_per_day": 2.0}
+    await front.said("hello", caller=who)
+    told, taken = await front.records()
+    assert (told.compute_seconds, told.cost) == (0.25, 2.0) and 0 < taken.compute_seconds < taken.seconds
 
 
 @both
@@ -848,6 +911,175 @@ async def test_another_model_may_answer_while_the_wait_is_long(house):
     assert {(row.model, row.outcome) for row in await front.records()} == {("chat", "success"), ("small", "success")}
 
 
+def small_with(**policy: Any) -> GatewaySettings:
+    return policies(chat=short_of(model="small"), small=ModelPolicy(**policy))
+
+
+async def degraded(front: House, *questions: Request) -> list[Client]:
+    """While `chat` has others to compute; `small` answers at once."""
+    front.repository.serve(Played("small", "call a@b.example "))
+    await crowd(front)
+    clients = []
+    for question in questions:
+        clients.append(front.ask(question))
+        await turns(40)
+    await all_asked(front)
+    return clients
+
+
+def instead(client: Client) -> bool:
+    """Whether `small` answered."""
+    assert client.error is None
+    return client.headers.get("x-fairlead-degraded", client.headers.get("x-fairlead-fallback")) in ("model=small", "small")
+
+
+@both
+@pytest.mark.parametrize("limits", [Limiter, SlowLimiter])
+async def test_the_other_model_is_asked_within_its_own_limits(house, limits):
+    front = house(small_with(limits={"requests_per_day": 1.0, "tokens_per_day": 100.0}), limits=limits())
+    first, second = await degraded(front, say("hello"), say("hello again"))
+    assert instead(first) and not instead(second) and second.text == "yes"
+    assert front.spent("model:small") == {"requests_per_day": 1, "tokens_per_day": 8}
+
+
+@both
+async def test_the_other_model_is_asked_through_its_own_filters(house):
+    front = house(small_with(filters=FilterPolicy(deny=("forbidden",), pii="redact")))
+    refused, passed = await degraded(front, say("forbidden for c@d.example"), say("mail c@d.example"))
+    assert not instead(refused) and instead(passed) and passed.text == "call [EMAIL] "
+    asked = {asked.request.id: asked.prompt.chat.messages[0].content for asked in front.chat.asked}
+    assert asked[refused.request.id] == "forbidden for c@d.example"
+    assert passed.request.prompt.chat.messages[0].content == "mail [EMAIL]"
+
+
+@both
+async def test_what_the_model_that_was_asked_for_filters_is_filtered_whoever_answers(house):
+    chat = structs.replace(short_of(model="small"), filters=FilterPolicy(pii="redact"))
+    front = house(policies(chat=chat, small=ModelPolicy(filters=FilterPolicy(deny_patterns=("call",)))))
+    (client,) = await degraded(front, say("hello"))
+    assert client.responses[-1].delta.finish_reason == "content_filter"
+    front = house(policies(chat=chat, small=ModelPolicy(filters=FilterPolicy(deny=("forbidden",)))))
+    (client,) = await degraded(front, say("hello"))
+    assert instead(client) and client.text == "call [EMAIL] "
+
+
+@both
+async def test_the_other_model_is_asked_in_its_own_line_unless_that_is_as_long(house):
+    front = house(small_with(queue=QueueSettings(max_in_flight=1, max_requests=1)))
+    front.repository.serve(small := Played("small"))
+    await crowd(front)
+    clients = [front.ask(say(f"hello {number}")) for number in range(3)]
+    await turns(40)
+    assert (len(small.running), front.queue("small").num_waiting, front.queue().num_waiting) == (1, 1, 2), "the third waits for `chat`"
+    for number in (1, 2):
+        (await small.next(number)).end("quick")
+    await all_asked(front)
+    assert [instead(client) for client in clients] == [True, True, False]
+
+
+async def test_a_model_that_wants_signed_requests_stands_in_for_those_only(house):
+    front = house(small_with(require_signature=True))
+    unsigned, signed = await degraded(front, say("hello"), say("hello again", signed_by="k"))
+    assert not instead(unsigned) and instead(signed)
+
+
+# Instead of a model that fails
+
+
+def falling_back(**policy: Any) -> GatewaySettings:
+    routing = RoutingSettings(retries=0, fallback=("small",))
+    return policies(chat=ModelPolicy(routing=routing, queue=LINE_OF_ONE, limits=DAILY), small=ModelPolicy(**policy))
+
+
+async def failed(front: House, question: Request) -> Client:
+    """`chat` takes a request and dies."""
+    number = len(front.chat.asked)
+    client = front.ask(question)
+    (await front.chat.next(number + 1)).fail(ReplicaDied("it died"))
+    await turns(40)
+    return client
+
+
+@both
+async def test_a_fallback_is_asked_within_its_own_limits(house):
+    front = house(falling_back(limits={"requests_per_day": 1.0, "tokens_per_day": 100.0}))
+    front.repository.serve(Played("small", "quick"))
+    first = await failed(front, say("hello"))
+    assert instead(first) and first.text == "quick"
+    assert isinstance((await failed(front, say("hello"))).error, ReplicaDied), "as if there were no fallback"
+    assert front.spent("model:small") == {"requests_per_day": 1, "tokens_per_day": 8}
+    assert front.spent("model:chat") == spent(1, 8)
+
+
+@both
+async def test_a_fallback_that_fails_too_has_used_nothing(house):
+    front = house(falling_back(limits=DAILY))
+    front.repository.serve(small := Played("small"))
+    client = await failed(front, say("hello"))
+    (await small.next()).fail(ReplicaDied("it died, too"))
+    assert isinstance((await client.end()).error, ReplicaDied)
+    assert front.spent("model:small") == front.spent("model:chat") == spent()
+
+
+@both
+async def test_a_fallback_is_asked_through_its_own_filters(house):
+    front = house(falling_back(filters=FilterPolicy(deny=("forbidden",), pii="redact")))
+    front.repository.serve(small := Played("small", "call a@b.example "))
+    assert isinstance((await failed(front, say("forbidden"))).error, ReplicaDied)
+    client = await failed(front, say("mail c@d.example"))
+    assert instead(client) and client.text == "call [EMAIL] "
+    assert [asked.prompt.chat.messages[0].content for asked in small.asked] == ["mail [EMAIL]"]
+
+
+@both
+async def test_a_fallback_gives_a_turn_that_is_free_and_the_failed_model_has_its_own_back(house):
+    front = house(falling_back(queue=LINE_OF_ONE))
+    front.repository.serve(small := Played("small"))
+    first = await failed(front, say("hello"))
+    assert (front.queue().num_in_flight, front.queue("small").num_in_flight) == (0, 1)
+    second = await failed(front, say("hello again"))
+    assert isinstance(second.error, ReplicaDied) and len(small.asked) == 1, "nobody waits there while `small` is busy"
+    (await small.next()).end("quick")
+    assert instead(await first.end())
+    assert front.queue("small").num_in_flight == 0
+
+
+@both
+@pytest.mark.parametrize("asks", ["a shared limit", "a classifier"])
+async def test_a_fallback_is_passed_over_where_it_would_have_to_be_waited_for(house, asks):
+    if asks == "a classifier":
+        front = house(falling_back(filters=FilterPolicy(moderation="block"), limits=DAILY))
+    else:
+        front = house(falling_back(limits=DAILY), limits=SlowLimiter())
+    front.repository.serve(small := Played("small", "quick"))
+    assert isinstance((await failed(front, say("hello"))).error, ReplicaDied)
+    assert small.asked == [] and front.spent("model:small") in ({}, spent())
+
+
+@both
+async def test_whoever_joined_a_request_is_not_answered_past_a_fallbacks_filters(house):
+    chat = ModelPolicy(routing=RoutingSettings(retries=0, fallback=("small",)), cache=CacheSettings(single_flight=True))
+    front = house(policies(chat=chat, small=ModelPolicy(filters=FilterPolicy(deny=("forbidden",)))))
+    front.repository.serve(small := Played("small", "forbidden"))
+    first, second = front.ask(say("hello")), front.ask(say("hello"))
+    (await front.chat.next()).fail(ReplicaDied("it died"))
+    for client in (first, second):
+        assert isinstance((await client.end()).error, ReplicaDied)
+    assert small.asked == []
+
+
+@both
+async def test_who_leaves_while_a_fallback_answers_gives_everything_back(house):
+    front = house(falling_back(queue=LINE_OF_ONE, limits=DAILY))
+    front.repository.serve(small := Played("small"))
+    client = await failed(front, say("hello"))
+    (await small.next()).say("quick")
+    await turns()
+    await client.leave()
+    await turns()
+    assert small.running == [] and front.spent("model:small")["tokens_per_day"] == 7
+
+
 @both
 async def test_an_answer_that_is_no_longer_fresh_will_do_while_the_wait_is_long(house):
     front = house(policies(chat=short_of(cached=True)))
@@ -997,7 +1229,7 @@ async def test_what_another_server_used_is_spent(house, far):
         )
         assert b"chat.completion" in client.responses[0].raw and client.headers["x-ratelimit-limit-requests"] == "100"
     first, second = await front.records()
-    assert (first.kind, first.outcome, first.output_tokens, first.version) == ("completions", "success", 4, "")
+    assert (first.kind, first.outcome, first.output_tokens, first.version) == ("generate", "success", 4, "")
     assert second.output_tokens == 4 and front.spent()["requests_per_day"] == 2
     assert front.spent()["tokens_per_day"] == first.input_tokens + second.input_tokens + 8
 

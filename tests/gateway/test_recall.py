@@ -12,7 +12,7 @@ from fairlead.core.errors import Cancelled, Filtered, LimitExceeded, ModelError,
 from fairlead.core.generation import Usage
 from fairlead.core.policy import CacheSettings, FilterPolicy, GatewaySettings, ModelPolicy, Price, QueueSettings, TenantPolicy
 from fairlead.core.routes import Routes
-from fairlead.gateway.reuse.response_cache import NotStored
+from fairlead.gateway.reuse.response_cache import NotStored, Stored
 from tests.gateway.house import Played, SlowLimiter, caller, double, envelope, policies, rows, say, tensor_model, texts, turns, until
 
 both = pytest.mark.parametrize("form", ["submit", "infer"])
@@ -168,6 +168,27 @@ async def test_the_answers_of_a_version_go_with_it_even_where_the_next_has_its_n
     asked.end("old")  # computed by the one that is gone, and ready only now
     assert (await under_way.end()).text == "old"
     assert (await front.answer(say("hello"))).text == "new"
+
+
+class Shared(dict[bytes, Stored]):
+    """As gateways share answers in Redis, without it."""
+
+    async def get(self, key: bytes) -> Stored | None:  # type: ignore[override]
+        return dict.get(self, key)
+
+    def put(self, key: bytes, stored: Stored, now: float) -> None:
+        self[key] = stored
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_gateways_share_answers_of_the_same_artefact_and_not_of_another_one_with_its_number(house):
+    shared, fronts = Shared(), [house(chat(KEPT)) for _ in range(3)]
+    for front, edition in zip(fronts, ("old", "old", "new"), strict=True):
+        front.repository._models["double"].editions[1] = edition
+        front.gateway.recalls.redis = shared
+    assert [(await front.answer(rows())).headers["x-fairlead-cache"] for front in fronts] == ["miss", "hit", "miss"]
 
 
 async def test_a_version_that_is_unloaded_is_not_kept_in_memory(house):

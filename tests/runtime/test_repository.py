@@ -140,6 +140,22 @@ async def test_polling_serves_a_new_version_and_drains_the_old(root, tmp_path):
         assert models.versions("add") == ["2"]
 
 
+async def test_an_edition_is_that_of_the_files_wherever_they_are(root, tmp_path):
+    put(root, "add", 1)
+    elsewhere = shutil.copytree(root, tmp_path / "elsewhere")
+    async with repository(root, tmp_path) as models, repository(elsewhere, tmp_path) as copied:
+        first = models.edition("add", "1")
+        assert first and copied.edition("add", "1") == first
+        assert models.edition("add", "2") == models.edition("nobody", "1") == ""
+    put(root, "add", 1)
+    os.utime(root / "add/1/model.py", (1.0, 1.0))
+    async with repository(root, tmp_path) as models:
+        assert models.edition("add", "1") not in ("", first)
+    put(elsewhere, "add", spec="batching: {max_batch_size: 2}\n")
+    async with repository(elsewhere, tmp_path) as copied:
+        assert copied.edition("add", "1") not in ("", first)
+
+
 async def test_polling_finds_new_models_and_drops_removed_ones(root, tmp_path):
     put(root, "add", 1)
     async with repository(root, tmp_path, control=Control.POLL, poll_seconds=3600.0) as models:

@@ -5,12 +5,15 @@ import os
 import sqlite3
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from msgspec import structs
@@ -19,8 +22,9 @@ from sqlalchemy.exc import DBAPIError
 from fairlead.core.errors import ConfigError, NotFound, Unavailable
 from fairlead.core.policy import Scope, TenantPolicy
 from fairlead.store import database, migrations, tables
-from fairlead.store.rows import AuditQuery, AuditRow, ConfigRow, KeyRow, ProjectRow, TenantRow, UsageRow
-from fairlead.store.store import Conflict, Store
+from fairlead.store.rows import AuditQuery, AuditRow, ConfigRow, KeyRow, ProjectRow, TenantRow, UsageQuery, UsageRow
+from fairlead.store.store import Store
+from fairlead.store.transactions import Conflict
 from tests.store.postgres import Postgres
 
 NOW = 1_790_000_000.0
@@ -81,11 +85,51 @@ def test_processes_that_open_a_new_database_at_once_all_succeed(url: str) -> Non
     store.close()
 
 
+def test_a_database_is_looked_at_without_a_change(url: str) -> None:
+    assert database.look_at(url) == ("", 0)
+    assert database.look_at(url) == ("", 0)
+    Store.open(url).close()
+    assert database.look_at(url) == (database.HEAD, 0)
+
+
 def test_a_database_of_a_newer_version_is_not_touched(store: Store, url: str) -> None:
     with store._writing.begin() as connection:
         connection.exec_driver_sql(f"UPDATE {database.VERSION_TABLE} SET version_num = '9999'")
     with pytest.raises(ConfigError, match="newer Fairlead"):
         Store.open(url)
+
+
+def test_records_of_before_they_knew_how_many_requests_they_are_count_as_one_each(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _made_by("0001", url, monkeypatch)
+    store = Store.open(url)
+    (record,) = store.records(UsageQuery(), 10)
+    assert (record.tenant, record.requests, record.input_tokens) == ("acme", 1, 7)
+    store.record([UsageRow(time=NOW, tenant="acme", model="m", outcome="success", requests=0)])
+    assert [each.requests for each in store.records(UsageQuery(), 10)] == [0, 1]
+    store.close()
+
+
+def _made_by(version: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database as an older Fairlead left it, with one record."""
+    with monkeypatch.context() as older:
+        older.setattr(database, "_upgrade", partial(_upgrade_to, version))
+        store = Store.open(url)
+    columns = {
+        **dict.fromkeys(("request_id", "project", "key", "version", "qos_class", "kind", "reason", "address"), ""),
+        **dict.fromkeys(("cached_tokens", "output_tokens", "rows", "megapixels", "compute_seconds", "seconds", "cost"), 0),
+        **{"time": NOW - 1, "tenant": "acme", "model": "m", "outcome": "success", "status": 200, "input_tokens": 7, "cached": False},
+    }
+    names = ", ".join(f'"{name}"' for name in columns)
+    with store._writing.begin() as connection:
+        connection.execute(sa.text(f"INSERT INTO usage ({names}) VALUES ({', '.join(f':{name}' for name in columns)})"), columns)
+    store.close()
+
+
+def _upgrade_to(version: str, connection: sa.Connection, *_: Any) -> None:
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", os.path.dirname(migrations.__file__))
+    config.set_main_option("path_separator", "os")
+    command.upgrade(config, version)
 
 
 def test_others_cannot_read_the_file(tmp_path: Path) -> None:

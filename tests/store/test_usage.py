@@ -39,6 +39,16 @@ def test_sums_by_tenant_day_and_hour(store: Store) -> None:
     assert [(each.group, each.requests) for each in by_hour] == [(("2026-10-03T11:00Z",), 1), (("2026-10-03T12:00Z",), 2)]
 
 
+def test_the_prompts_of_one_request_are_one_request_in_every_sum(store: Store) -> None:
+    others = [row(requests=0, cached=True, input_tokens=1), row(requests=0, outcome="cancelled", cost=0.5)]
+    store.record([row(cached=True, input_tokens=1), *others])
+    by_outcome = store.usage(UsageQuery(), [Dimension.OUTCOME])
+    assert [(each.group, each.requests, each.cached, each.input_tokens, each.cost) for each in by_outcome] == [
+        (("cancelled",), 0, 0, 0, 0.5),
+        (("success",), 1, 1, 2, 0.0),
+    ]
+
+
 def test_a_range_is_widened_to_whole_hours(store: Store) -> None:
     store.record([row(NOON - 1), row(NOON), row(NOON + 3599), row(NOON + 3600)])
     (found,) = store.usage(UsageQuery(since=NOON + 5, until=NOON + 10))
@@ -82,6 +92,7 @@ requests = st.builds(
     tenant=st.sampled_from(["a", "b"]),
     model=st.sampled_from(["m", "n"]),
     outcome=st.sampled_from(["success", "refused"]),
+    requests=st.integers(0, 1),
     input_tokens=st.integers(0, 1000),
     cost=st.integers(0, 100).map(lambda n: n / 64),
 )
@@ -97,6 +108,6 @@ def test_sums_are_those_of_the_records_however_they_were_batched(store: Store, b
     for each in (each for batch in batches for each in batch):
         group = (each.tenant, each.project, each.key, each.model, each.outcome)
         old = expected.get(group, (0, 0, 0.0))
-        expected[group] = (old[0] + 1, old[1] + each.input_tokens, old[2] + each.cost)
+        expected[group] = (old[0] + each.requests, old[1] + each.input_tokens, old[2] + each.cost)
     after = {each.group: (each.requests, each.input_tokens, each.cost) for each in store.usage(UsageQuery(), list(Dimension)[:5])}
     assert after == expected

@@ -35,6 +35,7 @@ class Course:
         self.known = known
         self.label = name if known else ""
         """In metrics: names that anybody may make up are not theirs."""
+        self.falls_back = bool(policy.routing.fallback)
         self.reuses = policy.cache.mode != "off" or policy.cache.single_flight
 
     @property
@@ -45,6 +46,7 @@ class Course:
             and self.policy.filters is None
             and self.subject is None
             and not self.reuses
+            and not self.falls_back
             and not self.policy.require_signature
         )
 
@@ -70,6 +72,7 @@ class Courses:
         self._seen: object = None
         self._courses: dict[str, Course] = {}
         self._filters: dict[FilterPolicy, Filters] = {}
+        self._compiling: dict[FilterPolicy, asyncio.Task[Filters]] = {}
         self.queues: dict[str, FairQueue] = {}
 
     def configure(self, settings: GatewaySettings, filters: dict[FilterPolicy, Filters]) -> None:
@@ -100,7 +103,14 @@ class Courses:
         return self._filters.get(policy)
 
     async def compile(self, policy: FilterPolicy) -> Filters:
-        """A tenant's own, on its first request. Raises Unavailable where they cannot be."""
+        """A tenant's own, on its first request: once, however many there are at the same time. Raises Unavailable where they cannot be."""
+        compiling = self._compiling.get(policy)
+        if compiling is None:
+            compiling = self._compiling[policy] = asyncio.create_task(self._compile(policy), name="filters")
+            compiling.add_done_callback(lambda _: self._compiling.pop(policy))
+        return await asyncio.shield(compiling)
+
+    async def _compile(self, policy: FilterPolicy) -> Filters:
         try:
             found = await asyncio.to_thread(Filters.of, policy)
         except ConfigError as error:

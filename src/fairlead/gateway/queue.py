@@ -270,12 +270,22 @@ class FairQueue:
             self._take_out(item)
         return dropped
 
+    @property
+    def free(self) -> bool:
+        """It would be one more request's turn at once."""
+        return not self.max_in_flight or self.num_in_flight < self.max_in_flight
+
+    @property
+    def has_room(self) -> bool:
+        """One more may wait, in nobody's place."""
+        return self.num_waiting < self.max_requests
+
     def waiting_by_priority(self) -> dict[int, int]:
         return {band.priority: len(band.waiting) for band in self._bands}
 
     def predicted_wait(self, priority: int, tenant: str, weight: float, now: float) -> float:
         """Seconds until the turn of one more request would come; 0 while nothing is known."""
-        if not self.max_in_flight or self.num_in_flight < self.max_in_flight:
+        if self.free:
             return 0.0
         band = self._by_priority.get(priority) or self._new_band(priority)
         return self._seconds_before(band, tenant, weight, now) * band.surprise

@@ -30,8 +30,9 @@ Answer = Stored | Member
 
 class _Loaded(NamedTuple):
     version: "ref[Version]"
+    edition: str
     times: int
-    """That another one of the same number was there before."""
+    """That one of the same edition was there right before."""
 
 
 class Recalled:
@@ -139,8 +140,10 @@ class Recall:
         if loaded is None or loaded.version() is not version:
             if loaded is not None:
                 self.cache.drop(request.model)
-            loaded = self._loaded[place] = _Loaded(ref(version), 0 if loaded is None else loaded.times + 1)
-        return number, f"{number}#{loaded.times}" if loaded.times else number
+            edition = self._repository.edition(request.model, number)
+            again = loaded is not None and loaded.edition == edition
+            loaded = self._loaded[place] = _Loaded(ref(version), edition, loaded.times + 1 if loaded is not None and again else 0)
+        return number, f"{number}#{loaded.edition}#{loaded.times}"
 
     async def _stored(
         self,

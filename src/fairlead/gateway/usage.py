@@ -23,8 +23,8 @@ R = TypeVar("R")
 MAX_ROWS = 100_000
 """That wait: some 45 MB."""
 MAX_AUDIT_ROWS = 10_000
-BATCH_ROWS = 1000
-"""In one transaction: some milliseconds of the writing thread."""
+BATCH_ROWS = 2048
+"""In one transaction: some ten milliseconds of the writing thread. A batch has a price of its own, whatever it holds."""
 MAX_RETRY_SECONDS = 30.0
 STOP_SECONDS = 10.0
 STOP_RETRY_SECONDS = 0.1
@@ -35,7 +35,7 @@ FAILURES = "fairlead_usage_failed_writes_total"
 log = structlog.get_logger(__name__)
 
 
-class Books(Protocol):
+class Records(Protocol):
     """What of the store is needed here. It blocks."""
 
     def record(self, usage: Sequence[UsageRow], audit: Sequence[AuditRow] = ()) -> None:
@@ -45,7 +45,7 @@ class Books(Protocol):
 class UsageLog:
     """Everything but the writing itself happens in the event loop."""
 
-    def __init__(self, store: Books | None, flush_seconds: float, counts: Counts, *, max_rows: int = MAX_ROWS) -> None:
+    def __init__(self, store: Records | None, flush_seconds: float, counts: Counts, *, max_rows: int = MAX_ROWS) -> None:
         """Without a store, rows go nowhere."""
         self._store = store
         self._flush_seconds = flush_seconds
@@ -98,7 +98,7 @@ class UsageLog:
             log.error("usage_lost", records=self.waiting)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _write_all(self, store: Books) -> None:
+    async def _write_all(self, store: Records) -> None:
         pause = self._flush_seconds
         while not self._stopping or self.waiting:
             await self._wait(pause)
@@ -130,14 +130,14 @@ class UsageLog:
                 async with asyncio.timeout(seconds):
                     await self._wake.wait()
 
-    async def _flush(self, store: Books) -> None:
+    async def _flush(self, store: Records) -> None:
         """Write what is there now; what comes meanwhile is for the next time. Raises Unavailable."""
         for _ in range(math.ceil(max(len(self._rows), len(self._audit)) / BATCH_ROWS)):
             rows = [self._rows.popleft() for _ in range(min(BATCH_ROWS, len(self._rows)))]
             audit = [self._audit.popleft() for _ in range(min(BATCH_ROWS, len(self._audit)))]
             await self._write(store, rows, audit)
 
-    async def _write(self, store: Books, rows: list[UsageRow], audit: list[AuditRow]) -> None:
+    async def _write(self, store: Records, rows: list[UsageRow], audit: list[AuditRow]) -> None:
         """Raises Unavailable, with what is not written back in its place. Rows that the store cannot take keep no others from it."""
         parts, refused = [(rows, audit)], 0
         while parts:

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from enum import StrEnum
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ class _Model:
         self.versions: dict[int, Version] = {}
         self.stamps: dict[int, str] = {}
         """What each loaded version was loaded from."""
+        self.editions: dict[int, str] = {}
+        """The same, without what differs between copies on two machines."""
         self.states: dict[int, tuple[State, str]] = {}
         self.reason = ""
         """Why nothing of it could be loaded, where that is no single version's fault."""
@@ -177,6 +180,12 @@ class ModelRepository:
         if found is None:
             raise self._missing(name, version)
         return found
+
+    def edition(self, name: str, version: str) -> str:
+        """Tells what a loaded version was loaded from: another for files that were replaced, the same for a faithful copy of them
+        on another machine. "" where that is not known."""
+        model = self._models.get(name)
+        return "" if model is None else model.editions.get(int(version), "")
 
     def engine_info(self, name: str, version: str = "") -> EngineInfo | None:
         """What a language model's engine tells of itself; None for other models. Raises NotFound."""
@@ -407,11 +416,12 @@ class ModelRepository:
                     retired.append(model.versions[number])
                 model.versions[number] = version
                 model.stamps[number] = stamps[number]
+                model.editions[number] = _edition(there[number], spec)
         # What is no longer wanted goes only when something wanted serves in its stead.
         if any(number in model.versions for number in wanted):
             for number in [number for number in model.versions if number not in wanted]:
                 retired.append(model.versions.pop(number))
-                del model.stamps[number]
+                del model.stamps[number], model.editions[number]
                 model.states[number] = (State.UNAVAILABLE, UNLOADED)
         self._publish(name, model)
         for version in retired:
@@ -447,6 +457,7 @@ class ModelRepository:
         versions = dict(model.versions)
         model.versions.clear()
         model.stamps.clear()
+        model.editions.clear()
         model.attempted = None
         model.reason = ""
         model.states = dict.fromkeys(versions, (State.UNLOADING, ""))
@@ -507,6 +518,11 @@ def _spec_from_triton(config: dict[str, Any], source: Source, listing: Listing) 
 
 def _stamp(files: dict[str, str]) -> str:
     return repr(sorted(files.items()))
+
+
+def _edition(files: dict[str, str], spec: ModelSpec) -> str:
+    contents = {path: stamp.rpartition(" ")[0] for path, stamp in files.items()}  # the last word is the inode
+    return sha256(_stamp({**contents, "spec": repr(spec)}).encode()).hexdigest()[:16]
 
 
 def _write_files(files: dict[str, bytes]) -> Path:

@@ -57,7 +57,7 @@ class KeyRow(Struct, frozen=True, kw_only=True):
 
 
 class UsageRow(Struct, frozen=True, kw_only=True, gc=False):
-    """One request."""
+    """One request; of several prompts in one, each."""
 
     time: float
     """When it ended."""
@@ -69,13 +69,15 @@ class UsageRow(Struct, frozen=True, kw_only=True, gc=False):
     version: str = ""
     qos_class: str = ""
     kind: str = ""
-    """What was asked: infer, generate, embed, ..."""
+    """What was asked: infer, generate, embed, ...: the same words wherever it is computed."""
     outcome: str
     """success, failure, cancelled, refused."""
     status: int = 200
     """As the protocol's door told it, in HTTP's numbers."""
     reason: str = ""
     """Why it was refused or failed, in one word."""
+    requests: int = 1
+    """As limits count them: of the prompts that came in one request, the first is one and the others are none."""
     input_tokens: int = 0
     cached_tokens: int = 0
     """Of the input, found in the prefix cache."""

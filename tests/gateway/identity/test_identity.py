@@ -294,7 +294,7 @@ async def test_a_key_that_another_process_revokes_is_refused_by_every_gateway_at
     await _until(lambda: key.id in gateways[1].keyring.snapshot.by_id)
     assert all(gateway.caller(key.secret).key == key.id for gateway in gateways)
     await asyncio.to_thread(subprocess.run, [sys.executable, "-c", REVOKE, gateways[0].store.url, key.id], check=True)
-    await _until(lambda: gateways[1].keyring.snapshot.by_id[key.id].refused == "revoked")
+    await _until(lambda: gateways[1].keyring.snapshot.by_id[key.id].revoked)
     assert gateways[1].refusal(key.secret) == ("revoked", INVALID)
     assert gateways[0].caller(key.secret).key == key.id  # has not looked yet
     gateways[0].keyring.refresh_if_changed()
@@ -319,6 +319,17 @@ def test_other_policies_hold_at_once_for_tenants_that_the_store_has_none_for(pla
     assert [place.caller(key).policy.models for key in keys] == [("chat",), ("embed",)]
     place.key()  # and the next look does not bring the old ones back
     assert [place.caller(key).policy.models for key in keys] == [("chat",), ("embed",)]
+
+
+def test_a_change_of_policies_works_out_no_key_until_it_is_shown(place: Place) -> None:
+    shown, idle = place.key(), place.key()
+    place.caller(shown.secret)
+    before = place.keyring.snapshot
+    place.keyring.configure(GatewaySettings(tenants={"default": TenantPolicy(models=("chat",))}))
+    after = place.keyring.snapshot
+    assert after.by_digest is before.by_digest and after.by_id is before.by_id and not after.entries
+    assert place.caller(shown.secret).policy.models == ("chat",)
+    assert shown.id in after.entries and idle.id not in after.entries
 
 
 def test_a_look_reads_everything_only_where_something_changed(place: Place) -> None:

@@ -23,11 +23,12 @@ from fairlead.core.errors import (
     TimeoutExpired,
     Unavailable,
 )
-from fairlead.core.policy import Breaker, GatewaySettings, ModelPolicy, RoutingSettings
+from fairlead.core.policy import Breaker, DegradeStep, GatewaySettings, ModelPolicy, QueueSettings, RoutingSettings, Upstream
 from fairlead.core.request import Raw, Request
 from fairlead.core.routes import Routes
-from fairlead.gateway.routing.dispatch import Dispatch, check_fallbacks
+from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.routing.fake import FakePlace, VirtualTime
+from fairlead.gateway.routing.fallbacks import check_fallbacks, unknown_fallbacks
 from fairlead.gateway.upstream.errors import UpstreamGone
 from fairlead.observe.counts import COUNTS, Counts
 from fairlead.observe.metrics import Metrics
@@ -533,6 +534,18 @@ def test_a_fallback_that_leads_back_is_refused():
         check_fallbacks(settings("a", "m"))
     with pytest.raises(ConfigError, match="names a model twice"):
         check_fallbacks(settings("a", "b", "a"))
+    with pytest.raises(ConfigError, match=r"`gateway.models.m.queue.degrade\[0\].model` names the model itself"):
+        check_fallbacks(GatewaySettings(models={"m": ModelPolicy(queue=QueueSettings(degrade=(DegradeStep(wait_above=1, model="m"),)))}))
+
+
+def test_fallbacks_that_nobody_computes_are_named():
+    steps = (DegradeStep(wait_above=1, max_tokens=5), DegradeStep(wait_above=2, model="smal"), DegradeStep(wait_above=3, model="far"))
+    policy = ModelPolicy(routing=RoutingSettings(fallback=("here", "far", "nowhere")), queue=QueueSettings(degrade=steps))
+    settings = GatewaySettings(models={"m-*": policy, "far": ModelPolicy(upstreams=(Upstream(url="http://127.0.0.1:1"),))})
+    assert list(unknown_fallbacks(settings, {"here"}.__contains__)) == [
+        ("gateway.models.m-*.routing.fallback", "nowhere"),
+        ("gateway.models.m-*.queue.degrade[1].model", "smal"),
+    ]
 
 
 # What is known

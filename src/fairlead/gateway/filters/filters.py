@@ -131,10 +131,12 @@ class Filters(Struct, frozen=True, kw_only=True):
             raise filtered(rules[0])
         return rules
 
-    def output(self, *, stream: bool = False) -> OutputFilter | None:
-        """For the answer to one request; None: answers are not looked at. `stream`: there may be several responses, and what a
-        tensor `text_output` says in one goes on in the next."""
-        return OutputFilter(self.scans, stream) if self.policy.output and self.scans else None
+    def output(self, *, stream: bool = False, also: OutputFilter | None = None) -> OutputFilter | None:
+        """For the answer to one request, with what is looked for by `also`, which has seen nothing of it yet; None: answers are not
+        looked at. `stream`: there may be several responses, and what a tensor `text_output` says in one goes on in the next."""
+        if not (self.policy.output and self.scans):
+            return also
+        return OutputFilter(self.scans if also is None else (*also.scans, *self.scans), stream)
 
 
 def filtered(rule: str, reason: str = "") -> Filtered:

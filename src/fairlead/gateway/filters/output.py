@@ -93,7 +93,7 @@ class OutputFilter:
     """
 
     def __init__(self, scans: Sequence[Scan], stream: bool) -> None:
-        self._scans = scans
+        self.scans = scans
         self._stream = stream
         self._choices: dict[int, _Choice] = {}
         self._texts: dict[int, Window] = {}
@@ -111,11 +111,6 @@ class OutputFilter:
         if self._events is not None:
             windows += self._events.windows.values()
         return tuple(sorted(self._rules.union(*(window.rules for window in windows))))
-
-    @property
-    def num_blocked(self) -> int:
-        """Choices that have ended early: when all have, there is no use in computing on."""
-        return sum(bool(choice.window.blocked) for choice in self._choices.values())
 
     def push(self, response: Response) -> Sequence[Response]:
         """Raises Filtered."""
@@ -160,7 +155,7 @@ class OutputFilter:
         if choice is None:
             if not delta.text and not delta.finish_reason:
                 return response  # a vector, or tokens of the prompt
-            choice = self._choices[delta.index] = _Choice(self._scans)
+            choice = self._choices[delta.index] = _Choice(self.scans)
         out = choice.push(delta)
         if out is delta:
             return response
@@ -185,7 +180,7 @@ class OutputFilter:
             text, encoding = element.decode(), "utf-8"
         except UnicodeDecodeError:
             text, encoding = element.decode("latin-1"), "latin-1"
-        window = Window(self._scans)
+        window = Window(self.scans)
         out = window.push(text, True)
         self._rules |= window.rules
         _refuse(window)
@@ -194,7 +189,7 @@ class OutputFilter:
     def _text(self, number: int, piece: str, last: bool) -> bytes:
         window = self._texts.get(number)
         if window is None:
-            window = self._texts[number] = Window(self._scans)
+            window = self._texts[number] = Window(self.scans)
         out = window.push(piece, last)
         _refuse(window)
         return out.encode()
@@ -203,7 +198,7 @@ class OutputFilter:
         if response.status >= 400:
             return response
         if self._events is None and raw[:64].lstrip()[:1] == b"{":
-            body = Body(self._scans)
+            body = Body(self.scans)
             length = next((each for name, each in response.headers.items() if name.lower() == "inference-header-content-length"), "")
             if length:
                 if body.has_binary_texts(raw[: int(length)]):
@@ -213,7 +208,7 @@ class OutputFilter:
             self._rules |= body.rules
         else:
             if self._events is None:
-                self._events = Events(self._scans)
+                self._events = Events(self.scans)
             out = self._events.push(raw)
         if out is raw:
             return response

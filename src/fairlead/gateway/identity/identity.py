@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from hmac import compare_digest
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
@@ -96,8 +97,24 @@ class Identity:
         """None for a key that is unknown or revoked, or whose tenant is disabled. `known` says whether it has expired."""
         from fairlead.gateway.signing import SigningKey
 
-        entry = self._keyring.snapshot.by_id.get(keyid)
+        entry = self._keyring.snapshot.of_id(keyid)
         return None if entry is None or entry.refused else SigningKey(id=keyid, hmac=entry.hmac, ed25519=entry.ed25519)
+
+    def stored(self, *, tenant: str, project: str, key: str, address: str) -> Caller:
+        """Who handed in a job, as its key or tenant may by now. A key that has expired since was good when it mattered.
+
+        Raises Refused for one that was revoked, and where the tenant is disabled.
+        """
+        entry = self._keyring.snapshot.of_id(key) if key else None
+        if entry is not None:
+            if entry.refused:
+                raise Refused(entry.refused)
+            caller = entry.caller
+        elif key:
+            caller = self._keyring.snapshot.caller(Subject(tenant=tenant, project=project, key=key, expires=inf))
+        else:
+            caller = self._of_subject(None)
+        return structs.replace(caller, address=address)
 
     def _caller(self, credentials: Credentials, now: float) -> Caller | None:
         if shown := _shown(credentials):
@@ -118,7 +135,7 @@ class Identity:
 
     def _of_key(self, shown: str, now: float) -> Caller:
         # Digest first, whatever it is: a wrong checksum takes as long as a key that nobody has.
-        entry = self._keyring.snapshot.by_digest.get(digest_of(shown))
+        entry = self._keyring.snapshot.of_digest(digest_of(shown))
         if entry is None:
             raise Refused("malformed" if parse_key(shown) is None else "unknown")
         entry.check(now)
@@ -133,7 +150,7 @@ class Identity:
             subject = self._certificates[name] = subject_of(certificate)
         if now >= subject.expires:
             raise Refused("certificate")
-        entry = self._keyring.snapshot.by_id.get(subject.key)
+        entry = self._keyring.snapshot.of_id(subject.key)
         if entry is None:
             return self._of_subject(subject)
         if entry.caller.tenant != subject.tenant:
@@ -144,7 +161,7 @@ class Identity:
     def _of_signature(self, signature_input: str, now: float) -> Caller:
         from fairlead.gateway.signing import key_id
 
-        entry = self._keyring.snapshot.by_id.get(key_id(signature_input))
+        entry = self._keyring.snapshot.of_id(key_id(signature_input))
         if entry is None:
             raise Refused("unknown", UNPROVED)
         entry.check(now, UNPROVED)

@@ -30,15 +30,6 @@ class Rows(Protocol):
     def keys(self) -> Sequence[KeyRow]: ...
 
 
-class Found(Struct, frozen=True):
-    """All of the store's rows that matter here."""
-
-    revision: int = -1
-    tenants: Sequence[TenantRow] = ()
-    projects: Sequence[ProjectRow] = ()
-    keys: Sequence[KeyRow] = ()
-
-
 class Entry(Struct, frozen=True):
     """One key."""
 
@@ -59,7 +50,8 @@ class Entry(Struct, frozen=True):
 
 
 class Snapshot(Struct, frozen=True):
-    """The store at one revision; replaced whole, never edited."""
+    """The store at one revision, under one configuration; replaced whole. What a key may is worked out when it is first shown:
+    for all keys at once that would hold up the event loop at each change of the configuration."""
 
     gateway: GatewaySettings
     revision: int = -1
@@ -67,8 +59,24 @@ class Snapshot(Struct, frozen=True):
     """Of those tenants that have one in the store."""
     disabled: frozenset[str] = frozenset()
     project_limits: Mapping[tuple[str, str], Limits] = {}
-    by_digest: Mapping[str, Entry] = {}
-    by_id: Mapping[str, Entry] = {}
+    by_digest: Mapping[str, KeyRow] = {}
+    by_id: Mapping[str, KeyRow] = {}
+    entries: dict[str, Entry] = {}
+    """By id, of those keys that were shown."""
+
+    def of_digest(self, digest: str) -> Entry | None:
+        row = self.by_digest.get(digest)
+        return None if row is None else self._entry(row)
+
+    def of_id(self, id: str) -> Entry | None:
+        row = self.by_id.get(id)
+        return None if row is None else self._entry(row)
+
+    def _entry(self, row: KeyRow) -> Entry:
+        entry = self.entries.get(row.id)
+        if entry is None:
+            entry = self.entries[row.id] = entry_of(row, self)
+        return entry
 
     def policy(self, tenant: str) -> TenantPolicy:
         return self.policies.get(tenant) or self.gateway.tenant(tenant)
@@ -104,21 +112,20 @@ class Keyring:
         self._store = store
         self._counts = counts
         self._failing = False
-        self._found = Found()
-        self._making = Lock()
-        """Two threads make snapshots: that of `follow`, and the event loop's where the configuration changes."""
+        self._replacing = Lock()
+        """Two threads replace the snapshot: that of `follow`, and the event loop's where the configuration changes."""
 
     def refresh(self) -> None:
         """Blocks while it reads everything. Raises what the store raises, and keeps the last snapshot then."""
         if self._store is not None:
-            found = read(self._store)
-            with self._making:
-                self.snapshot, self._found = snapshot_of(found, self.snapshot.gateway), found
+            found = read(self._store, self.snapshot.gateway)
+            with self._replacing:
+                self.snapshot = structs.replace(found, gateway=self.snapshot.gateway)
 
     def configure(self, gateway: GatewaySettings) -> None:
         """Other policies for those tenants that the store has none for; does not ask the store."""
-        with self._making:
-            self.snapshot = snapshot_of(self._found, gateway)
+        with self._replacing:
+            self.snapshot = structs.replace(self.snapshot, gateway=gateway, entries={})
 
     def refresh_if_changed(self) -> None:
         """Blocks for one small query, mostly."""
@@ -153,23 +160,18 @@ class Keyring:
         self._failing = error is not None
 
 
-def read(store: Rows) -> Found:
+def read(store: Rows, gateway: GatewaySettings) -> Snapshot:
     revision = store.revision()  # first: what changes while the rest is read is read again
-    return Found(revision, store.tenants(), store.projects(), store.keys())
-
-
-def snapshot_of(found: Found, gateway: GatewaySettings) -> Snapshot:
-    bare = Snapshot(
+    tenants, projects, keys = store.tenants(), store.projects(), store.keys()
+    return Snapshot(
         gateway,
-        found.revision,
-        {row.name: row.policy for row in found.tenants if row.policy is not None},
-        frozenset(row.name for row in found.tenants if row.disabled),
-        {(row.tenant, row.name): row.limits for row in found.projects},
+        revision,
+        {row.name: row.policy for row in tenants if row.policy is not None},
+        frozenset(row.name for row in tenants if row.disabled),
+        {(row.tenant, row.name): row.limits for row in projects},
+        {row.digest: row for row in keys},
+        {row.id: row for row in keys},
     )
-    entries = [(row, entry_of(row, bare)) for row in found.keys]
-    by_digest = {row.digest: entry for row, entry in entries}
-    by_id = {row.id: entry for row, entry in entries}
-    return structs.replace(bare, by_digest=by_digest, by_id=by_id)
 
 
 def entry_of(row: KeyRow, snapshot: Snapshot) -> Entry:

@@ -12,13 +12,13 @@ import structlog
 from msgspec import Struct
 
 from fairlead.core.caller import Caller
-from fairlead.core.errors import Cancelled, ConfigError, FairleadError, Unavailable
+from fairlead.core.errors import Cancelled, FairleadError, Unavailable
 from fairlead.core.policy import GatewaySettings
 from fairlead.core.request import Pausable, Request, Response, Sink, Ticket
 from fairlead.core.routes import Routes, Shares
 from fairlead.gateway.routing.balance import Size
 from fairlead.gateway.routing.places import Attempt, Candidate, Place, places_of
-from fairlead.gateway.routing.trip import Choices, Trip
+from fairlead.gateway.routing.trip import Choices, Instead, Trip
 from fairlead.gateway.routing.verdicts import verdict_of_status
 from fairlead.observe.counts import Counts
 from fairlead.runtime.repository import ModelRepository
@@ -71,8 +71,8 @@ class Dispatch:
 
     # Requests
 
-    def submit(self, request: Request, sink: Sink) -> Ticket:
-        """For a request with one response. Errors go to the sink, possibly before this returns."""
+    def submit(self, request: Request, sink: Sink, instead: Instead | None = None) -> Ticket:
+        """For a request with one response. Errors go to the sink, possibly before this returns. `instead`: asked before a fallback is."""
         known = self._known.get(request.model)
         repository = self._repository
         # As `_look`, written out: this runs on every request
@@ -85,16 +85,16 @@ class Dispatch:
             known = self._learn(request.model)
         if known.direct or repository.stopping:
             return repository.submit(request, sink)
-        flight = _Flight(self, Trip(self, known.choices, request, self.clock()), sink)
+        flight = _Flight(self, Trip(self, known.choices, request, self.clock(), instead), sink)
         flight.send()
         return flight
 
-    def infer(self, request: Request) -> AsyncGenerator[Response, None]:
+    def infer(self, request: Request, instead: Instead | None = None) -> AsyncGenerator[Response, None]:
         """The responses. Raises FairleadError; closing it cancels."""
         known = self._look(request.model)
         if known.direct or self._repository.stopping:
             return self._repository.infer(request)
-        return self._stream(Trip(self, known.choices, request, self.clock()))
+        return self._stream(Trip(self, known.choices, request, self.clock(), instead))
 
     async def _stream(self, trip: Trip) -> AsyncGenerator[Response, None]:
         while True:
@@ -214,16 +214,6 @@ def _shares_of(name: str, shares: Shares, loaded: Sequence[str]) -> Shares:
     return there if any(share > 0 for _, share in there) else ()
 
 
-def check_fallbacks(settings: GatewaySettings) -> None:
-    """Raises ConfigError for a fallback that leads back. A fallback's own fallbacks are not asked, so there is no longer way round."""
-    for name, policy in settings.models.items():
-        fallback = policy.routing.fallback
-        if name in fallback:
-            raise ConfigError(f"`gateway.models.{name}.routing.fallback` names the model itself: leave it out")
-        if len(set(fallback)) < len(fallback):
-            raise ConfigError(f"`gateway.models.{name}.routing.fallback` names a model twice: leave one out")
-
-
 class _Sent(Attempt):
     """An attempt in the callback form: the sink of its place."""
 
@@ -326,10 +316,11 @@ class _Flight:
         self.winner = sent
         if self._hedge is not None:
             self._trip.count_hedge("won" if sent is self._hedge else "lost")
-        others, self.live = [each for each in self.live if each is not sent], [sent]
-        for each in others:
-            self._trip.outrun(each, sent, self._dispatch.clock())
-        self._stop(others)
+        if self._hedge_timer is not None:
+            others, self.live = [each for each in self.live if each is not sent], [sent]
+            for each in others:
+                self._trip.outrun(each, sent, self._dispatch.clock())
+            self._stop(others)
 
     # Towards the end
 

@@ -30,6 +30,8 @@ MAX_DEATHS = 1
 """A request that was with more replicas than this when they died may be what kills them."""
 ONE = Size(0, 1)
 A = TypeVar("A", bound=Attempt)
+Instead = Callable[[str], bool]
+"""Whether a request may go to this fallback now; if so, what it may take there is held for it."""
 
 
 class Choices:
@@ -96,9 +98,9 @@ class Choices:
 
     def candidates(self, version: str) -> tuple[Candidate, ...]:
         """Other servers compete with the places here where nothing says which version, and stand in for one that is not here."""
-        if not version:
-            return self.versions.get(self.default, ()) + self.remotes
-        return self.versions.get(version) or self.remotes
+        if version:
+            return self.versions.get(version) or self.remotes
+        return self.versions[self.default] + self.remotes if self.versions else self.remotes
 
 
 class Guide(Protocol):
@@ -124,6 +126,7 @@ class Trip:
         "_deadline",
         "_deaths",
         "_guide",
+        "_instead",
         "_size",
         "_tried",
         "_tries",
@@ -133,8 +136,9 @@ class Trip:
         "request",
     )
 
-    def __init__(self, guide: Guide, choices: Choices, request: Request, now: float) -> None:
+    def __init__(self, guide: Guide, choices: Choices, request: Request, now: float, instead: Instead | None = None) -> None:
         self._guide = guide
+        self._instead = instead
         self._asked = request
         self._chain = list(choices.fallback) if not request.version else []
         self._deadline = (request.arrived or now) + request.timeout if request.timeout else 0.0
@@ -166,7 +170,11 @@ class Trip:
 
     def send(self, now: float, make: Callable[[Candidate, Size, int, float], A]) -> A | FairleadError:
         """The next attempt, counted as under way; an error where nobody can be asked."""
-        among = self._untried(now) or self._last_resort()
+        candidates = self.candidates
+        if len(candidates) == 1 and not self._tried and candidates[0].place.ready and candidates[0].circuit.allows(now):
+            among: Sequence[Candidate] = candidates
+        else:
+            among = self._untried(now) or self._last_resort()
         if not among:
             if self.candidates:
                 return Unavailable(f"no place of model '{self.choices.name}' takes requests now")
@@ -297,6 +305,8 @@ class Trip:
             name = self._chain.pop(0)
             choices = self._guide.fallback(self._asked, name)
             if choices is None or not any(takes(each.place, self._asked) for each in choices.candidates("")):
+                continue
+            if self._instead is not None and not self._instead(name):
                 continue
             asked, model = self._asked, self.choices.label
             self._enter(choices, structs.replace(asked, model=name, version=""))
