@@ -1,13 +1,11 @@
 """The composition root: the only place that knows every room."""
 
 import asyncio
-import calendar
 import gc
 import os
 import signal
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,32 +14,36 @@ from typing import Any
 import structlog
 
 from fairlead.api.admin import Admin
-from fairlead.api.data import data_app
+from fairlead.api.data import DATA_SHAPES, data_app
 from fairlead.api.doorkeeper import Doorkeeper
 from fairlead.api.grpc.server import GrpcServer
 from fairlead.api.http_server import HttpServer
-from fairlead.api.ops import ops_app
+from fairlead.api.ops import OPS_SHAPES, ops_app
 from fairlead.api.tls import server_context
+from fairlead.app_jobs import Jobs
 from fairlead.core.errors import ConfigError, FairleadError
 from fairlead.core.policy import CALENDAR, GatewaySettings, Unit, rules_of
 from fairlead.core.settings import LOOPBACK, Settings, asks_for_keys, parse_settings
 from fairlead.gateway.abuse import Abuse
 from fairlead.gateway.configuration import Configuration
 from fairlead.gateway.course import Courses, compiled
-from fairlead.gateway.gateway import Gateway, come
+from fairlead.gateway.gateway import Gateway
 from fairlead.gateway.identity.identity import Identity, may_use
 from fairlead.gateway.identity.keyring import Keyring
 from fairlead.gateway.limits import limiter_of
-from fairlead.gateway.routing.dispatch import Dispatch, check_fallbacks
+from fairlead.gateway.limits.budgets import restore
+from fairlead.gateway.routing.dispatch import Dispatch
+from fairlead.gateway.routing.fallbacks import check_fallbacks, unknown_fallbacks
 from fairlead.gateway.signing import Nonces, SharedNonces
 from fairlead.gateway.upstream.registry import Upstreams
 from fairlead.gateway.usage import UsageLog
+from fairlead.gateway.visit import come
 from fairlead.observe.access import FLUSH_SECONDS, AccessLog
 from fairlead.observe.metrics import Line, Metrics
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.repository import Control, ModelRepository, RepositorySettings
 from fairlead.store.database import default_url
-from fairlead.store.rows import AuditRow, Dimension, UsageQuery, UsageSum
+from fairlead.store.rows import AuditRow
 from fairlead.store.store import Store
 
 log = structlog.get_logger("fairlead")
@@ -119,11 +121,44 @@ class Server:
         )
         self.metrics.lines = self._lines
 
+    def _build_jobs(self) -> Jobs | None:
+        """None where they are turned off, or there is nowhere to keep them. Raises ConfigError."""
+        settings = self.settings
+        self.own_store: Store | None = None
+        """Of the jobs alone."""
+        if not settings.jobs.enabled:
+            return None
+        store = self.store
+        if store is None:
+            try:
+                store = self.own_store = Store.open(default_url())
+            except ConfigError as error:
+                log.warning(
+                    "no_jobs",
+                    error=error.message,
+                    note="this server takes no jobs and makes no pictures; `store.url` says where to keep them",
+                )
+                return None
+        return Jobs(
+            settings,
+            store=store,
+            gateway=self.gateway,
+            identity=self.identity,
+            usage=self.usage if settings.store.usage else None,
+            repository=self.repository,
+            access_log=self.access_log,
+            counts=self.metrics.counts,
+        )
+
     def _build_doors(self) -> None:
         settings, access_log, repository, gateway = self.settings, self.access_log, self.repository, self.gateway
         limit = settings.limits.max_request_bytes
         self.nonces = self._nonces()
-        self.doorkeeper = Doorkeeper(self.identity, settings.auth, self.nonces, self.metrics.counts)
+        recorded = self.store is not None and settings.store.usage
+        self.doorkeeper = Doorkeeper(
+            self.identity, settings.auth, self.nonces, self.metrics.counts, recorded=recorded, max_body_bytes=limit
+        )
+        self.jobs = self._build_jobs()
         self.http = HttpServer(
             gateway,
             data_app(
@@ -131,12 +166,14 @@ class Server:
                 gateway=gateway,
                 doorkeeper=self.doorkeeper,
                 elsewhere=gateway,
+                more=() if self.jobs is None else self.jobs.operations,
                 access_log=access_log,
                 max_body_bytes=limit,
             ),
             access_log,
             doorkeeper=self.doorkeeper,
             elsewhere=gateway,
+            shapes=DATA_SHAPES,
             max_body_bytes=limit,
         )
         self.grpc = GrpcServer(repository, access_log, gateway=gateway, doorkeeper=self.doorkeeper, max_message_bytes=limit)
@@ -145,6 +182,7 @@ class Server:
             None,
             ops_app(repository, self.metrics.text, () if admin is None else admin.operations, self.doorkeeper),
             AccessLog(None),
+            shapes=OPS_SHAPES,
             max_body_bytes=1 << 20,
         )
 
@@ -155,6 +193,8 @@ class Server:
         """Listen, then load: health answers from the first moment. Raises ConfigError for a port that is taken."""
         await self.limits.start()
         await self._restore_budgets()
+        if self.jobs is not None:
+            await self.jobs.start(self._begin)
         listen = self.settings.listen
         for door, flag, host, port in (
             (self.http, "--port", listen.host, listen.port),
@@ -173,6 +213,7 @@ class Server:
         self._begin("identity", self.identity.follow)
         self._begin("upstreams", self.upstreams.check)
         await self.repository.start()
+        self._warn_of_fallbacks()
         gc.set_threshold(YOUNG_OBJECTS, 20, 20)
         log.info(
             "serving",
@@ -212,7 +253,10 @@ class Server:
         log.info("draining", timeout=timeout)
         self.repository.stopping = self.gateway.stopping = True
         self.gateway.drop_waiting()
-        await asyncio.gather(*(door.drain(timeout) for door in self._open if door is not self.ops))
+        if self.jobs is not None:
+            await asyncio.gather(self._drain_doors(timeout), self.jobs.stop(timeout / 2))
+        else:
+            await self._drain_doors(timeout)
         await self.repository.stop(max(deadline - time.monotonic(), 0.0))
         if self.ops in self._open:
             await self.ops.drain(1.0)
@@ -226,10 +270,16 @@ class Server:
         await self.nonces.close()
         if self.usage is not None:
             await self.usage.stop()
-        if self.store is not None:
-            self.store.close()
+        if self.jobs is not None:
+            await self.jobs.close()
+        for store in (self.store, self.own_store):
+            if store is not None:
+                store.close()
         self.access_log.flush()
         log.info("stopped")
+
+    async def _drain_doors(self, timeout: float) -> None:
+        await asyncio.gather(*(door.drain(timeout) for door in self._open if door is not self.ops))
 
     async def reload(self) -> None:
         """SIGHUP: read the file again; what is wrong with it changes nothing."""
@@ -258,8 +308,13 @@ class Server:
             self.identity.configure(policies)
             self.gateway.configure(policies, filters)
             self.abuse.configure(policies.abuse)
+            self._warn_of_fallbacks()
 
         return replace
+
+    def _warn_of_fallbacks(self) -> None:
+        for option, name in unknown_fallbacks(self.policies, self.repository.known):
+            log.warning("unknown_fallback", option=option, model=name, note="no repository and no upstream has it: it is passed over")
 
     def _audit(self, row: AuditRow) -> None:
         """What the gateway did by itself."""
@@ -271,68 +326,29 @@ class Server:
         return self.dispatch.knows(model) or model in self.policies.models
 
     def _max_in_flight(self, model: str) -> int:
-        """What a language model's engines compute at once; 0 for other models, which have a batcher's line of their own."""
-        loaded = self.repository.versions(model)
-        if not loaded or self.repository.engine_info(model) is None:
+        """What a model's engines compute at once; 0 for other models, which have a batcher's line of their own."""
+        info = self.repository.engine_info(model) if self.repository.versions(model) else None
+        if info is None:
             return 0
         spec = self.repository.find(model).spec
-        return spec.llm.max_num_seqs * spec.instances.count
+        return (spec.llm if info.image is None else spec.diffusion).max_num_seqs * spec.instances.count
 
     def _lines(self) -> Iterator[Line]:
         for model, queue in self.courses.queues.items():
             yield Line(model, queue.waiting_by_priority(), queue.num_in_flight)
 
     async def _restore_budgets(self) -> None:
-        """What was spent of this day's and this month's budgets before the server started, as the usage records say."""
-        if self.store is None or self.usage is None:
-            return
-        now = time.time()
-        today = time.gmtime(now)
-        starts = {"month": calendar.timegm((today.tm_year, today.tm_mon, 1, 0, 0, 0)), "day": int(now // 86400) * 86400}
-        subjects = {
-            "tenant:{}": (Dimension.TENANT,),
-            "project:{}/{}": (Dimension.TENANT, Dimension.PROJECT),
-            "key:{}": (Dimension.KEY,),
-            "model:{}": (Dimension.MODEL,),
-        }
-        budgets = self._budgets()
-        for window, since in starts.items():
-            for name, by in subjects.items():
-                if not any(budget == window for _, budget in budgets):
-                    continue
-                spent: defaultdict[tuple[str, Unit], float] = defaultdict(float)
-                for total in await asyncio.to_thread(self.store.usage, UsageQuery(since=since), (*by, Dimension.OUTCOME)):
-                    *group, outcome = total.group
-                    if outcome in SETTLED:
-                        for unit, amount in _amounts(total):
-                            if (unit, window) in budgets:
-                                spent[name.format(*group), unit] += amount
-                for (subject, unit), amount in spent.items():
-                    await self.limits.restore(subject, unit, window, amount, now)
+        if self.store is not None:
+            await restore(self.limits, self.store, self._budgets(), time.time())
 
     def _budgets(self) -> set[tuple[Unit, str]]:
         """(unit, window) of every budget that anybody has."""
         snapshot, settings = self.keyring.snapshot, self.policies
         limits = [policy.limits for policy in (*settings.tenants.values(), *snapshot.policies.values())]
         limits += [policy.limits for policy in settings.models.values()]
-        limits += [*snapshot.project_limits.values(), *(entry.caller.key_limits for entry in snapshot.by_id.values())]
+        limits += [*snapshot.project_limits.values(), *(key.limits for key in snapshot.by_id.values())]
         rules = (rule for each in limits for rule in rules_of(each))
         return {(rule.unit, rule.window) for rule in rules if rule.unit is not None and rule.window in CALENDAR}
-
-
-SETTLED = ("success", "cancelled")
-"""Outcomes of requests that used what was held for them; the others gave it back."""
-
-
-def _amounts(total: UsageSum) -> Iterator[tuple[Unit, float]]:
-    yield Unit.REQUESTS, total.requests
-    yield Unit.TOKENS, total.input_tokens + total.output_tokens
-    yield Unit.INPUT_TOKENS, total.input_tokens
-    yield Unit.OUTPUT_TOKENS, total.output_tokens
-    yield Unit.ROWS, total.rows
-    yield Unit.MEGAPIXELS, total.megapixels
-    yield Unit.COMPUTE_SECONDS, total.compute_seconds
-    yield Unit.MONEY, total.cost
 
 
 async def serve(settings: Settings, path: Path | None = None, text: str = "") -> None:

@@ -13,9 +13,10 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from fairlead.api.admin import Admin, Problems
+from fairlead.api.admin import Admin
 from fairlead.api.doorkeeper import CALLER
 from fairlead.api.ops import ops_app
+from fairlead.api.problems import Problems
 from fairlead.api.web import json_app
 from fairlead.core.caller import Caller
 from fairlead.core.errors import ConfigError
@@ -197,6 +198,13 @@ async def test_a_rotated_key_and_its_successor_work_side_by_side_for_a_while(
     assert problem(await client.post(f"/admin/keys/{old['key']['id']}/rotate"))[0] == 409
 
 
+async def test_a_key_that_is_given_for_its_id_is_not_repeated(client: httpx2.AsyncClient) -> None:
+    secret = (await client.post("/admin/keys", json={})).json()["secret"]
+    for method, path in (("GET", ""), ("POST", "/rotate"), ("POST", "/revoke")):
+        answer = await client.request(method, f"/admin/keys/{secret}{path}")
+        assert problem(answer)[:2] == (400, ["key"]) and secret not in answer.text
+
+
 async def test_the_last_admin_key_is_revoked_by_force_only(client: httpx2.AsyncClient) -> None:
     id = (await client.post("/admin/keys", json={"scopes": ["admin"]})).json()["key"]["id"]
     status, _, detail = problem(await client.post(f"/admin/keys/{id}/revoke"))
@@ -281,6 +289,28 @@ async def test_a_patch_that_is_wrong_names_its_field_and_changes_nothing(client:
 )
 async def test_a_query_that_is_wrong_is_refused_by_its_name(client: httpx2.AsyncClient, query: str, field: str) -> None:
     assert problem(await client.get(f"/admin/{query}"))[:2] == (400, [field])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "field"),
+    [
+        ("GET", "/admin/usage?tenant=a%00b", None, "tenant"),
+        ("GET", "/admin/usage/records?model=%00", None, "model"),
+        ("GET", "/admin/audit?subject=a%00", None, "subject"),
+        ("GET", "/admin/keys?project=%00", None, "project"),
+        ("GET", "/admin/tenants/a%00", None, "tenant"),
+        ("DELETE", "/admin/tenants/default/projects/%00", None, "project"),
+        ("PUT", "/admin/tenants/a%00/projects/p", {}, "tenant"),
+        ("POST", "/admin/keys/a%00/revoke", {}, "key"),
+        ("POST", "/admin/tenants", {"name": "acme", "policy": {"models": ["a\0b"]}}, "policy.models"),
+        ("PATCH", "/admin/tenants/default", {"policy": {"filters": {"deny": {"words": ["\0"]}}}}, "policy.filters.deny.words"),
+    ],
+)
+async def test_a_nul_which_postgresql_takes_nowhere_is_refused_before_it_gets_there(
+    client: httpx2.AsyncClient, method: str, path: str, body: Any, field: str
+) -> None:
+    status, fields, detail = problem(await client.request(method, path, json=body))
+    assert (status, fields) == (400, [field]) and "NUL" in detail
 
 
 async def test_what_is_no_json_no_path_and_no_method_is_a_problem_too(client: httpx2.AsyncClient) -> None:

@@ -7,6 +7,7 @@ import http.client
 import json
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -18,11 +19,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from msgspec import Struct
 from tritonclient.grpc import service_pb2 as pb
 
+from fairlead.api.doorkeeper import MAX_UNPROVED_BYTES
 from fairlead.api.exchange import DIRECT_BYTES
 from fairlead.core.policy import Scope
 from fairlead.gateway.identity.keys import NewKey, new_key
 from fairlead.gateway.signing import sign
 from fairlead.gateway.upstream.fake import Fake
+from tests.api.http_fake import Wire
 from tests.api.keyed import (
     HEALTH,
     SERVICE,
@@ -299,6 +302,17 @@ async def test_who_asks_is_in_the_usage_records(home: House) -> None:
     assert sorted(each["model"] for each in records) == ["chat", "count", "far-chat", "far-chat", "far-tensor", "identity", "identity"]
 
 
+async def test_records_of_a_server_that_asks_nobody_say_where_requests_came_from(tmp_path: Path) -> None:
+    async with house(tmp_path, auth="required: false, trusted_proxies: [127.0.0.0/8]") as home:
+        for headers in ({}, {"x-forwarded-for": "192.0.2.7"}):
+            assert (await NAMED["infer"].ask(home, headers)).status_code == 200
+        await home.call("ModelInfer", grpc_row(), pb.ModelInferResponse)
+        async with asyncio.timeout(20):
+            while len(records := (await home.ops.get("/admin/usage/records")).json()["records"]) < 3:
+                await asyncio.sleep(0.02)
+    assert sorted(each["address"] for each in records) == ["127.0.0.1", "127.0.0.1", "192.0.2.7"]
+
+
 # Another's models
 
 
@@ -496,6 +510,43 @@ async def test_the_same_holds_for_the_metadata_of_calls(home: House, key: NewKey
     assert refused.value.details() == "header 'authorization' comes twice"
 
 
+# The shape of what is refused before a request is anybody's
+
+
+REFUSED = {
+    "too large": (413, "POST {path} HTTP/1.1\r\nhost: x\r\n{key}content-length: 99999999\r\n\r\n"),
+    "chunks": (413, "POST {path} HTTP/1.1\r\nhost: x\r\n{key}transfer-encoding: chunked\r\n\r\n500000\r\n" + "x" * 0x500000),
+    "no length": (400, "POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: many\r\n\r\n"),
+    "no header": (400, "POST {path} HTTP/1.1\r\nno header\r\n\r\n"),
+    "long head": (431, "POST {path} HTTP/1.1\r\nx: " + "y" * 70_000 + "\r\n\r\n"),
+    "no key": (401, "POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{{}}"),
+    "unknown path": (404, "POST {path}/no/where HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"),
+}
+OPENAI_PATHS = ("/v1/tokenize", "/v1/chat/completions")
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("path", [*OPENAI_PATHS, "/v2/models/identity/infer", "/v2/repository/index", "/admin/keys"])
+async def test_what_is_refused_before_it_is_routed_has_the_shape_of_its_path(home: House, path: str, what: str) -> None:
+    expected, text = REFUSED[what]
+    key = home.new_key(Scope.INFER, Scope.ADMIN)
+    port = home.server.ops.port if path.startswith("/admin") else home.port
+    connection = Wire(*await asyncio.open_connection("127.0.0.1", port))
+    try:
+        connection.writer.write(text.format(path=path, key=f"authorization: Bearer {key.secret}\r\n").encode())
+        status, headers, body = await connection.receive()
+    finally:
+        await connection.close()
+    assert status == expected
+    answer = json.loads(body)
+    if path in OPENAI_PATHS:
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+    elif path.startswith("/admin"):
+        assert (headers["content-type"], answer["status"]) == ("application/problem+json", status)
+    else:
+        assert isinstance(answer["error"], str)
+
+
 # Before the body
 
 
@@ -654,6 +705,18 @@ async def test_a_signed_request_that_was_changed_is_refused(home: House, key: Ne
     late = signed(home, key, door, now=time.time() - 400)
     assert (await door.ask(home, late)).status_code == 401
     assert (await door.ask(home, signed(home, key, door) | {"x-fairlead-class": "standard"})).status_code == 401
+
+
+async def test_what_is_read_before_its_signature_is_held_against_it_is_bounded(home: House, key: NewKey) -> None:
+    keeper, door = home.server.doorkeeper, NAMED["generate"]
+    _, body = door.put(door.model)
+    keeper.unproved_bytes = MAX_UNPROVED_BYTES - len(body or "") + 1
+    try:
+        assert (await door.ask(home, signed(home, key, door))).status_code == 503
+    finally:
+        keeper.unproved_bytes -= MAX_UNPROVED_BYTES - len(body or "") + 1
+    assert (await door.ask(home, signed(home, key, door))).status_code == 200
+    assert keeper.unproved_bytes == 0
 
 
 async def test_the_administration_takes_signed_requests(home: House) -> None:

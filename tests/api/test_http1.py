@@ -176,6 +176,31 @@ async def test_old_clients_and_those_that_say_so_are_left_after_the_answer(serve
             assert await connection.ended() == b""
 
 
+async def test_an_old_client_gets_a_stream_without_chunks(models):
+    async def streaming_app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for piece in (b"data: one\n\n", b"", b"data: two\n\n"):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async with serving(models, streaming_app) as server:
+        for version, rest in (
+            (b"1.0", b"data: one\n\ndata: two\n\n"),
+            (b"1.1", b"b\r\ndata: one\n\n\r\nb\r\ndata: two\n\n\r\n0\r\n\r\n"),
+        ):
+            async with wire(server) as connection:
+                await connection.send(b"GET /some/path HTTP/%b\r\nhost: test\r\nconnection: close\r\n\r\n" % version)
+                status, headers, _ = await connection.receive()
+                assert (status, headers["connection"], "transfer-encoding" in headers) == (200, "close", version == b"1.1")
+                assert await connection.ended() == rest
+            async with wire(server) as connection:
+                await connection.send(GET.replace(b"GET", b"HEAD").replace(b"1.1", version))
+                status, headers, _ = await connection.receive(head=True)
+                assert (status, headers.get("connection")) == (200, "close" if version == b"1.0" else None)
+                if version == b"1.0":
+                    assert await connection.ended() == b""
+
+
 async def test_what_follows_connection_close_is_not_served(server, models):
     async with wire(server) as connection:
         await connection.send(post(question(), connection="close") + post(question()))

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from fairlead.gateway.gateway import Visit
 from fairlead.gateway.routing.places import Attempt
 from fairlead.gateway.routing.trip import Trip
 from fairlead.gateway.upstream.fake import Fake, Received, Script
 from fairlead.gateway.upstream.place import UpstreamTicket
+from fairlead.gateway.visit import Visit
 from tests.api.http_fake import Wire, until
 from tests.api.keyed import House, chat, house, row, wire_to
 
@@ -496,7 +496,7 @@ async def test_what_was_used_is_written_down(home: House, far: Fake) -> None:
             if len(records) == 2 and {each["output_tokens"] for each in records} == {8}:
                 break
             await asyncio.sleep(0.02)
-    assert {(each["kind"], each["outcome"]) for each in records} == {("completions", "success")}
+    assert {(each["kind"], each["outcome"]) for each in records} == {("generate", "success")}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,9 +1,12 @@
 """`fairlead doctor` on real folders, real ports and the libraries that are installed."""
 
+import contextlib
 import json
 import shutil
 import socket
+import sqlite3
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ from click.testing import CliRunner, Result
 from fairlead.backends import BACKENDS
 from fairlead.cli import cli
 from fairlead.cli.demo_models.tiny.checks import CHAT
+from fairlead.store.database import HEAD
+from fairlead.store.store import Store
+from tests.gateway.identity.issuers import LocalIssuer, free_port
+from tests.gateway.limits.servers import RedisServer
 
 ECHO = """
 class Echo:
@@ -169,6 +176,18 @@ def test_the_configurations_own_repositories_are_looked_at(tmp_path: Path, model
     assert finding(findings, "echo@1")["state"] == "ok"
 
 
+def test_a_fallback_that_nobody_computes_is_noted(tmp_path: Path, models: Path) -> None:
+    config = tmp_path / "fairlead.yaml"
+    policy = "{routing: {fallback: [trees, tress]}}"
+    listen = "listen: {port: 0, grpc_port: 0, ops_port: 0}"
+    config.write_text(f"{listen}\nmodels: {{repositories: ['{models}']}}\ngateway: {{models: {{echo: {policy}}}}}\n")
+    code, findings = doctor("--config", config)
+    told = finding(findings, "gateway.models.echo.routing.fallback")
+    assert code == 0 and told["state"] == "note" and "`tress`" in told["detail"]
+    _, findings = doctor("--config", config, models / "echo")
+    assert all("fallback" not in each["name"] for each in findings), "what else is served was not looked at"
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -185,6 +204,100 @@ def test_a_wrong_configuration_is_told_where(tmp_path: Path, text: str | None, t
     code, findings = doctor("--config", config)
     assert code == 1
     assert told in finding(findings, "fairlead.yaml")["detail"]
+
+
+# What a configuration leans on
+
+
+def asked(tmp_path: Path, text: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    """The exit code, and (state, detail) of each connection."""
+    config = tmp_path / "fairlead.yaml"
+    config.write_text(f"listen: {{port: 0, grpc_port: 0, ops_port: 0}}\n{text}")
+    code, findings = doctor("--config", config)
+    return code, {each["name"]: (each["state"], each["detail"]) for each in findings if each["area"] == "connections"}
+
+
+def test_without_a_store_redis_and_issuers_there_is_nothing_to_ask(tmp_path: Path) -> None:
+    assert asked(tmp_path, "") == (0, {})
+
+
+def test_a_store_is_looked_at_and_left_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "fairlead.db"
+    text = f"store: {{url: 'sqlite:///{file}'}}\n"
+    assert asked(tmp_path, text) == (0, {"store": ("note", "has no tables yet")})
+    assert not file.exists()
+    Store.open(f"sqlite:///{file}").close()
+    assert asked(tmp_path, text) == (0, {"store": ("ok", f"tables of version {HEAD}, 0 keys")})
+    for version, code, state, told in (("0000", 0, "note", "not " + HEAD), ("9999", 1, "problem", "a newer Fairlead")):
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as database:
+            database.execute("UPDATE fairlead_version SET version_num = ?", (version,))
+        exit_code, found = asked(tmp_path, text)
+        assert (exit_code, found["store"][0]) == (code, state) and told in found["store"][1]
+
+
+def test_a_store_without_a_key_where_callers_must_show_one_is_a_problem(tmp_path: Path) -> None:
+    code, found = asked(tmp_path, f"store: {{url: 'sqlite:///{tmp_path}/fairlead.db'}}\nauth: {{required: true}}\n")
+    assert code == 1 and "there is none" in found["store"][1]
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("sqlite:///{0}/fairlead.yaml", "file is not a database"),
+        ("sqlite:///{0}/nowhere/fairlead.db", "no such folder"),
+        ("postgresql://ada:hunter2@127.0.0.1:{1}/fairlead", "ada:***@127.0.0.1"),
+        ("mysql://127.0.0.1/fairlead", "only sqlite and postgresql"),
+    ],
+)
+def test_a_store_that_does_not_open_is_a_problem_told_without_its_password(tmp_path: Path, url: str, told: str) -> None:
+    code, found = asked(tmp_path, f"store: {{url: '{url.format(tmp_path, free_port())}'}}\n")
+    state, detail = found["store"]
+    assert (code, state) == (1, "problem") and told in detail and "hunter2" not in detail
+
+
+def test_redis_answers_or_not_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    redis = RedisServer(tmp_path)
+    text = f"gateway: {{redis_url: '{redis.url}'}}\n"
+    redis.start()
+    try:
+        assert asked(tmp_path, text) == (0, {"redis": ("ok", "answers")})
+        monkeypatch.setattr("fairlead.cli.connections.DEADLINE", 0.1)
+        redis.freeze()
+        assert asked(tmp_path, text) == (1, {"redis": ("problem", "does not answer within 0.1 s")})
+    finally:
+        redis.kill()
+    monkeypatch.undo()
+    code, found = asked(tmp_path, text)
+    assert (code, found["redis"][0]) == (1, "problem") and "refused" in found["redis"][1]
+    code, found = asked(tmp_path, "gateway: {redis_url: 'redis://:hunter2@127.0.0.1:hunter2/0'}\n")
+    assert code == 1 and "hunter2" not in found["redis"][1]
+
+
+@pytest.fixture
+def issuer() -> Iterator[LocalIssuer]:
+    running = LocalIssuer()
+    yield running
+    running.close()
+
+
+def test_an_issuer_is_asked_for_its_documents_and_its_keys_must_fit(tmp_path: Path, issuer: LocalIssuer) -> None:
+    name = f"issuer {issuer.url}"
+    text = f"auth: {{oidc: [{{issuer: '{issuer.url}', audience: a}}]}}\n"
+    assert asked(tmp_path, text) == (0, {name: ("ok", "1 key, for RS256, PS256")})
+    code, found = asked(tmp_path, text.replace("audience: a", "audience: a, algorithms: [ES256]"))
+    assert code == 1 and "none of its 1 keys is for ES256" in found[name][1]
+    issuer.keys.clear()
+    assert "no public key" in asked(tmp_path, text)[1][name][1]
+    issuer.discovery = {"issuer": "https://elsewhere.test"}
+    assert "https://elsewhere.test" in asked(tmp_path, text)[1][name][1]
+    issuer.broken = True
+    code, found = asked(tmp_path, text)
+    assert (code, found[name][0]) == (1, "problem") and "status 503" in found[name][1]
+
+
+def test_a_key_file_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
+    code, found = asked(tmp_path, f"tls: {{certificate: '{tmp_path}/nowhere.pem'}}\n")
+    assert (code, found["tls"][0]) == (1, "problem") and "cannot read" in found["tls"][1]
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from fairlead.api.admin import Admin, Problems
+from fairlead.api.admin import Admin
 from fairlead.api.doorkeeper import CALLER
 from fairlead.api.http_server import HttpServer
+from fairlead.api.problems import Problems
 from fairlead.api.web import json_app
 from fairlead.cli import cli
 from fairlead.cli.admin import seconds_of, time_of
@@ -119,6 +120,21 @@ def test_keys_are_listed_rotated_and_revoked() -> None:
 
 
 @pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("command", [("keys", "show"), ("keys", "rotate"), ("keys", "revoke"), ("usage", "--key-id")])
+def test_a_key_that_is_given_for_its_id_is_repeated_to_nobody(data: Path, command: tuple[str, ...]) -> None:
+    secret = run("keys", "create").stdout.strip()
+    told = run(*command, secret)
+    assert told.exit_code == 2 and f"give its id, {parse_key(secret)}" in told.output
+    assert secret not in told.output and secret[-32:] not in told.output
+    assert run(*command, parse_key(secret)).exit_code == 0
+
+
+def test_an_argument_that_is_no_utf_8_is_told_in_words(data: Path) -> None:
+    for arguments in (("keys", "show", "\udcff"), ("tenants", "create", "\udcff"), ("audit", "--actor", "\udcff")):
+        told = run(*arguments)
+        assert told.exit_code == 2 and "is not UTF-8" in told.output, told.exception
+
+
 def test_the_last_admin_key_is_revoked_with_force_only() -> None:
     id = asked("keys", "create", "--scope", "admin")["key"]["id"]
     with pytest.raises(FairleadError, match="last one with the scope `admin`"):
@@ -302,7 +318,12 @@ def test_a_server_that_does_not_let_in_or_is_not_there_says_so(server: str) -> N
         run("keys", "list", "--url", server, "--key", "poor")
     with pytest.raises(FairleadError, match="Is `fairlead serve` running there"):
         run("keys", "list", "--url", "http://127.0.0.1:1")
-    with pytest.raises(FairleadError, match="--url must look like"):
-        run("keys", "list", "--url", "somewhere")
+    for url in ("somewhere", "http://127.0.0.1:99999"):
+        with pytest.raises(FairleadError, match="--url must look like"):
+            run("keys", "list", "--url", url)
+    for key in ("fl_good\nsecret", "fl_good\r\nX-Admin: yes", "fl_gööd"):
+        with pytest.raises(FairleadError, match="holds no key: there is a line break in it") as told:
+            run("keys", "list", "--url", server, "--key", key)
+        assert "fl_g" not in told.value.message
     with pytest.raises(FairleadError, match="exclude each other"):
         run("keys", "list", "--url", server, "--config", "fairlead.yaml")

@@ -28,8 +28,9 @@ def binary(name: str) -> str:
 
 
 class Postgres:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fsync: str) -> None:
         self.folder = folder
+        self.fsync = fsync
         self.as_user: dict[str, Any] = {"user": USER, "group": USER, "extra_groups": []} if os.getuid() == 0 else {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -40,7 +41,7 @@ class Postgres:
         options = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
-            "fsync": "off",
+            "fsync": self.fsync,
             "shared_buffers": "16MB",
             "max_connections": 50,
         }
@@ -77,9 +78,9 @@ class Postgres:
 
 
 @contextmanager
-def private_postgres() -> Iterator[Postgres]:
+def private_postgres(fsync: str = "off") -> Iterator[Postgres]:
     parent = Path(tempfile.mkdtemp(prefix="fairlead-postgres-"))
-    postgres = Postgres(parent / "data")
+    postgres = Postgres(parent / "data", fsync)
     try:
         initdb = [binary("initdb"), "-D", str(postgres.folder), "-U", USER, "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
         if os.getuid() == 0:

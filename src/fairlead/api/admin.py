@@ -4,20 +4,13 @@ Whoever comes this far has the scope `admin`: the door has seen to that. Every c
 """
 
 import asyncio
-import csv
-import io
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from http import HTTPStatus
-from ipaddress import ip_address
-from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
+from collections.abc import Callable, Collection
+from typing import Any
 
 import msgspec
-import structlog
 from msgspec import UNSET, structs
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from fairlead.api.admin_bodies import (
@@ -25,11 +18,9 @@ from fairlead.api.admin_bodies import (
     Actions,
     BadField,
     Before,
-    Config,
     Deleted,
     Entries,
     EntriesQuery,
-    FieldError,
     Forced,
     Key,
     Keys,
@@ -40,7 +31,6 @@ from fairlead.api.admin_bodies import (
     NewTenant,
     NoQuery,
     OfWhom,
-    Problem,
     Project,
     Projects,
     Records,
@@ -53,11 +43,9 @@ from fairlead.api.admin_bodies import (
     Tenant,
     TenantChange,
     Tenants,
-    Version,
     bad_field,
     check_limits,
     check_public_key,
-    config_version,
     decoded,
     dimensions,
     key_of,
@@ -70,62 +58,22 @@ from fairlead.api.admin_bodies import (
     tenant_of,
     when,
 )
+from fairlead.api.admin_config import AdminConfig, Configured
+from fairlead.api.admin_csv import csv_response, wants_csv
+from fairlead.api.admin_route import actor_of, body_of, operation
 from fairlead.api.doorkeeper import caller_of
-from fairlead.api.openapi import Operation
-from fairlead.api.status import INTERNAL, http_status, told
-from fairlead.api.web import Serve, json_response, read_body
-from fairlead.core.errors import ConfigError, FairleadError, Forbidden, NotFound, Unsupported
-from fairlead.core.policy import DEFAULT_TENANT, Scope, TenantPolicy
+from fairlead.api.web import json_response
+from fairlead.core.errors import ConfigError, NotFound, Unsupported
+from fairlead.core.policy import DEFAULT_TENANT, TenantPolicy
 from fairlead.gateway.abuse import Abuse
 from fairlead.gateway.filters.filters import Filters
 from fairlead.gateway.identity.keys import NewKey, new_key
 from fairlead.store.rows import AuditQuery, AuditRow, KeyRow, ProjectRow, TenantRow, UsageQuery, UsageRow, UsageSum
-from fairlead.store.store import Conflict, Store, said
+from fairlead.store.store import Store, said
 
-T = TypeVar("T")
-
-MAX_BODY_BYTES = 1 << 20
 MAX_GROUPS = 100_000
 """Of sums in one answer."""
-VERSIONS_SHOWN = 20
 SECRET = {"Cache-Control": "no-store"}
-
-log = structlog.get_logger(__name__)
-
-
-class Configured(Protocol):
-    """The policies that the server runs with. Each change is checked first, and becomes a version of the store with its audit row."""
-
-    @property
-    def version(self) -> int: ...
-
-    def text(self) -> str: ...
-
-    async def put(self, text: str, actor: str) -> int: ...
-
-    async def rollback(self, actor: str) -> int: ...
-
-    async def reload(self, actor: str) -> int: ...
-
-
-class Problems:
-    """Errors as RFC 9457 wants them."""
-
-    def refusal(self, _: Request, error: HTTPException) -> Response:
-        return _problem(error.status_code, error.detail, headers=error.headers)
-
-    def response(self, error: FairleadError, headers: Mapping[str, str]) -> Response:
-        errors: tuple[FieldError, ...] = ()
-        detail = error.message
-        if isinstance(error, BadField) and error.field:
-            errors, detail = (FieldError(error.field, error.message),), f"{error.field}: {error.message}"
-        status = HTTPStatus.CONFLICT if isinstance(error, Conflict) else http_status(error)
-        return _problem(status, detail, errors, {**headers, **told(error)})
-
-
-def _problem(status: int, detail: str, errors: tuple[FieldError, ...] = (), headers: Mapping[str, str] | None = None) -> Response:
-    problem = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors)
-    return Response(msgspec.json.encode(problem), status, headers, "application/problem+json")
 
 
 class Admin:
@@ -142,60 +90,56 @@ class Admin:
     ) -> None:
         """`configured`, `abuse`: None where no server runs, or watches for it. `classes`: those of service that there are; None where that is not known."""
         self.store = store
-        self.configured = configured
         self.classes = classes
         self.now = now
         self.abuse = abuse
         tenant, project, key = "/admin/tenants/{tenant}", "/admin/tenants/{tenant}/projects", "/admin/keys/{key}"
         self.operations = (
-            _operation("GET", "/admin/tenants", "adminTenants", "All tenants", self.tenants, Tenants),
-            _operation("POST", "/admin/tenants", "adminCreateTenant", "A new tenant", self.create_tenant, Tenant, NewTenant, 409),
-            _operation("GET", tenant, "adminTenant", "One tenant", self.tenant, Tenant, None, 404),
-            _operation("PATCH", tenant, "adminChangeTenant", "Change what it may", self.change_tenant, Tenant, TenantChange, 404, 409),
-            _operation("DELETE", tenant, "adminDeleteTenant", "Delete it, its projects and keys", self.delete_tenant, Deleted, None, 404, 409),
-            _operation("GET", project, "adminProjects", "A tenant's projects", self.projects, Projects, None, 404),
-            _operation("PUT", f"{project}/{{project}}", "adminPutProject", "Make it, or set its limits", self.put_project, Project, NewProject, 404),
-            _operation("DELETE", f"{project}/{{project}}", "adminDeleteProject", "Delete it", self.delete_project, Deleted, None, 404, 409),
-            _operation("GET", "/admin/keys", "adminKeys", "All keys, without their secrets", self.keys, Keys),
-            _operation("POST", "/admin/keys", "adminCreateKey", "A new key: its secret is in this answer only", self.create_key, SecretKey, NewKeyBody, 404),
-            _operation("GET", key, "adminKey", "One key", self.key, Key, None, 404),
-            _operation("POST", f"{key}/rotate", "adminRotateKey", "A new key in its place; both work for a while", self.rotate_key, SecretKey, Rotation, 404, 409),
-            _operation("POST", f"{key}/revoke", "adminRevokeKey", "Never again", self.revoke_key, Key, Revocation, 404, 409),
-            _operation("GET", "/admin/usage", "adminUsage", "Sums over whole hours, as JSON or CSV", self.usage, Sums),
-            _operation("GET", "/admin/usage/records", "adminUsageRecords", "One record a request, the newest first", self.records, Records),
-            _operation("DELETE", "/admin/usage/records", "adminPurgeUsage", "Forget old records; their sums stay", self.purge, Deleted),
-            _operation("GET", "/admin/audit", "adminAudit", "Who did what to what, the newest first", self.audit, Entries),
-            _operation("GET", "/admin/abuse", "adminAbuse", "What is done about tenants whose traffic looks abnormal", self.actions, Actions, None, 501),
-            _operation("DELETE", "/admin/abuse/{tenant}", "adminLiftAbuse", "Let a tenant's requests in again", self.lift, Deleted, None, 404, 501),
-            _operation("GET", "/admin/config", "adminConfig", "The policies, and their latest versions", self.config, Config, None, 501),
-            _operation("PUT", "/admin/config", "adminPutConfig", "Other policies: the body is YAML", self.put_config, Version, None, 501),
-            _operation("POST", "/admin/config/rollback", "adminRollbackConfig", "Back to the version before", self.rollback, Version, None, 409, 501),
-            _operation("POST", "/admin/config/reload", "adminReloadConfig", "Read fairlead.yaml again", self.reload, Version, None, 501),
+            operation("GET", "/admin/tenants", "adminTenants", "All tenants", self.tenants, Tenants),
+            operation("POST", "/admin/tenants", "adminCreateTenant", "A new tenant", self.create_tenant, Tenant, NewTenant, 409),
+            operation("GET", tenant, "adminTenant", "One tenant", self.tenant, Tenant, None, 404),
+            operation("PATCH", tenant, "adminChangeTenant", "Change what it may", self.change_tenant, Tenant, TenantChange, 404, 409),
+            operation("DELETE", tenant, "adminDeleteTenant", "Delete it, its projects and keys", self.delete_tenant, Deleted, None, 404, 409),
+            operation("GET", project, "adminProjects", "A tenant's projects", self.projects, Projects, None, 404),
+            operation("PUT", f"{project}/{{project}}", "adminPutProject", "Make it, or set its limits", self.put_project, Project, NewProject, 404),
+            operation("DELETE", f"{project}/{{project}}", "adminDeleteProject", "Delete it", self.delete_project, Deleted, None, 404, 409),
+            operation("GET", "/admin/keys", "adminKeys", "All keys, without their secrets", self.keys, Keys),
+            operation("POST", "/admin/keys", "adminCreateKey", "A new key: its secret is in this answer only", self.create_key, SecretKey, NewKeyBody, 404),
+            operation("GET", key, "adminKey", "One key", self.key, Key, None, 404),
+            operation("POST", f"{key}/rotate", "adminRotateKey", "A new key in its place; both work for a while", self.rotate_key, SecretKey, Rotation, 404, 409),
+            operation("POST", f"{key}/revoke", "adminRevokeKey", "Never again", self.revoke_key, Key, Revocation, 404, 409),
+            operation("GET", "/admin/usage", "adminUsage", "Sums over whole hours, as JSON or CSV", self.usage, Sums),
+            operation("GET", "/admin/usage/records", "adminUsageRecords", "One record a request, the newest first", self.records, Records),
+            operation("DELETE", "/admin/usage/records", "adminPurgeUsage", "Forget old records; their sums stay", self.purge, Deleted),
+            operation("GET", "/admin/audit", "adminAudit", "Who did what to what, the newest first", self.audit, Entries),
+            operation("GET", "/admin/abuse", "adminAbuse", "What is done about tenants whose traffic looks abnormal", self.actions, Actions, None, 501),
+            operation("DELETE", "/admin/abuse/{tenant}", "adminLiftAbuse", "Let a tenant's requests in again", self.lift, Deleted, None, 404, 501),
+            *AdminConfig(store, configured).operations,
         )  # fmt: skip
 
     # Tenants and projects
 
     async def tenants(self, http: Request) -> Response:
         query_of(http, NoQuery)
-        return json_response(Tenants(tenants=[tenant_of(row) for row in await _in_thread(self.store.tenants)]))
+        return json_response(Tenants(tenants=[tenant_of(row) for row in await asyncio.to_thread(self.store.tenants)]))
 
     async def create_tenant(self, http: Request) -> Response:
-        body = decoded(await _body(http), NewTenant)
+        body = decoded(await body_of(http), NewTenant)
         if body.policy is not None:
-            await _in_thread(self._check_policy, body.policy)
+            await asyncio.to_thread(self._check_policy, body.policy)
         row = TenantRow(name=body.name, policy=body.policy, created=self.now(), disabled=body.disabled)
         shown = tenant_of(row)
-        await _in_thread(
+        await asyncio.to_thread(
             self.store.add_tenant, row, self._did(http, "tenant.create", body.name, policy=shown.policy, disabled=row.disabled)
         )
         return json_response(shown)
 
     async def tenant(self, http: Request) -> Response:
         query_of(http, NoQuery)
-        return json_response(tenant_of(await _in_thread(self.store.tenant, http.path_params["tenant"])))
+        return json_response(tenant_of(await asyncio.to_thread(self.store.tenant, http.path_params["tenant"])))
 
     async def change_tenant(self, http: Request) -> Response:
-        name, force, patch = http.path_params["tenant"], query_of(http, Forced).force, decoded(await _body(http), TenantChange)
+        name, force, patch = http.path_params["tenant"], query_of(http, Forced).force, decoded(await body_of(http), TenantChange)
 
         def change(row: TenantRow) -> TenantRow:
             policy = row.policy
@@ -206,9 +150,9 @@ class Admin:
             return structs.replace(row, policy=policy, disabled=row.disabled if patch.disabled is UNSET else patch.disabled)
 
         # before the transaction, which must be short
-        wanted = change(await _in_thread(self.store.tenant, name)).policy
+        wanted = change(await asyncio.to_thread(self.store.tenant, name)).policy
         if wanted is not None and patch.policy is not UNSET:
-            await _in_thread(self._check_policy, wanted)
+            await asyncio.to_thread(self._check_policy, wanted)
         did = self._did(http, "tenant.change", name, **msgspec.to_builtins(patch))
         return json_response(tenant_of(await asyncio.to_thread(self.store.change_tenant, name, change, did, force=force)))
 
@@ -219,24 +163,24 @@ class Admin:
 
     async def projects(self, http: Request) -> Response:
         query_of(http, NoQuery)
-        rows = await _in_thread(self.store.projects, http.path_params["tenant"])
+        rows = await asyncio.to_thread(self.store.projects, http.path_params["tenant"])
         return json_response(Projects(projects=[project_of(row) for row in rows]))
 
     async def put_project(self, http: Request) -> Response:
         tenant, name, body = (
             http.path_params["tenant"],
             _name(http.path_params["project"], "project"),
-            decoded(await _body(http), NewProject),
+            decoded(await body_of(http), NewProject),
         )
         check_limits(body.limits)
         did = self._did(http, "project.put", f"{tenant}/{name}", limits=body.limits)
         row = ProjectRow(tenant=tenant, name=name, limits=body.limits, created=self.now())
-        return json_response(project_of(await _in_thread(self.store.put_project, row, did)))
+        return json_response(project_of(await asyncio.to_thread(self.store.put_project, row, did)))
 
     async def delete_project(self, http: Request) -> Response:
         query_of(http, NoQuery)
         tenant, name = http.path_params["tenant"], http.path_params["project"]
-        await _in_thread(self.store.delete_project, tenant, name, self._did(http, "project.delete", f"{tenant}/{name}"))
+        await asyncio.to_thread(self.store.delete_project, tenant, name, self._did(http, "project.delete", f"{tenant}/{name}"))
         return json_response(Deleted(deleted=1))
 
     # Keys
@@ -245,11 +189,11 @@ class Admin:
         query = query_of(http, KeysQuery)
         if query.state not in (None, "live", "expired", "revoked"):
             raise BadField("is none of live, expired, revoked", "state")
-        keys = [key_of(row, self.now()) for row in await _in_thread(self.store.keys, query.tenant, query.project)]
+        keys = [key_of(row, self.now()) for row in await asyncio.to_thread(self.store.keys, query.tenant, query.project)]
         return json_response(Keys(keys=[key for key in keys if query.state in (None, key.state)]))
 
     async def create_key(self, http: Request) -> Response:
-        body, now = decoded(await _body(http), NewKeyBody), self.now()
+        body, now = decoded(await body_of(http), NewKeyBody), self.now()
         check_limits(body.limits)
         if body.qos_class is not None:
             self._check_class(body.qos_class, "class")
@@ -257,7 +201,7 @@ class Admin:
             raise BadField("is in the past", "expires")
         if body.public_key is not None:
             check_public_key(body.public_key)
-        new, caller = new_key(), caller_of(http)[0]
+        new = new_key()
         row = KeyRow(
             tenant=body.tenant,
             project=body.project,
@@ -268,20 +212,20 @@ class Admin:
             qos_class=body.qos_class,
             limits=body.limits,
             created=now,
-            created_by=caller.key or ANONYMOUS,
+            created_by=actor_of(http),
             expires=None if body.expires is None else body.expires.timestamp(),
             **_kept(new),
         )
-        await _in_thread(self.store.add_key, row, self._did(http, "key.create", row.id, **_described(row, now)))
+        await asyncio.to_thread(self.store.add_key, row, self._did(http, "key.create", row.id, **_described(row, now)))
         return json_response(SecretKey(key=key_of(row, now), secret=new.secret), headers=SECRET)
 
     async def key(self, http: Request) -> Response:
         query_of(http, NoQuery)
-        return json_response(key_of(await _in_thread(self.store.key, http.path_params["key"]), self.now()))
+        return json_response(key_of(await asyncio.to_thread(self.store.key, http.path_params["key"]), self.now()))
 
     async def rotate_key(self, http: Request) -> Response:
-        id, body, now, new = http.path_params["key"], decoded(await _body(http), Rotation), self.now(), new_key()
-        by = caller_of(http)[0].key or ANONYMOUS
+        id, body, now, new = http.path_params["key"], decoded(await body_of(http), Rotation), self.now(), new_key()
+        by = actor_of(http)
 
         def successor(old: KeyRow) -> KeyRow:
             """What the old one may, for as long as it was given."""
@@ -289,11 +233,11 @@ class Admin:
             return structs.replace(old, created=now, created_by=by, expires=expires, replaces=old.id, **_kept(new))
 
         did = self._did(http, "key.rotate", id, replaced_by=new.id, overlap_seconds=body.overlap_seconds)
-        _, row = await _in_thread(self.store.rotate_key, id, successor, body.overlap_seconds, did)
+        _, row = await asyncio.to_thread(self.store.rotate_key, id, successor, body.overlap_seconds, did)
         return json_response(SecretKey(key=key_of(row, now), secret=new.secret), headers=SECRET)
 
     async def revoke_key(self, http: Request) -> Response:
-        id, body = http.path_params["key"], decoded(await _body(http), Revocation)
+        id, body = http.path_params["key"], decoded(await body_of(http), Revocation)
         did = self._did(http, "key.revoke", id, **({"forced": True} if body.force else {}))
         row = await asyncio.to_thread(self.store.revoke_key, id, did, force=body.force)
         return json_response(key_of(row, self.now()))
@@ -309,11 +253,11 @@ class Admin:
             if len(sums) > MAX_GROUPS:
                 raise BadField(f"makes more than {MAX_GROUPS} groups: ask for a shorter time, or by less", "by")
             rows = [{**dict(zip(by, each.group, strict=True)), **_without(each, "group")} for each in sums]
-            if _wants_csv(http, query.format):
-                return _csv("usage", rows, [*by, *UsageSum.__struct_fields__[1:]])
+            if wants_csv(http, query.format):
+                return csv_response("usage", rows, [*by, *UsageSum.__struct_fields__[1:]])
             return json_response(Sums(groups=rows))
 
-        return await _in_thread(answer)
+        return await asyncio.to_thread(answer)
 
     async def records(self, http: Request) -> Response:
         query = query_of(http, RecordsQuery)
@@ -323,16 +267,16 @@ class Admin:
             rows = self.store.records(wanted, query.limit, after)
             more = f"{rows[-1].time!r}:{rows[-1].id}" if len(rows) == query.limit else None
             shown = [{**_without(row, "id"), "time": when(row.time)} for row in rows]
-            if _wants_csv(http, query.format):
-                return _csv("records", shown, list(UsageRow.__struct_fields__[:-1]), more)
+            if wants_csv(http, query.format):
+                return csv_response("records", shown, list(UsageRow.__struct_fields__[:-1]), more)
             return json_response(Records(records=shown, next=more))
 
-        return await _in_thread(answer)
+        return await asyncio.to_thread(answer)
 
     async def purge(self, http: Request) -> Response:
         before = moment(query_of(http, Before).before, "before")
         did = self._did(http, "usage.purge", "usage", before=when(before).isoformat())
-        return json_response(Deleted(deleted=await _in_thread(self.store.purge, before, did)))
+        return json_response(Deleted(deleted=await asyncio.to_thread(self.store.purge, before, did)))
 
     async def audit(self, http: Request) -> Response:
         query = query_of(http, EntriesQuery)
@@ -340,7 +284,7 @@ class Admin:
         if query.cursor and not (query.cursor.isdecimal() and len(query.cursor) < 19):
             raise BadField("is none that was given", "cursor")
         wanted = AuditQuery(since=since, until=until, actor=query.actor, action=query.action, subject=query.subject)
-        rows = await _in_thread(self.store.audit, wanted, query.limit, int(query.cursor) if query.cursor else None)
+        rows = await asyncio.to_thread(self.store.audit, wanted, query.limit, int(query.cursor) if query.cursor else None)
         entries = [{**_without(row, "id"), "time": when(row.time)} for row in rows]
         return json_response(Entries(entries=entries, next=str(rows[-1].id) if len(rows) == query.limit else None))
 
@@ -367,7 +311,7 @@ class Admin:
         tenant = http.path_params["tenant"]
         if not self._abuse().lift(tenant):
             raise NotFound(f"nothing is done about tenant `{tenant}`")
-        await _in_thread(self.store.record, (), (self._did(http, "abuse.lift", tenant),))
+        await asyncio.to_thread(self.store.record, (), (self._did(http, "abuse.lift", tenant),))
         return json_response(Deleted(deleted=1))
 
     def _abuse(self) -> Abuse:
@@ -376,39 +320,11 @@ class Admin:
             raise Unsupported("no server that watches for abuse runs here (`gateway.abuse.action`)")
         return self.abuse
 
-    # Configuration
-
-    async def config(self, http: Request) -> Response:
-        query_of(http, NoQuery)
-        configured = self._configured()
-        versions = [config_version(row) for row in await _in_thread(self.store.configs, VERSIONS_SHOWN)]
-        return json_response(Config(version=configured.version, text=configured.text(), versions=versions))
-
-    async def put_config(self, http: Request) -> Response:
-        body = await _body(http)
-        try:
-            text = body.decode("utf-8")
-        except UnicodeDecodeError:
-            raise BadField("the body is not UTF-8", "") from None
-        return json_response(Version(version=await self._configured().put(text, _actor(http))))
-
-    async def rollback(self, http: Request) -> Response:
-        return json_response(Version(version=await self._configured().rollback(_actor(http))))
-
-    async def reload(self, http: Request) -> Response:
-        return json_response(Version(version=await self._configured().reload(_actor(http))))
-
-    def _configured(self) -> Configured:
-        """Raises Unsupported."""
-        if self.configured is None:
-            raise Unsupported("no server runs here: ask one with --url, or change fairlead.yaml")
-        return self.configured
-
     # What every change needs
 
     def _did(self, http: Request, action: str, subject: str, **details: Any) -> AuditRow:
         address = caller_of(http)[0].address or (http.client.host if http.client else "")
-        return AuditRow(time=self.now(), actor=_actor(http), action=action, subject=subject, details=details, address=address)
+        return AuditRow(time=self.now(), actor=actor_of(http), action=action, subject=subject, details=details, address=address)
 
     def _check_policy(self, policy: TenantPolicy) -> None:
         """Takes milliseconds where it has filters. Raises BadField."""
@@ -426,75 +342,6 @@ class Admin:
         known = None if self.classes is None else self.classes()
         if known is not None and name not in known:
             raise BadField(f"{name!r} is none of the classes {', '.join(known)}", field)
-
-
-ANONYMOUS = "anonymous"
-"""Who acts on a server that asks nobody."""
-
-
-def _operation(method: str, path: str, name: str, summary: str, serve: Serve, answer: Any, body: Any = None, *errors: int) -> Operation:
-    return Operation(
-        name=name,
-        method=method,
-        path=path,
-        tag="admin",
-        summary=summary,
-        serve=_told(serve),
-        answer=answer,
-        body=body,
-        scope=Scope.ADMIN,
-        errors=(400, 401, 403, *errors, 503),
-        error=Problem,
-    )
-
-
-def _told(serve: Serve) -> Serve:
-    """Errors as problems."""
-
-    async def endpoint(http: Request) -> Any:
-        try:
-            _same_site(http)
-            return await serve(http)
-        except FairleadError as error:
-            return Problems().response(error, {})
-        except (HTTPException, ClientDisconnect):
-            raise
-        except Exception:
-            log.exception("request_failed", method=http.method, path=http.url.path)
-            return Problems().response(INTERNAL, {})
-
-    return endpoint
-
-
-def _same_site(http: Request) -> None:
-    """Raises Forbidden for a page of another site that lets an administrator's browser ask: on a server that asks for no key it could."""
-    origin, host = http.headers.get("origin"), http.headers.get("host", "")
-    if not caller_of(http)[0].key and not _is_local(host):
-        # a page whose name was made to point here (DNS rebinding) is its own site
-        raise Forbidden(f"{host} may not administer this server: ask it by its address, or as localhost")
-    if origin is not None and urlsplit(origin).netloc != http.headers.get("host"):
-        raise Forbidden(f"pages of {origin} may not administer this server")
-
-
-def _is_local(host: str) -> bool:
-    name = urlsplit(f"//{host}").hostname or ""
-    try:
-        ip_address(name)
-    except ValueError:
-        return name == "localhost"
-    return True
-
-
-def _actor(http: Request) -> str:
-    return caller_of(http)[0].key or ANONYMOUS
-
-
-async def _body(http: Request) -> bytes:
-    return await read_body(http, MAX_BODY_BYTES)
-
-
-async def _in_thread(work: Callable[..., T], *arguments: Any) -> T:
-    return await asyncio.to_thread(work, *arguments)
 
 
 def _name(text: str, field: str) -> str:
@@ -538,27 +385,3 @@ def _record_cursor(text: str) -> tuple[float, int] | None:
 
 def _without(row: msgspec.Struct, name: str) -> dict[str, Any]:
     return {field: getattr(row, field) for field in row.__struct_fields__ if field != name}
-
-
-def _wants_csv(http: Request, format: str) -> bool:
-    """Raises BadField."""
-    if format not in ("", "csv", "json"):
-        raise BadField("is neither csv nor json", "format")
-    return format == "csv" or (not format and "text/csv" in http.headers.get("accept", ""))
-
-
-def _csv(name: str, rows: Iterable[Mapping[str, Any]], columns: list[str], more: str | None = None) -> Response:
-    """`more`: the cursor of the next page, in a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\r\n")
-    writer.writeheader()
-    writer.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
-    headers = {"Content-Disposition": f'attachment; filename="{name}.csv"', **({"X-Next-Cursor": more} if more else {})}
-    return Response(text.getvalue(), headers=headers, media_type="text/csv; charset=utf-8")
-
-
-def _harmless(value: Any) -> Any:
-    """Callers choose some of these texts, and a spreadsheet computes what begins like a formula."""
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return "'" + value
-    return value.isoformat() if hasattr(value, "isoformat") else value

@@ -260,11 +260,28 @@ class Version(TypedDict):
 def decoded(body: bytes, type_: type[T]) -> T:
     """Raises BadField. An empty body is an empty object."""
     try:
-        return msgspec.json.decode(body or b"{}", type=type_)
+        value = msgspec.json.decode(body or b"{}", type=type_)
+        if b"\\u0000" in body:
+            storable("", msgspec.json.decode(body))
     except msgspec.ValidationError as error:
         raise bad_field(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
+    return value
+
+
+def storable(field: str, value: Any) -> None:
+    """Raises BadField for a text that PostgreSQL can neither keep nor be asked for."""
+    match value:
+        case str() if "\0" in value:
+            raise BadField("has a NUL character in it", field)
+        case dict():
+            for name, each in value.items():
+                storable(field, name)
+                storable(f"{field}.{name}".lstrip("."), each)
+        case list():
+            for each in value:
+                storable(field, each)
 
 
 def query_of(request: Request, type_: type[T]) -> T:

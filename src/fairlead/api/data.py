@@ -1,5 +1,6 @@
 """The data port's app: every protocol's operations in one table, and the document made from it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.requests import Request
@@ -7,13 +8,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from fairlead.api.doorkeeper import Doorkeeper, caller_of
+from fairlead.api.jobs.bfl import BlackForestErrors
+from fairlead.api.jobs.canonical import JobProblems
+from fairlead.api.jobs.details import Details
 from fairlead.api.kserve.rest import Rest
 from fairlead.api.line import AccessLine
 from fairlead.api.openai.errors import OpenAIErrors
 from fairlead.api.openai.routes import Elsewhere, OpenAI
 from fairlead.api.openapi import Operation, document, examples_of
 from fairlead.api.status import http_status
-from fairlead.api.web import Admit, json_app, json_response
+from fairlead.api.web import Admit, Shapes, json_app, json_response
 from fairlead.core.errors import FairleadError
 from fairlead.core.policy import Scope
 from fairlead.core.request import Inference
@@ -21,6 +25,16 @@ from fairlead.gateway.identity.identity import may_use
 from fairlead.observe.access import AccessLog
 from fairlead.runtime.repository import ModelRepository
 
+DATA_SHAPES: Shapes = {
+    "/v1/jobs": JobProblems(),
+    "/v1/artifacts": JobProblems(),
+    "/v1/deliveries": JobProblems(),
+    "/v1/webhooks": JobProblems(),
+    "/v1/predictions": Details(),
+    "/v1/get_result": BlackForestErrors(),
+    "/v1": OpenAIErrors(),
+}
+"""By the beginning of a path; the first that fits counts."""
 MAX_EXAMPLES = 16
 """Models that the OpenAPI document shows bodies for."""
 
@@ -31,15 +45,17 @@ def data_app(
     gateway: Inference | None = None,
     doorkeeper: Doorkeeper | None = None,
     elsewhere: Elsewhere | None = None,
+    more: Iterable[Operation] = (),
     access_log: AccessLog | None = None,
     max_body_bytes: int = 64 << 20,
 ) -> ASGIApp:
-    """The ASGI app of port 8000. KServe's `infer` answers here with server-sent events only: plain answers are the server's own business."""
+    """The ASGI app of port 8000; `more`: of jobs. KServe's `infer` answers here with server-sent events only: plain answers are the server's own business."""
     log = access_log or AccessLog(None)
     asked = gateway or repository
     operations = [
         *Rest(repository, asked, log, max_body_bytes).operations,
         *OpenAI(repository, asked, log, max_body_bytes, elsewhere).operations,
+        *more,
     ]
 
     async def openapi(http: Request) -> Response:
@@ -60,9 +76,7 @@ def data_app(
             errors=(500,),
         )
     )
-    return json_app(
-        [(each.method, each.path, each.serve, each.scope) for each in operations], {"/v1": OpenAIErrors()}, _admit(doorkeeper, log)
-    )
+    return json_app([(each.method, each.path, each.serve, each.scope) for each in operations], DATA_SHAPES, _admit(doorkeeper, log))
 
 
 def _admit(doorkeeper: Doorkeeper | None, access_log: AccessLog) -> Admit | None:

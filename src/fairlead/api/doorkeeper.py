@@ -8,7 +8,7 @@ from starlette.requests import Request as HttpRequest
 
 from fairlead.api.web import place as place_of
 from fairlead.core.caller import ANYONE, Caller, Credentials, Envelope
-from fairlead.core.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
+from fairlead.core.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated, Unavailable
 from fairlead.core.policy import AuthSettings, Scope
 from fairlead.gateway.identity.identity import Identity, client_address, may_use
 from fairlead.gateway.signing import Nonces, SharedNonces, Verified, key_id, verify
@@ -17,15 +17,32 @@ from fairlead.observe.counts import Counts
 Headers = Mapping[bytes, bytes]
 Fields = list[tuple[bytes, bytes]]
 
-CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key", b"signature-input"))
+KEY_HEADERS = (b"x-api-key", b"api-key", b"x-key")
+"""Triton's clients' and others', Azure's, Black Forest Labs'."""
+CREDENTIALS = frozenset((b"authorization", b"signature-input", *KEY_HEADERS))
 ONCE = CREDENTIALS | {b"host", b"x-fairlead-class", b"x-fairlead-session", b"x-forwarded-for"}
 """Headers that say who somebody is or what they may: one that comes twice could be read in two ways."""
+MAX_UNPROVED_BYTES = 512 << 20
 CALLER = "fairlead.caller"
 """Where the ASGI scope has it."""
 
 
 class Doorkeeper:
-    def __init__(self, identity: Identity, auth: AuthSettings, nonces: Nonces | SharedNonces, counts: Counts) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        auth: AuthSettings,
+        nonces: Nonces | SharedNonces,
+        counts: Counts,
+        *,
+        recorded: bool = False,
+        max_body_bytes: int = 64 << 20,
+    ) -> None:
+        """`recorded`: each request leaves a record, which says where anyone came from. `max_body_bytes`: what a door lets in."""
+        self.recorded = recorded
+        self.max_body_bytes = max_body_bytes
+        self.unproved_bytes = 0
+        """Of bodies that are read to be held against their signatures."""
         self.identity = identity
         self.auth = auth
         self.nonces = nonces
@@ -33,7 +50,7 @@ class Doorkeeper:
 
     def caller(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None) -> Caller | None:
         """Who calls; None where that must be `learn`ed. Raises Unauthenticated."""
-        if certificate is None and self.identity.asks_nobody and CREDENTIALS.isdisjoint(headers):
+        if not self.recorded and certificate is None and self.identity.asks_nobody and CREDENTIALS.isdisjoint(headers):
             return ANYONE
         return self.identity.known(self._credentials(headers, peer, certificate), time.time())
 
@@ -72,19 +89,30 @@ class Doorkeeper:
         caller = self.caller(headers, peer, certificate) or await self.learn(headers, peer, certificate)
         signed_by = ""
         if is_signed(headers):
-            signed_by = await self.prove(envelope_of(http, await http.body()), caller)
+            signed_by = await self.prove(envelope_of(http, await self._body(http)), caller)
         may(caller, scope, signed_by)
         http.scope[CALLER] = (caller, signed_by)
+
+    async def _body(self, http: HttpRequest) -> bytes:
+        """Whole: nothing is proved before. Raises Unavailable where others' take all that there is for it."""
+        size = self.max_body_bytes if "transfer-encoding" in http.headers else int(http.headers.get("content-length", "0"))
+        if self.unproved_bytes + size > MAX_UNPROVED_BYTES:
+            raise Unavailable(f"signed bodies of {MAX_UNPROVED_BYTES} bytes are being received already")
+        self.unproved_bytes += size
+        try:
+            return await http.body()
+        finally:
+            self.unproved_bytes -= size
 
     def _credentials(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None) -> Credentials:
         if self.auth.trusted_proxies:
             peer = client_address(peer, _text(headers, b"x-forwarded-for"), self.auth.trusted_proxies)
-        api_key, other = _text(headers, b"x-api-key"), _text(headers, b"api-key")
-        if api_key and other and api_key != other:
-            raise Unauthenticated("`x-api-key` and `api-key` show different keys: send one of them")
+        shown = {text for name in KEY_HEADERS if (text := _text(headers, name))}
+        if len(shown) > 1:
+            raise Unauthenticated("`x-api-key`, `api-key` and `x-key` show different keys: send one of them")
         return Credentials(
             authorization=_text(headers, b"authorization"),
-            api_key=api_key or other,
+            api_key=shown.pop() if shown else "",
             signature_input=_text(headers, b"signature-input"),
             address=peer,
             certificate=certificate,

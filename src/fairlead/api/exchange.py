@@ -33,7 +33,7 @@ from fairlead.api.kserve.codec import (
 from fairlead.api.openai.errors import OpenAIErrors, decode_body, no_such_model, openai_status
 from fairlead.api.openai.passing import BODIES, Peek, peek, raw_of
 from fairlead.api.status import CLIENT_LEFT, INTERNAL, http_status, told
-from fairlead.api.web import framed
+from fairlead.api.web import JSON, Shape, framed
 from fairlead.core.caller import ANYONE, Caller, Envelope
 from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, ModelError, Unavailable, Unsupported
 from fairlead.core.policy import Scope
@@ -96,7 +96,6 @@ class Exchange:
     form = JSON_FORM
     ticket: Ticket | None = None
     error: FairleadError | None = None
-    status = 0
     continue_expected = False
     waiting = False
     """Others on this connection are answered first."""
@@ -109,6 +108,8 @@ class Exchange:
     peeked: Peek
     path = ""
     """Of a body of the OpenAI protocol, for a model that may be another server's."""
+    shape: Shape | None = None
+    """Of errors; None: KServe's."""
     streaming = False
     """The answer is being written piece by piece."""
 
@@ -120,7 +121,7 @@ class Exchange:
         self.keep_alive = keep_alive
         self.arrived = protocol.heard
         if path:
-            self.path = path
+            self.path, self.shape = path, OPENAI
 
     # Coming in
 
@@ -197,9 +198,9 @@ class Exchange:
     def _padding(self) -> int:
         return -int(self.head) % ALIGNMENT if self.head.isdigit() and len(self.head) < 20 else 0
 
-    def refuse(self, error: FairleadError, status: int = 0) -> None:
+    def refuse(self, error: FairleadError) -> None:
         """Answer with an error without reading what is left of the body; the connection ends with it."""
-        self.error, self.status = error, status
+        self.error = error
         self.keep_alive = False
         self.protocol.deaf = True
         self.protocol.read_again()
@@ -562,13 +563,13 @@ class Exchange:
         if self.streaming:
             self._end_stream(error)
             return
-        if self.path:
-            message, body = error.message, OPENAI.event(error)
+        message = error.message
+        if self.shape is not None:
+            status, media_type, body = self.shape.content(error)
         else:
             message = message_of(error, self.id)
-            body = _json.encode({"error": message})
-        kind = f"content-type: application/json\r\n{self.extra}{head_lines(told(error))}"
-        status = self.status or (openai_status(error) if self.path else http_status(error))
+            status, media_type, body = http_status(error), JSON, _json.encode({"error": message})
+        kind = f"content-type: {media_type}\r\n{self.extra}{head_lines(told(error))}"
         self.protocol.transport.write(self._head(status, kind, len(body)) + body)
         self._finish(status, message)
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import httptools
 import structlog
 import uvicorn
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGISendEvent
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from fairlead.api.exchange import DIRECT_BYTES, Exchange
-from fairlead.api.status import INTERNAL
+from fairlead.api.status import INTERNAL, LateRequest, LongHead
 from fairlead.core.errors import FairleadError, InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
@@ -90,6 +90,26 @@ class Parting:
         self.protocol.part(linger=self.protocol.stage == BODY)
 
 
+class Unframed:
+    """What an ASGI cycle sends to a client of HTTP/1.0, which knows no chunks: an answer of unknown length ends with the connection."""
+
+    __slots__ = ("cycle", "lengthless", "send")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self.cycle = cycle
+        self.send = cycle.send
+        self.lengthless = False
+
+    async def __call__(self, message: ASGISendEvent) -> None:
+        if message["type"] == "http.response.start":
+            self.lengthless = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            if self.lengthless:
+                self.cycle.chunked_encoding = False
+        elif message["type"] == "http.response.body" and self.lengthless:
+            self.cycle.expected_content_length = len(message.get("body", b""))
+        await self.send(message)
+
+
 class Flow(FlowControl):
     """Reads on only while little waits on this connection: neither requests nor answers pile up.
 
@@ -120,6 +140,7 @@ class DataProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state)
         self.http = http
         self.peer = ""
+        self.url = b""
         self.certificate: Mapping[str, Any] | None = None
         """Of a client over TLS that showed one; verified."""
         self.running: Any = None
@@ -403,6 +424,8 @@ class DataProtocol(HttpToolsProtocol):
         self.num_cycle_bytes = 0
         super().on_headers_complete()
         self.cycle.transport = Parting(self)
+        if self.scope["http_version"] != "1.1":
+            self.cycle.send = Unframed(self.cycle)
         if self.pipeline:
             self.flow.resume_reading()
         if self.http.draining:
@@ -417,21 +440,26 @@ class DataProtocol(HttpToolsProtocol):
 
     # Refusals
 
-    def _exchange_error(self, error: FairleadError, status: int = 0) -> None:
+    def _exchange_error(self, error: FairleadError) -> None:
         """Answer with an error, in turn."""
-        exchange = Exchange(self, "", "", keep_alive=False)
+        exchange = self._refusal()
         self._enqueue(exchange)
-        exchange.refuse(error, status)
+        exchange.refuse(error)
 
-    def reject(self, error: FairleadError, status: int = 0) -> None:
+    def _refusal(self) -> Exchange:
+        exchange = Exchange(self, "", "", keep_alive=False)
+        exchange.shape = self.http.shape_of(self.url)
+        return exchange
+
+    def reject(self, error: FairleadError) -> None:
         """What comes in is no request that could be served: say so in turn, and listen no more."""
         if self.deaf:
             return
         cycle = self.cycle
         if self.stage != BODY:
-            self._exchange_error(error, status)
+            self._exchange_error(error)
         elif type(cycle) is Exchange:
-            cycle.refuse(error, status)
+            cycle.refuse(error)
         elif cycle.response_started:
             # its answer is on the way or gone: there is no place for another
             self.deaf = True
@@ -441,20 +469,20 @@ class DataProtocol(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
             cycle.scope["fairlead.departure"].now()
-            self.cycle = exchange = Exchange(self, "", "", keep_alive=False)
+            self.cycle = exchange = self._refusal()
             if self.pipeline:
                 exchange.waiting = True
                 self.pipeline[0] = exchange, None
             else:
                 self.running = exchange
-            exchange.refuse(error, status)
+            exchange.refuse(error)
 
     def send_400_response(self, msg: str) -> None:
         self.reject(InvalidRequest(msg))
 
     def _too_long(self) -> None:
         if self.stage == HEAD:
-            self.reject(InvalidRequest(f"request line and headers are longer than {MAX_HEAD_BYTES} bytes"), 431)
+            self.reject(LongHead(f"request line and headers are longer than {MAX_HEAD_BYTES} bytes"))
         else:
             self.reject(self.http.too_large())
 
@@ -516,10 +544,10 @@ class DataProtocol(HttpToolsProtocol):
             self.began = self.heard = now  # it is we who do not read
         elif self.stage == HEAD:
             if now - self.began > http.head_timeout:
-                self.reject(InvalidRequest(f"the request's head did not come within {http.head_timeout:g} s"), 408)
+                self.reject(LateRequest(f"the request's head did not come within {http.head_timeout:g} s"))
         elif self.stage == BODY:
             if now - self.heard > http.body_timeout or now - self.began > http.body_timeout + self.num_bytes / MIN_RATE:
-                self.reject(InvalidRequest("the request's body came too slowly"), 408)
+                self.reject(LateRequest("the request's body came too slowly"))
         elif now - self.idle_since > http.keep_alive and self.idle:
             self.transport.close()
 

@@ -20,6 +20,7 @@ from fairlead.api.doorkeeper import Doorkeeper
 from fairlead.api.http1 import MAX_HEAD_BYTES, DataProtocol
 from fairlead.api.offload import Offload
 from fairlead.api.status import INTERNAL
+from fairlead.api.web import JSON, Shape, Shapes, shape_of
 from fairlead.core.errors import InvalidRequest, TooLarge, Unavailable
 from fairlead.core.request import Inference
 from fairlead.observe.access import AccessLog
@@ -72,6 +73,7 @@ class HttpServer:
         *,
         doorkeeper: Doorkeeper | None = None,
         elsewhere: Elsewhere | None = None,
+        shapes: Shapes | None = None,
         max_body_bytes: int = 64 << 20,
         max_receiving_bytes: int = 512 << 20,
         max_connections: int = 10_000,
@@ -87,6 +89,8 @@ class HttpServer:
         """None: nobody is asked who they are."""
         self.elsewhere = elsewhere
         """Which models other servers compute; None: none."""
+        self.shapes = shapes or {}
+        """Of errors that come before the app, or in its place."""
         self.access_log = access_log
         self.max_body_bytes = max_body_bytes
         self.max_receiving_bytes = max_receiving_bytes
@@ -104,7 +108,7 @@ class HttpServer:
         self.port = 0
         self.ok_line = self.date = ""
         self._config = uvicorn.Config(
-            _answers_in_json(app),
+            _answers_in_json(app, self.shapes),
             http=DataProtocol,
             ws="none",
             lifespan="off",
@@ -189,6 +193,14 @@ class HttpServer:
             self._routes[url] = route
         return route
 
+    def shape_of(self, url: bytes) -> Shape | None:
+        """How errors look at what a request line names; of one that is no URL, its beginning says."""
+        try:
+            path = httptools.parse_url(url).path or b""
+        except httptools.HttpParserInvalidURLError:
+            path = url
+        return shape_of(self.shapes, path.decode("latin-1"))
+
     def too_large(self) -> TooLarge:
         return TooLarge(f"request body exceeds the limit of {self.max_body_bytes} bytes")
 
@@ -206,7 +218,7 @@ class HttpServer:
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
 
 
-def _answers_in_json(app: ASGIApp) -> ASGIApp:
+def _answers_in_json(app: ASGIApp, shapes: Shapes) -> ASGIApp:
     """The app, with an answer in JSON where it fails to give any."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -223,9 +235,12 @@ def _answers_in_json(app: ASGIApp) -> ASGIApp:
             if started:
                 raise
             log.exception("request_failed", path=scope.get("path"))
-            body = msgspec.json.encode({"error": INTERNAL.message})
-            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-            await send({"type": "http.response.start", "status": 500, "headers": headers})
+            shape = shape_of(shapes, scope.get("path", ""))
+            status, media_type, body = (
+                (500, JSON, msgspec.json.encode({"error": INTERNAL.message})) if shape is None else shape.content(INTERNAL)
+            )
+            headers = [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body, "more_body": False})
 
     return guarded

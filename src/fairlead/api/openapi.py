@@ -35,6 +35,8 @@ TAGS = {
     "inference": "Ask a model.",
     "repository": "Load and unload models.",
     "openai": "The OpenAI API: language models and embedders.",
+    "images": "Pictures, in the shapes of other services: jobs beneath.",
+    "jobs": "Requests that are answered later, their files, and the calls that tell of them.",
     "admin": "Tenants, keys, usage, audit, configuration.",
     "not offered": "Parts of Triton's protocol that this server answers with 501.",
     "document": "This document.",
@@ -48,6 +50,17 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "tenant": {"description": "The tenant's name.", "schema": {"type": "string", "minLength": 1}},
     "project": {"description": "The project's name.", "schema": {"type": "string", "minLength": 1}},
     "key": {"description": "The key's id, which is public.", "schema": {"type": "string", "minLength": 1}},
+    "prediction": {"description": "The job's id.", "schema": {"type": "string", "minLength": 1}},
+    "owner": {"description": "Always `fairlead`.", "schema": {"type": "string", "minLength": 1}},
+    "version_id": {"description": "`NAME@VERSION`.", "schema": {"type": "string", "minLength": 1}},
+    "delivery": {
+        "description": "The delivery's id, which its receiver knows as `webhook-id`.",
+        "schema": {"type": "string", "minLength": 1},
+    },
+    "signature": {"description": "Of a signed link.", "schema": {"type": "string"}},
+    "expires": {"description": "Of a signed link: until when it is good, in seconds since 1970.", "schema": {"type": "integer"}},
+    "name": {"description": "The file's name, as the job's result has it.", "schema": {"type": "string", "minLength": 1}},
+    "job": {"description": "The job's id.", "schema": {"type": "string", "minLength": 1}},
 }
 
 EVENT: dict[str, Any] = {
@@ -82,6 +95,10 @@ class Operation(Struct, frozen=True, kw_only=True):
     example: Any = None
     binary: bool = False
     """Whether the binary tensor extension may be used."""
+    media: tuple[str, ...] = ()
+    """Content types of a 200 that is a file."""
+    query: tuple[str, ...] = ()
+    """Parameters that the query must have, of PARAMETERS."""
     scope: Scope | None = Scope.INFER
     """What the caller's key must be for; None: anyone may ask, without one too."""
     events: str = ""
@@ -160,7 +177,9 @@ def _response_name(status: int, error: Any) -> str:
 
 def _operation(operation: Operation, schema_of: dict[str, Any], examples: dict[str, Any]) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, **PARAMETERS[name]} for name in re.findall(r"{(\w+)}", operation.path)
+        {"name": name, "in": place, "required": True, **PARAMETERS[name]}
+        for place, names in (("path", re.findall(r"{(\w+)}", operation.path)), ("query", operation.query))
+        for name in names
     ]
     if operation.binary:
         parameters.append(
@@ -177,7 +196,7 @@ def _operation(operation: Operation, schema_of: dict[str, Any], examples: dict[s
         "summary": operation.summary,
         "parameters": parameters,
         "responses": {
-            **({"200": _answer(operation, schema_of)} if operation.answer is not None or operation.events else {}),
+            **({"200": _answer(operation, schema_of)} if operation.answer is not None or operation.events or operation.media else {}),
             **{str(status): {"$ref": f"#/components/responses/{_response_name(status, operation.error)}"} for status in operation.statuses},
         },
     }
@@ -205,7 +224,9 @@ def _request_body(operation: Operation, schema_of: dict[str, Any], examples: dic
 def _answer(operation: Operation, schema_of: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     described: dict[str, Any] = {"description": "OK"}
-    if operation.events != "only":
+    if operation.media:
+        content = {media: {} for media in operation.media}
+    elif operation.events != "only":
         content[JSON] = {"schema": schema_of[repr(operation.answer)]}
     if operation.binary:
         content[BINARY] = {"schema": {"description": "JSON, then the tensors in the order of the outputs."}}

@@ -6,12 +6,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from fairlead.api.admin import Problems
 from fairlead.api.doorkeeper import Doorkeeper
 from fairlead.api.openapi import Operation, document
-from fairlead.api.web import Readiness, health_response, json_app, json_response, live_response, ready_response
+from fairlead.api.problems import Problems
+from fairlead.api.web import Readiness, Shapes, health_response, json_app, json_response, live_response, ready_response
 from fairlead.core.policy import Scope
 
+OPS_SHAPES: Shapes = {"/admin": Problems()}
 MetricsText = Callable[[str], tuple[str, bytes]]
 """Takes an Accept header; returns the content type and the text: OpenMetrics where it is asked for, else Prometheus's own."""
 
@@ -48,6 +49,6 @@ def ops_app(
             *((each.method, each.path, each.serve, each.scope) for each in operations),
             *((("GET", "/admin/openapi.json", openapi, Scope.ADMIN),) if operations else ()),
         ],
-        {"/admin": Problems()},
+        OPS_SHAPES,
         None if doorkeeper is None else doorkeeper.admit,
     )

@@ -29,8 +29,18 @@ class GrpcStatus(IntEnum):
     UNAUTHENTICATED = 16
 
 
+class LongHead(errors.InvalidRequest):
+    """Request line and headers are longer than what is read of them."""
+
+
+class LateRequest(errors.InvalidRequest):
+    """It does not come to its end in time."""
+
+
 STATUS: dict[type[errors.FairleadError], tuple[int, GrpcStatus]] = {
     errors.TooLarge: (413, GrpcStatus.RESOURCE_EXHAUSTED),
+    LongHead: (431, GrpcStatus.RESOURCE_EXHAUSTED),
+    LateRequest: (408, GrpcStatus.DEADLINE_EXCEEDED),
     errors.InvalidRequest: (400, GrpcStatus.INVALID_ARGUMENT),
     errors.Filtered: (400, GrpcStatus.INVALID_ARGUMENT),
     errors.Unauthenticated: (401, GrpcStatus.UNAUTHENTICATED),

@@ -26,8 +26,11 @@ Serve = Callable[[Request], Awaitable[Any]]
 log = structlog.get_logger(__name__)
 
 
+JSON = "application/json"
+
+
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), status, headers, "application/json")
+    return Response(msgspec.json.encode(value), status, headers, JSON)
 
 
 def error_response(error: FairleadError, headers: Mapping[str, str] | None = None) -> Response:
@@ -42,44 +45,56 @@ Admit = Callable[[Request, policy.Scope | None], Awaitable[None]]
 """Puts the caller into the scope. Raises where it may not do what needs such a scope; None: anyone may."""
 
 
-class Shapes(Protocol):
-    """How one protocol says what is wrong before any of its operations has the request."""
+class Shape(Protocol):
+    """How one protocol says what is wrong where none of its operations does: before it has the request, or because it fails."""
 
     def refusal(self, request: Request, error: HTTPException) -> Response: ...
 
     def response(self, error: FairleadError, headers: Mapping[str, str]) -> Response: ...
 
+    def content(self, error: FairleadError) -> tuple[int, str, bytes]:
+        """(status, media type, body)."""
+
+
+Shapes = Mapping[str, Shape]
+"""By the prefix of the path; elsewhere it is KServe's `{"error": ...}`."""
+
+
+def shape_of(shapes: Shapes, path: str) -> Shape | None:
+    return next((shape for prefix, shape in shapes.items() if path.startswith(prefix)), None)
+
 
 def json_app(
-    routes: Iterable[tuple[str, str, Serve, policy.Scope | None]], shapes: Mapping[str, Shapes] | None = None, admit: Admit | None = None
+    routes: Iterable[tuple[str, str, Serve, policy.Scope | None]], shapes: Shapes | None = None, admit: Admit | None = None
 ) -> ASGIApp:
-    """An app of (method, path, serve, scope) whose every error is JSON `{"error": ...}`, or of the shape for the path's prefix."""
+    """An app of (method, path, serve, scope) whose every error has the shape for its path."""
+    shapes = shapes or {}
 
-    def shape_of(path: str) -> Shapes | None:
-        return next((shape for prefix, shape in (shapes or {}).items() if path.startswith(prefix)), None)
-
-    def admitted(serve: Serve, scope: policy.Scope | None, shape: Shapes | None) -> Serve:
+    def admitted(serve: Serve, scope: policy.Scope | None, shape: Shape | None) -> Serve:
         async def endpoint(request: Request) -> Any:
             if admit is not None:
                 try:
                     await admit(request, scope)
                 except FairleadError as error:
                     # What may be left of the body is not worth reading.
-                    headers = {"Connection": "close"} if has_body(request) else {}
-                    return error_response(error, headers) if shape is None else shape.response(error, headers)
+                    return shaped(shape, error, {"Connection": "close"} if has_body(request) else {})
             return await serve(request)
 
-        return endpoint
+        return _no_surprises(endpoint, shape)
 
     def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        shape = shape_of(request.url.path)
+        shape = shape_of(shapes, request.url.path)
         if shape is not None:
             return shape.refusal(request, error)
         return json_response({"error": error.detail}, error.status_code, error.headers)
 
-    table = [(method, path, _no_surprises(admitted(serve, scope, shape_of(path)))) for method, path, serve, scope in routes]
+    table = [(method, path, admitted(serve, scope, shape_of(shapes, path))) for method, path, serve, scope in routes]
     return JsonApp(table, refuse)
+
+
+def shaped(shape: Shape | None, error: FairleadError, headers: Mapping[str, str]) -> Response:
+    return error_response(error, headers) if shape is None else shape.response(error, headers)
 
 
 class JsonApp(Starlette):
@@ -106,19 +121,19 @@ class JsonApp(Starlette):
         await response(scope, receive, send)
 
 
-def _no_surprises(serve: Serve) -> Serve:
+def _no_surprises(serve: Serve, shape: Shape | None) -> Serve:
     async def endpoint(request: Request) -> Any:
         try:
             return await serve(request)
         except FairleadError as error:
-            return error_response(error)
+            return shaped(shape, error, {})
         except HTTPException:
             raise
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
         except Exception:
             log.exception("request_failed", method=request.method, path=request.url.path)
-            return error_response(INTERNAL)
+            return shaped(shape, INTERNAL, {})
 
     return endpoint
 

@@ -10,9 +10,11 @@ import re
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import wraps
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +27,7 @@ from rich.table import Table
 
 from fairlead.core.errors import ConfigError, FairleadError, InvalidRequest, Unavailable
 from fairlead.core.settings import Settings, read_settings
+from fairlead.gateway.identity.keys import ID_CHARS, PREFIX
 
 T = TypeVar("T")
 
@@ -54,12 +57,9 @@ class Remote:
     """A running server."""
 
     def __init__(self, url: str, key: str) -> None:
-        parsed = urllib.parse.urlsplit(url)
-        if parsed.scheme not in ("http", "https") or not parsed.hostname:
-            raise FairleadError(f"--url must look like http://127.0.0.1:8002, not {url!r}")
         self.place = url
-        self._parsed = parsed
-        self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        self._parsed = parsed_url(url, "http://127.0.0.1:8002")
+        self._headers = {"Content-Type": "application/json", **bearer(key, "FAIRLEAD_ADMIN_KEY or --key")}
 
     def ask(self, method: str, target: str, body: bytes) -> Answer:
         parsed = self._parsed
@@ -76,13 +76,30 @@ class Remote:
             connection.close()
 
 
+def parsed_url(url: str, example: str) -> urllib.parse.SplitResult:
+    """Raises FairleadError."""
+    parsed = urllib.parse.urlsplit(url)
+    with suppress(ValueError):  # of what is no port
+        if parsed.scheme in ("http", "https") and parsed.hostname and parsed.port != 0:
+            return parsed
+    raise FairleadError(f"--url must look like {example}, not {url!r}")
+
+
+def bearer(key: str, where: str) -> dict[str, str]:
+    """The header that shows a key. Raises FairleadError, which does not say what was in its place."""
+    if not (key.isascii() and key.isprintable()):
+        raise FairleadError(f"{where} holds no key: there is a line break in it, or a character that no key has")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class Local:
     """The store, by the same operations in this process."""
 
     def __init__(self, settings: Settings, *, classes_known: bool) -> None:
         # Imported here: with --url none of it is needed.
-        from fairlead.api.admin import Admin, Problems
+        from fairlead.api.admin import Admin
         from fairlead.api.doorkeeper import CALLER
+        from fairlead.api.problems import Problems
         from fairlead.api.web import json_app
         from fairlead.core.caller import Caller
         from fairlead.store.database import default_url
@@ -177,6 +194,14 @@ limit_option = click.option(
 )
 
 
+def key_id(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    """A callback that raises BadParameter for a secret, which must not get into addresses and messages."""
+    if text is not None and text.startswith(PREFIX):
+        id = text.removeprefix(PREFIX)[:ID_CHARS].partition("_")[0]
+        raise click.BadParameter(f"that is a key itself, which nobody needs to see: give its id, {id}")
+    return text
+
+
 def limits_of(texts: tuple[str, ...], *, removable: bool = False) -> dict[str, float | None]:
     """`removable`: `NAME=` takes one away. Raises click.BadParameter; whether there is such a limit is checked by the operation."""
     limits: dict[str, float | None] = {}
@@ -216,14 +241,25 @@ def seconds_of(text: str) -> float:
 
 def target(path: str, *parts: str, **query: Any) -> str:
     """`path` with {} for each part, and what of the query is not None."""
-    quoted = [urllib.parse.quote(part, safe="") for part in parts]
     pairs = {name.rstrip("_"): value for name, value in query.items() if value is not None}
-    return path.format(*quoted) + (f"?{urllib.parse.urlencode(pairs)}" if pairs else "")
+    with _utf8():
+        quoted = [urllib.parse.quote(part, safe="") for part in parts]
+        return path.format(*quoted) + (f"?{urllib.parse.urlencode(pairs)}" if pairs else "")
+
+
+@contextmanager
+def _utf8() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise click.UsageError(f"{error.object!a} is not UTF-8") from None
 
 
 def ask(asks: Asks, method: str, target: str, body: Any = None) -> Any:
     """The JSON of a good answer. Raises FairleadError with what went wrong."""
-    answer = checked(asks.ask(method, target, b"" if body is None else msgspec.json.encode(body)), asks)
+    with _utf8():
+        sent = b"" if body is None else msgspec.json.encode(body)
+    answer = checked(asks.ask(method, target, sent), asks)
     return msgspec.json.decode(answer.body)
 
 
@@ -245,6 +281,19 @@ def checked(answer: Answer, asks: Asks) -> Answer:
 
 def show_json(value: Any) -> None:
     click.echo(msgspec.json.encode(value).decode())
+
+
+def show_done(words: str, value: Any, as_json: bool) -> None:
+    """What came of a change."""
+    if as_json:
+        show_json(value)
+    else:
+        click.echo(words)
+
+
+def fields(*names: str) -> dict[str, Callable[[dict[str, Any]], Any]]:
+    """Columns that show what a row has under that name."""
+    return {name: itemgetter(name) for name in names}
 
 
 def show_table(columns: dict[str, Callable[[dict[str, Any]], Any]], rows: list[dict[str, Any]], empty: str) -> None:

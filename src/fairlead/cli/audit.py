@@ -2,7 +2,7 @@
 
 import click
 
-from fairlead.cli.admin import Asks, ask, place_options, short_time, show_json, show_table, target, time_of
+from fairlead.cli.admin import Asks, ask, fields, place_options, short_time, show_json, show_table, target, time_of
 
 
 @click.command()
@@ -24,10 +24,8 @@ def audit(
         return
     columns = {
         "time": lambda entry: short_time(entry["time"]),
-        "actor": lambda entry: entry["actor"],
-        "action": lambda entry: entry["action"],
-        "subject": lambda entry: entry["subject"],
+        **fields("actor", "action", "subject"),
         "details": lambda entry: {name: value for name, value in entry["details"].items() if value not in (None, [], {}, "")},
-        "address": lambda entry: entry["address"],
+        **fields("address"),
     }
     show_table(columns, entries, "nothing in that time")

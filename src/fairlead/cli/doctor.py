@@ -1,4 +1,4 @@
-"""`fairlead doctor`: what is installed, what this machine gives, and what is wrong with a model repository."""
+"""`fairlead doctor`: what is installed, what this machine gives, and what is wrong with a configuration or a model repository."""
 
 import ast
 import importlib.util
@@ -10,8 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from enum import StrEnum
+from collections.abc import Container, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -19,16 +18,19 @@ from pathlib import Path
 import click
 import msgspec
 import psutil
-from msgspec import Struct
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fairlead import __version__
 from fairlead.backends import BACKENDS, Kind, detect
+from fairlead.cli.connections import connections
+from fairlead.cli.finding import Finding, Findings, State
 from fairlead.core.cgroups import cgroup_cpus, cgroup_memory_bytes
 from fairlead.core.errors import FairleadError
+from fairlead.core.policy import GatewaySettings
 from fairlead.core.settings import Listen, Settings, asks_for_keys, read_settings
+from fairlead.gateway.routing.fallbacks import check_fallbacks, unknown_fallbacks
 from fairlead.runtime.source import Listing, Source, choose_versions
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -36,27 +38,7 @@ FEW_FILES = 4096
 SMALL_SHARED_MEMORY_BYTES = 256 * MIB
 
 
-class State(StrEnum):
-    OK = "ok"
-    NOTE = "note"
-    """Works, with less than there could be."""
-    PROBLEM = "problem"
-    """What was asked for will not work."""
-
-
 MARKS = {State.OK: "[green]✓[/]", State.NOTE: "[yellow]–[/]", State.PROBLEM: "[bold red]✗[/]"}
-
-
-class Finding(Struct, frozen=True):
-    area: str
-    name: str
-    state: State
-    detail: str
-    advice: str = ""
-    """What to do about it."""
-
-
-Findings = Iterator[Finding]
 
 
 def software() -> Findings:
@@ -217,13 +199,20 @@ def configuration(path: Path) -> tuple[Settings | None, list[Finding]]:
     try:
         settings = read_settings(path)
         asks_for_keys(settings)
+        check_fallbacks(settings.gateway)
     except FairleadError as error:
         return None, [Finding("configuration", path.name, State.PROBLEM, error.message)]
     return settings, [Finding("configuration", path.name, State.OK, str(path))]
 
 
-def repository(url: str, cache_folder: Path) -> Findings:
-    """Every model of one source: its kind, found without loading it, or why there is none."""
+def fallbacks(policies: GatewaySettings, served: Container[str]) -> Findings:
+    for option, name in unknown_fallbacks(policies, served.__contains__):
+        detail = f"`{name}` is passed over: no repository and no upstream has it"
+        yield Finding("configuration", option, State.NOTE, detail, "name a model that is served, or leave it out")
+
+
+def repository(url: str, cache_folder: Path, served: set[str]) -> Findings:
+    """Every model of one source: its kind, found without loading it, or why there is none. Their names are added to `served`."""
     area = f"models in {url}"
     try:
         source = Source(url, cache_folder)
@@ -233,6 +222,7 @@ def repository(url: str, cache_folder: Path) -> Findings:
         return
     if not listings:
         yield Finding(area, url, State.PROBLEM, "there is no model", "a model lies in NAME/VERSION/artefact, e.g. fraud/1/model.onnx")
+    served.update(listings)
     for name, listing in sorted(listings.items()):
         yield from _model(area, name, source, listing)
 
@@ -327,10 +317,15 @@ def examine(urls: tuple[str, ...], config: Path | None) -> list[Finding]:
         findings += found
     if settings is not None:
         findings += ports(settings.listen, asked=config is not None)
+        if config is not None:
+            findings += connections(settings, config)
         urls = urls or settings.models.repositories
+    served: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="fairlead-doctor-") as copies:
         for url in urls:
-            findings += repository(url, Path(copies))
+            findings += repository(url, Path(copies), served)
+    if settings is not None and config is not None and urls == settings.models.repositories:
+        findings += fallbacks(settings.gateway, served)
     return findings
 
 
@@ -354,7 +349,7 @@ def show(console: Console, findings: list[Finding]) -> None:
 def doctor(paths: tuple[str, ...], config: Path | None, as_json: bool) -> None:
     """What is installed, what this machine gives, and what is wrong with the models at PATH.
 
-    Nothing is loaded. Exits with 1 where what was asked about has a problem.
+    With --config also whether the store, Redis and the issuers of tokens that it names answer. Nothing is loaded or changed. Exits with 1 where what was asked about has a problem.
     """
     findings = examine(paths, config)
     if as_json:

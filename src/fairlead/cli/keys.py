@@ -8,12 +8,15 @@ import click
 from fairlead.cli.admin import (
     Asks,
     ask,
+    fields,
     force_option,
+    key_id,
     limit_option,
     limits_of,
     place_options,
     seconds_of,
     short_time,
+    show_done,
     show_fields,
     show_json,
     show_table,
@@ -22,7 +25,7 @@ from fairlead.cli.admin import (
 )
 from fairlead.core.policy import Scope
 
-ID = click.argument("id", metavar="KEY_ID")
+ID = click.argument("id", metavar="KEY_ID", callback=key_id)
 
 
 @click.group()
@@ -88,15 +91,9 @@ def list_(asks: Asks, tenant: str | None, project: str | None, state: str | None
         show_json(found)
         return
     columns = {
-        "id": lambda key: key["id"],
-        "name": lambda key: key["name"],
-        "tenant": lambda key: key["tenant"],
-        "project": lambda key: key["project"],
-        "state": lambda key: key["state"],
-        "scopes": lambda key: key["scopes"],
+        **fields("id", "name", "tenant", "project", "state", "scopes"),
         "models": lambda key: key["models"] or "*",
-        "class": lambda key: key["class"],
-        "limits": lambda key: key["limits"],
+        **fields("class", "limits"),
         "created": lambda key: short_time(key["created"]),
         "expires": lambda key: short_time(key["expires"]),
     }
@@ -132,10 +129,7 @@ def rotate(asks: Asks, id: str, overlap: str, as_json: bool) -> None:
 def revoke(asks: Asks, id: str, force: bool, as_json: bool) -> None:
     """Refuse a key from now on, on every gateway."""
     key = ask(asks, "POST", target("/admin/keys/{}/revoke", id), {"force": force})
-    if as_json:
-        show_json(key)
-    else:
-        click.echo(f"revoked {id}")
+    show_done(f"revoked {id}", key, as_json)
 
 
 def _show_secret(asks: Asks, answer: dict[str, Any], as_json: bool) -> None:

@@ -10,6 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from fairlead.cli.admin import bearer, parsed_url
 from fairlead.core.errors import FairleadError, Unavailable
 
 url_option = click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server's HTTP address.")
@@ -64,16 +65,14 @@ def unload(name: str, url: str) -> None:
 def shown_key() -> dict[str, str]:
     """The header that shows the key of FAIRLEAD_API_KEY, where that is set."""
     key = os.environ.get("FAIRLEAD_API_KEY", "")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    return bearer(key, "FAIRLEAD_API_KEY")
 
 
 def call(url: str, path: str, *, timeout: float = 30.0) -> Any:
     """POST to a server and decode its JSON. Raises FairleadError with what the server said."""
-    parsed = urllib.parse.urlsplit(url)
-    if parsed.scheme not in ("http", "https") or not parsed.hostname:
-        raise FairleadError(f"--url must look like http://127.0.0.1:8000, not {url!r}")
+    parsed = parsed_url(url, "http://127.0.0.1:8000")
     connect = http.client.HTTPSConnection if parsed.scheme == "https" else http.client.HTTPConnection
-    connection = connect(parsed.hostname, parsed.port, timeout=timeout)
+    connection = connect(str(parsed.hostname), parsed.port, timeout=timeout)
     try:
         connection.request("POST", parsed.path.rstrip("/") + path, headers=shown_key())
         response = connection.getresponse()

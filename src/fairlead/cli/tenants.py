@@ -7,11 +7,13 @@ import click
 from fairlead.cli.admin import (
     Asks,
     ask,
+    fields,
     force_option,
     limit_option,
     limits_of,
     place_options,
     short_time,
+    show_done,
     show_fields,
     show_json,
     show_table,
@@ -72,7 +74,7 @@ def create(asks: Asks, name: str, limits: tuple[str, ...], as_json: bool, **poli
     """A new tenant. Without a policy of its own it may what fairlead.yaml says of it, or of `default`."""
     body = {"name": name, "policy": _policy(limits_of(limits), **policy) or None}
     tenant = ask(asks, "POST", "/admin/tenants", body)
-    _done(f"created {name}", tenant, as_json)
+    show_done(f"created {name}", tenant, as_json)
 
 
 @tenants.command("list")
@@ -84,7 +86,7 @@ def list_(asks: Asks, as_json: bool) -> None:
         show_json(found)
         return
     columns = {
-        "name": lambda tenant: tenant["name"],
+        **fields("name"),
         "policy": lambda tenant: "as in fairlead.yaml" if tenant["policy"] is None else tenant["policy"],
         "created": lambda tenant: short_time(tenant["created"]),
         "": lambda tenant: "disabled" if tenant["disabled"] else "",
@@ -127,7 +129,7 @@ def set_(
     if not body:
         raise click.UsageError("nothing to change: see --help")
     tenant = ask(asks, "PATCH", target("/admin/tenants/{}", name, force="true" if force else None), body)
-    _done(f"changed {name}", tenant, as_json)
+    show_done(f"changed {name}", tenant, as_json)
 
 
 @tenants.command()
@@ -136,7 +138,7 @@ def set_(
 @place_options
 def delete(asks: Asks, name: str, force: bool, as_json: bool) -> None:
     """Delete a tenant with its projects and keys. Its usage stays."""
-    _done(f"deleted {name}", ask(asks, "DELETE", target("/admin/tenants/{}", name, force="true" if force else None)), as_json)
+    show_done(f"deleted {name}", ask(asks, "DELETE", target("/admin/tenants/{}", name, force="true" if force else None)), as_json)
 
 
 @tenants.command()
@@ -147,7 +149,7 @@ def delete(asks: Asks, name: str, force: bool, as_json: bool) -> None:
 def project(asks: Asks, name: str, project: str, limits: tuple[str, ...], as_json: bool) -> None:
     """Make a project of a tenant, or set its limits anew."""
     made = ask(asks, "PUT", target("/admin/tenants/{}/projects/{}", name, project), {"limits": limits_of(limits)})
-    _done(f"project {project} of {name} is set", made, as_json)
+    show_done(f"project {project} of {name} is set", made, as_json)
 
 
 @tenants.command("delete-project")
@@ -156,11 +158,4 @@ def project(asks: Asks, name: str, project: str, limits: tuple[str, ...], as_jso
 @place_options
 def delete_project(asks: Asks, name: str, project: str, as_json: bool) -> None:
     """Delete a project of a tenant."""
-    _done(f"deleted project {project} of {name}", ask(asks, "DELETE", target("/admin/tenants/{}/projects/{}", name, project)), as_json)
-
-
-def _done(words: str, value: Any, as_json: bool) -> None:
-    if as_json:
-        show_json(value)
-    else:
-        click.echo(words)
+    show_done(f"deleted project {project} of {name}", ask(asks, "DELETE", target("/admin/tenants/{}/projects/{}", name, project)), as_json)

@@ -5,7 +5,20 @@ from typing import Any
 
 import click
 
-from fairlead.cli.admin import Asks, ask, checked, place_options, short_time, show_json, show_table, target, time_of
+from fairlead.cli.admin import (
+    Asks,
+    ask,
+    checked,
+    fields,
+    key_id,
+    place_options,
+    short_time,
+    show_done,
+    show_json,
+    show_table,
+    target,
+    time_of,
+)
 
 PAGE = 5000
 
@@ -16,7 +29,7 @@ PAGE = 5000
 @click.option("--to", "until", help="As --from.")
 @click.option("--tenant")
 @click.option("--project")
-@click.option("--key-id", metavar="KEY_ID")
+@click.option("--key-id", metavar="KEY_ID", callback=key_id)
 @click.option("--model")
 @click.option("--outcome", help="success, failure, cancelled, refused.")
 @click.option("--records", type=click.IntRange(min=0), help="So many single requests in place of sums, the newest first; 0: all.")
@@ -42,7 +55,7 @@ def usage(
         if since or until or key_id or records is not None or as_csv or any(of_whom.values()):
             raise click.UsageError("--purge-before forgets the requests of everybody: it goes with no option that chooses some")
         deleted = ask(asks, "DELETE", target("/admin/usage/records", before=time_of(purge_before)))
-        click.echo(f"forgot {deleted['deleted']} records") if not as_json else show_json(deleted)
+        show_done(f"forgot {deleted['deleted']} records", deleted, as_json)
         return
     query: dict[str, Any] = {**of_whom, "key": key_id, "from_": since and time_of(since), "to": until and time_of(until)}
     if records is not None:
@@ -54,8 +67,7 @@ def usage(
         if as_json:
             show_json(groups)
         else:
-            columns = {name: lambda row, name=name: row[name] for name in (groups[0] if groups else ())}
-            show_table(_used(columns, groups), groups, "no usage in that time")
+            show_table(_used(groups), groups, "no usage in that time")
 
 
 def _show_records(asks: Asks, query: dict[str, Any], wanted: int, as_csv: bool, as_json: bool) -> None:
@@ -77,13 +89,12 @@ def _show_records(asks: Asks, query: dict[str, Any], wanted: int, as_csv: bool, 
                     show_json(row)
             else:
                 rows = [{**row, "time": short_time(row["time"])} for row in rows]
-                columns = {name: lambda row, name=name: row[name] for name in (rows[0] if rows else ())}
-                show_table(_used(columns, rows), rows, "no records in that time")
+                show_table(_used(rows), rows, "no records in that time")
         wanted, first = wanted - size, False
         if cursor is None:
             return
 
 
-def _used(columns: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _used(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Without the columns that say nothing: no terminal is wide enough for rows of images beside tokens."""
-    return {name: value for name, value in columns.items() if any(row[name] for row in rows)}
+    return fields(*(name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)))

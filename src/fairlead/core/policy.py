@@ -324,6 +324,10 @@ class FilterPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     moderation_model: str = "moderation"
     """A served model: one text in, one probability for each of its labels out."""
     moderation_threshold: Share = 0.5
+    picture_moderation: Literal["off", "flag", "block"] = "off"
+    """Of finished pictures, by `moderation_threshold`, too."""
+    picture_moderation_model: str = ""
+    """A served model: one picture in, one probability for each of its labels out."""
     max_chars: Count = MANY_CHARS
     """Of a request's texts together; 0: any."""
     languages: tuple[str, ...] = ()
@@ -334,6 +338,8 @@ class FilterPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def __post_init__(self) -> None:
         if self.pii != "off" and not self.pii_kinds:
             raise ValueError(f"`pii: {self.pii}` looks for none of `pii_kinds`: name some, or turn it off")
+        if (self.picture_moderation != "off") != bool(self.picture_moderation_model):
+            raise ValueError("`picture_moderation` and `picture_moderation_model` go together: what is done, and by which model's judgement")
 
 
 class AbuseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

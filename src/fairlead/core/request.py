@@ -1,6 +1,6 @@
 """What goes down through the rooms, and what comes back up."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol, runtime_checkable
 
 from msgspec import Struct, field
@@ -70,6 +70,8 @@ class Request(Struct, kw_only=True):
     """Seconds that it may wait for its turn; 0 for the model's default."""
     trace: str = ""
     """The W3C traceparent that came with it."""
+    booked: Callable[[Any], None] | None = None
+    """Takes its usage record in place of the log: a job's is written together with its end."""
     arrived: float = 0.0
     num_requests: int = 1
     """As limits and usage count it: of the prompts that came in one HTTP request, the first is one and the others are none."""

@@ -28,6 +28,9 @@ renders at scrape time.
 | fairlead_prefix_cache_hit_tokens_total | tokens found | model, version |
 | fairlead_preemptions_total | sequences that gave their blocks back and started again | model, version |
 | fairlead_finished_sequences_total | sequences | model, version, reason (stop, length, abort, error) |
+| fairlead_pictures_total | pictures that were finished | model, version |
+| fairlead_denoising_steps_total | denoising steps, of every picture in each step | model, version |
+| fairlead_cached_denoising_steps_total | of these, the ones that the first-block cache answered | model, version |
 | fairlead_engine_failed_steps_total | steps | model, version |
 | fairlead_quarantined_requests_total | requests that failed a step on their own | model, version |
 | fairlead_kv_blocks | blocks of KV memory | model, version |
@@ -378,6 +381,9 @@ ENGINE_COUNTERS = (
     ("fairlead_prefix_cache_queried_tokens", "Tokens of prompts looked up in the prefix cache", "num_prefix_queried_tokens"),
     ("fairlead_prefix_cache_hit_tokens", "Tokens of prompts found in the prefix cache", "num_prefix_hit_tokens"),
     ("fairlead_preemptions", "Sequences that gave their blocks back and started again", "num_preemptions"),
+    ("fairlead_pictures", "Pictures that were finished", "num_pictures"),
+    ("fairlead_denoising_steps", "Denoising steps, of every picture in each step", "num_denoising_steps"),
+    ("fairlead_cached_denoising_steps", "Denoising steps that the first-block cache answered", "num_cached_steps"),
     ("fairlead_engine_failed_steps", "Steps of the engine that failed", "num_failed_steps"),
     ("fairlead_quarantined_requests", "Requests that failed a step on their own", "num_quarantined"),
 )

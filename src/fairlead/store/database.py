@@ -12,25 +12,32 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from fairlead.core.errors import ConfigError
 
-HEAD = "0001"
+HEAD = "0003"
 """The newest migration."""
 VERSION_TABLE = "fairlead_version"
 BUSY_SECONDS = 10.0
 """How long a writer waits for another one."""
 CONNECT_SECONDS = 5
+MIGRATION_SECONDS = 300
+"""How long a process waits for another one that brings the tables up to date."""
 MIGRATION_LOCK = 0x6661_6972
 """PostgreSQL's advisory lock: any number that nobody else takes."""
 
 
-def default_url() -> str:
-    """A file in the user's data folder, which is made if it is not there, for nobody else to read."""
+def default_folder() -> Path:
+    """The user's data folder, which is made if it is not there, for nobody else to read."""
     data = os.environ.get("XDG_DATA_HOME", "")
     folder = (Path(data) if os.path.isabs(data) else Path.home() / ".local/share") / "fairlead"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the folder {folder} for the store: {error.strerror}. Set `store.url` to another place") from None
-    return f"sqlite:///{folder}/fairlead.db"
+    return folder
+
+
+def default_url() -> str:
+    """A file in the user's data folder."""
+    return f"sqlite:///{default_folder()}/fairlead.db"
 
 
 def open_database(url: str) -> Engine:
@@ -47,6 +54,26 @@ def open_database(url: str) -> Engine:
     except (DBAPIError, sqlite3.Error) as error:
         raise ConfigError(f"cannot open the store {shown}: {first_line(error.orig if isinstance(error, DBAPIError) else error)}") from None
     return engine
+
+
+def look_at(url: str) -> tuple[str, int]:
+    """(version of its tables, number of keys) of a database that is left as it is; ("", 0) where there is nothing yet. Raises ConfigError."""
+    parsed = _parse(url)
+    try:
+        engine = _sqlite_as_it_is(Path(str(parsed.database))) if parsed.drivername == "sqlite" else _postgresql(parsed)
+        try:
+            with engine.connect() as connection:
+                version = _version(connection)
+                keys = 0 if version is None else connection.exec_driver_sql("SELECT count(*) FROM keys").scalar_one()
+                return version or "", keys
+        finally:
+            engine.dispose()
+    except FileNotFoundError:
+        return "", 0
+    except (DBAPIError, sqlite3.Error) as error:
+        raise ConfigError(
+            f"cannot open the store {parsed.render_as_string(hide_password=True)}: {first_line(getattr(error, 'orig', error))}"
+        ) from None
 
 
 def first_line(error: BaseException | None) -> str:
@@ -98,6 +125,14 @@ def _sqlite(url: URL) -> Engine:
     return engine
 
 
+def _sqlite_as_it_is(path: Path) -> Engine:
+    """Raises FileNotFoundError, and ConfigError where a server could not use it."""
+    if not os.access(path if path.exists() else path.parent, os.R_OK | os.W_OK):
+        raise ConfigError(f"cannot open the store {path}: this user may not write there, or there is no such folder")
+    file = f"{path.resolve(strict=True).as_uri()}?mode=ro"
+    return sa.create_engine("sqlite://", creator=lambda: sqlite3.connect(file, uri=True, timeout=BUSY_SECONDS))
+
+
 def _write_ahead(engine: Engine) -> None:
     """Readers do not wait for writers. Two that open a new file at once collide here without SQLite's own patience."""
     connection = engine.raw_connection()
@@ -118,7 +153,7 @@ def _write_ahead(engine: Engine) -> None:
 
 def _postgresql(url: URL) -> Engine:
     try:
-        return sa.create_engine(
+        engine = sa.create_engine(
             url,
             hide_parameters=True,
             pool_pre_ping=True,
@@ -127,6 +162,14 @@ def _postgresql(url: URL) -> Engine:
         )
     except ModuleNotFoundError:
         raise ConfigError("a store in PostgreSQL needs psycopg: pip install 'fairlead[postgres]'") from None
+
+    @sa.event.listens_for(engine, "connect")
+    def prepare(connection: Any, _: Any) -> None:
+        # As long as SQLite's writers wait.
+        connection.execute(f"SET lock_timeout = {int(BUSY_SECONDS * 1000)}")
+        connection.commit()
+
+    return engine
 
 
 # Migrations
@@ -138,6 +181,7 @@ def _migrate(engine: Engine, shown: str) -> None:
             return
     with engine.execution_options(writes=True).begin() as connection:
         if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {MIGRATION_SECONDS * 1000}")
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
         # Another process may have done it meanwhile.
         version = _version(connection)

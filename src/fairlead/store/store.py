@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from time import gmtime, strftime
 from typing import Any, TypeVar
 
@@ -9,13 +10,12 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import structs
 from sqlalchemy import ColumnElement, Connection, Engine, Select, Table
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as NoConnection
 
-from fairlead.core.errors import InvalidRequest, NotFound, Unavailable
+from fairlead.core.errors import NotFound
 from fairlead.core.policy import DEFAULT_TENANT, Scope
 from fairlead.store import tables
-from fairlead.store.database import first_line, open_database
+from fairlead.store.database import open_database
+from fairlead.store.jobs import JobStore
 from fairlead.store.rows import (
     AuditQuery,
     AuditRow,
@@ -29,6 +29,7 @@ from fairlead.store.rows import (
     UsageSum,
 )
 from fairlead.store.spent import SUMS, insert_usage, widened
+from fairlead.store.transactions import Conflict, Transactions
 
 R = TypeVar("R")
 
@@ -36,16 +37,14 @@ DEFAULT = "default"
 """The tenant, and each tenant's project, of those who name none: always there."""
 
 
-class Conflict(InvalidRequest):
-    """The wish is well-formed, but not to be had as things stand."""
-
-
 class Store:
     """Changes of who may what carry their row of the audit log into the same transaction."""
 
     def __init__(self, engine: Engine) -> None:
+        self._transactions = Transactions(engine)
         self._engine = engine
-        self._writing = engine.execution_options(writes=True)
+        self._writing = self._transactions.writing
+        self.jobs = JobStore(self._transactions)
 
     @classmethod
     def open(cls, url: str) -> "Store":
@@ -57,12 +56,17 @@ class Store:
         """Without its password."""
         return self._engine.url.render_as_string(hide_password=True)
 
+    @property
+    def file(self) -> Path | None:
+        """SQLite's; None for a database that a server keeps."""
+        return Path(str(self._engine.url.database)) if self._engine.dialect.name == "sqlite" else None
+
     def close(self) -> None:
         self._engine.dispose()
 
     def revision(self) -> int:
         """Grows with every change of tenants, projects, keys and configurations."""
-        with self._reads() as connection:
+        with self._transactions.reads() as connection:
             return int(connection.exec_driver_sql("SELECT number FROM revision").scalar_one())
 
     # Tenants and projects
@@ -72,7 +76,7 @@ class Store:
 
     def tenant(self, name: str) -> TenantRow:
         """Raises NotFound."""
-        with self._reads() as connection:
+        with self._transactions.reads() as connection:
             return _tenant(connection, name)
 
     def add_tenant(self, row: TenantRow, audit: AuditRow) -> None:
@@ -105,7 +109,7 @@ class Store:
     def projects(self, tenant: str | None = None) -> tuple[ProjectRow, ...]:
         """Raises NotFound for an unknown tenant."""
         query = sa.select(tables.projects).order_by(tables.projects.c.tenant, tables.projects.c.name)
-        with self._reads() as connection:
+        with self._transactions.reads() as connection:
             if tenant is not None:
                 _tenant(connection, tenant)
                 query = query.where(tables.projects.c.tenant == tenant)
@@ -148,7 +152,7 @@ class Store:
 
     def key(self, id: str) -> KeyRow:
         """Raises NotFound."""
-        with self._reads() as connection:
+        with self._transactions.reads() as connection:
             return _key(connection, id)
 
     def add_key(self, row: KeyRow, audit: AuditRow) -> None:
@@ -187,7 +191,7 @@ class Store:
 
     def record(self, usage: Sequence[UsageRow], audit: Sequence[AuditRow] = ()) -> None:
         """Write all of them, or none."""
-        with self._writes() as connection:
+        with self._transactions.writes() as connection:
             if usage:
                 insert_usage(connection, usage)
             if audit:
@@ -203,13 +207,13 @@ class Store:
         if until is not None:
             statement = statement.where(hours.c.hour < until)
         statement = statement.group_by(*groups).order_by(*groups).limit(limit)
-        with self._reads() as connection:
+        with self._transactions.reads() as connection:
             rows = connection.execute(statement).all()
         named = [tuple(_name(each, value) for each, value in zip(by, row, strict=False)) for row in rows]
         return tuple(
             UsageSum(group=group, **{name: getattr(row, name) or 0 for name in SUMS})
             for group, row in zip(named, rows, strict=True)
-            if row.requests
+            if row.requests is not None
         )
 
     def records(self, query: UsageQuery, limit: int, after: tuple[float, int] | None = None) -> tuple[UsageRow, ...]:
@@ -222,7 +226,7 @@ class Store:
 
     def purge(self, before: float, audit: AuditRow) -> int:
         """Delete the records of requests that ended before; their sums by the hour stay. Returns how many there were."""
-        with self._writes() as connection:
+        with self._transactions.writes() as connection:
             deleted = connection.execute(tables.usage.delete().where(tables.usage.c.time < before)).rowcount
             connection.execute(tables.audit.insert(), _entry(structs.replace(audit, details={**audit.details, "records": deleted})))
             return deleted
@@ -257,37 +261,15 @@ class Store:
     # Transactions
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """A database that is gone, full or locked may be back: Unavailable. A value that it cannot take stays the error that it is."""
-        driver = self._engine.dialect.loaded_dbapi
-        try:
-            yield
-        except (DBAPIError, driver.Error, NoConnection) as error:
-            cause = error.orig if isinstance(error, DBAPIError) else error
-            if isinstance(cause, (driver.DataError, driver.IntegrityError)):
-                raise
-            raise Unavailable(f"the store does not answer: {first_line(cause)}") from None
-
-    @contextmanager
-    def _reads(self) -> Iterator[Connection]:
-        with self._told(), self._engine.connect() as connection:
-            yield connection
-
-    @contextmanager
-    def _writes(self) -> Iterator[Connection]:
-        with self._told(), self._writing.begin() as connection:
-            yield connection
-
-    @contextmanager
     def _changes(self, audit: AuditRow) -> Iterator[Connection]:
         """The new revision comes first: its row is the lock that puts changes in order, so that what is checked stays true."""
-        with self._writes() as connection:
+        with self._transactions.writes() as connection:
             connection.exec_driver_sql("UPDATE revision SET number = number + 1")
             yield connection
             connection.execute(tables.audit.insert(), _entry(audit))
 
     def _all(self, query: Select[Any], type_: type[R]) -> tuple[R, ...]:
-        with self._reads() as connection:
+        with self._transactions.reads() as connection:
             return _select(connection, query, type_)
 
 

@@ -9,11 +9,14 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     String,
     Table,
     Text,
+    TextClause,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
@@ -97,10 +100,11 @@ usage = Table(
     Column("cost", Double, nullable=False),
     Column("cached", Boolean, nullable=False),
     Column("address", String, nullable=False),
+    Column("requests", BigInteger, nullable=False, server_default="1"),
     Index("usage_time", "time", "id"),
     Index("usage_tenant_time", "tenant", "time", "id"),
 )
-"""One row a request, until it is purged."""
+"""One row a request, or a prompt of one, until it is purged."""
 
 usage_hours = Table(
     "usage_hours",
@@ -148,4 +152,119 @@ configs = Table(
     Column("actor", String, nullable=False),
     Column("text", Text, nullable=False),
     Column("active", Boolean, nullable=False),
+)
+
+QUEUED = text("status = 'queued'")
+RUNNING = text("status IN ('active', 'aborting')")
+NOT_ENDED = text("ended IS NULL")
+KEPT = text("expires IS NOT NULL")
+PENDING = text("state = 'pending'")
+
+
+def _part(name: str, *columns: str, where: TextClause) -> Index:
+    """An index of some of the rows; queries must say the same words to use it."""
+    return Index(name, *columns, sqlite_where=where, postgresql_where=where)
+
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant", String, nullable=False),
+    Column("project", String, nullable=False),
+    Column("key", String, nullable=False),
+    Column("qos_class", String, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("model", String, nullable=False),
+    Column("version", String, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("face", String, nullable=False),
+    Column("status", String, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("not_before", Double, nullable=False),
+    Column("started", Double),
+    Column("ended", Double),
+    Column("start_deadline", Double, nullable=False),
+    Column("total_deadline", Double, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("max_tries", Integer, nullable=False),
+    Column("runner", String, nullable=False),
+    Column("lease_until", Double, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("num_steps", Integer, nullable=False),
+    Column("preview", LargeBinary),
+    Column("cost", Double, nullable=False),
+    Column("metadata", Text, nullable=False),
+    Column("webhook", Text, nullable=False),
+    Column("webhook_events", Text, nullable=False),
+    Column("webhook_secret", Text, nullable=False),
+    Column("result", LargeBinary),
+    Column("retention_seconds", Double, nullable=False),
+    Column("expires", Double),
+    Column("revision", BigInteger, nullable=False),
+    Column("address", String, nullable=False),
+    Column("request_id", String, nullable=False),
+    _part("jobs_line", "model", "priority", "tenant", "id", "not_before", where=QUEUED),
+    _part("jobs_queued", "tenant", where=QUEUED),
+    _part("jobs_start_deadline", "start_deadline", where=QUEUED),
+    _part("jobs_running", "tenant", where=RUNNING),
+    _part("jobs_total_deadline", "total_deadline", where=NOT_ENDED),
+    _part("jobs_expires", "expires", where=KEPT),
+    Index("jobs_tenant", "tenant", "id"),
+)
+"""`metadata` and `webhook_events` are JSON, `result` is MessagePack. `lease_until` is in no index, so that a beat rewrites none."""
+
+job_inputs = Table("job_inputs", metadata, Column("job", String, primary_key=True), Column("data", LargeBinary, nullable=False))
+"""Apart from their jobs, which are rewritten with every step."""
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("tenant", String, nullable=False),
+    Column("key", String, nullable=False),
+    Column("digest", String, nullable=False),
+    Column("job", String, nullable=False),
+    Column("expires", Double, nullable=False),
+    PrimaryKeyConstraint("tenant", "key"),
+    Index("idempotency_job", "job"),
+    Index("idempotency_expires", "expires"),
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("job", String, nullable=False),
+    Column("tenant", String, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("event", String, nullable=False),
+    Column("face", String, nullable=False),
+    Column("body", Text),
+    Column("secret", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("next_at", Double, nullable=False),
+    Column("runner", String, nullable=False),
+    Column("lease_until", Double, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("state", String, nullable=False),
+    Column("last_status", Integer),
+    Column("last_error", Text, nullable=False),
+    Column("ended", Double),
+    _part("deliveries_due", "next_at", where=PENDING),
+    Index("deliveries_job", "job"),
+    Index("deliveries_ended", "ended"),
+)
+"""Webhook calls: to be made, and their log."""
+
+secrets = Table(
+    "secrets",
+    metadata,
+    Column("name", String, nullable=False),
+    Column("tenant", String, nullable=False),
+    Column("value", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("expires", Double),
+    PrimaryKeyConstraint("name", "tenant", "value"),
 )

@@ -11,8 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fairlead.api.status import http_status, told
-from fairlead.api.web import json_response
+from fairlead.api.status import LateRequest, LongHead, http_status, told
+from fairlead.api.web import JSON, json_response
 from fairlead.core import errors
 from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge
 from fairlead.gateway.reuse.response_cache import NotStored
@@ -60,6 +60,8 @@ NOT_SUPPORTED = frozenset(
 CODES: dict[type[FairleadError], tuple[int, str, str | None]] = {
     errors.ContextExceeded: (400, "invalid_request_error", "context_length_exceeded"),
     errors.TooLarge: (413, "invalid_request_error", "request_too_large"),
+    LongHead: (431, "invalid_request_error", "headers_too_large"),
+    LateRequest: (408, "invalid_request_error", "request_timeout"),
     errors.InvalidRequest: (400, "invalid_request_error", None),
     errors.Filtered: (400, "invalid_request_error", "content_filter"),
     errors.Unauthenticated: (401, "invalid_request_error", "invalid_api_key"),
@@ -90,7 +92,7 @@ class OpenAIError(Struct):
 
 
 class OpenAIErrors:
-    """Implements `web.ErrorShape`."""
+    """Implements `web.ErrorShape` and `web.Shape`."""
 
     def __init__(self, prompt: str | None = None) -> None:
         """`prompt`: the parameter that the prompt comes in, which is what the engine complains of unless it names another."""
@@ -115,6 +117,9 @@ class OpenAIErrors:
         return json_response(
             OpenAIError(OpenAIErrorDetails(message, "invalid_request_error", None, code)), error.status_code, error.headers
         )
+
+    def content(self, error: FairleadError) -> tuple[int, str, bytes]:
+        return _entry(error)[0], JSON, self.event(error)
 
     def event(self, error: FairleadError) -> bytes:
         return msgspec.json.encode(self._body(error))
@@ -156,12 +161,12 @@ def decode_body(body: bytes, type_: type[T]) -> T:
     except RecursionError:
         raise BadParameter("the request's JSON is nested too deeply", None) from None
     except msgspec.ValidationError as error:
-        raise _explained(str(error), type_) from None
+        raise explained(str(error), type_) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadParameter(f"We could not parse the JSON body of your request: {error}.", None) from None
 
 
-def _explained(message: str, type_: type) -> BadParameter:
+def explained(message: str, type_: type) -> BadParameter:
     """What msgspec says is wrong, in OpenAI's words."""
     place = _PLACE.search(message)
     where = place[1] if place else ""

@@ -1,0 +1,1 @@
+"""Jobs over HTTP: one in our own words, and the faces in others'."""

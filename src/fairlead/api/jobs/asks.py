@@ -1,0 +1,137 @@
+"""What the `input` of a job says, by what its model takes."""
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from fairlead.api.jobs.face import Face, base64_bytes
+from fairlead.api.kserve.codec import decode as decode_tensors
+from fairlead.api.line import AccessLine
+from fairlead.api.openai.bodies import ChatBody, CompletionBody, EmbeddingBody, chat_of, texts_of
+from fairlead.api.openai.errors import decode_body
+from fairlead.api.openai.passing import peek, raw_of
+from fairlead.api.web import decode_json
+from fairlead.core.errors import InvalidRequest, NotFound
+from fairlead.core.generation import MAX_PICTURES, Embed, Generate, Mode, Paint, PictureFormat
+from fairlead.core.request import Request
+from fairlead.core.specs import InputCheck
+from fairlead.gateway.identity.identity import may_use
+
+PATHS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/embeddings"}
+"""The operation of the OpenAI API that an input is of, by the field that tells."""
+
+
+class LoraBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    scale: Annotated[float, Meta(ge=-4.0, le=4.0)] = 1.0
+
+
+class PaintBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Pictures, in our own words: core.generation.Paint, with files in base64."""
+
+    prompt: Annotated[str, Meta(max_length=32_000)]
+    negative_prompt: Annotated[str, Meta(max_length=32_000)] = ""
+    width: Annotated[int, Meta(ge=1)] | None = None
+    height: Annotated[int, Meta(ge=1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_PICTURES)] = 1
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
+    num_steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
+    guidance: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None
+    scheduler: str = ""
+    image: str = ""
+    mask: str = ""
+    strength: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    loras: Annotated[list[LoraBody], Meta(max_length=8)] = []
+    mode: Mode = "exact"
+    preview_steps: Annotated[int, Meta(ge=0)] = 0
+    format: PictureFormat = "png"
+    quality: Annotated[int, Meta(ge=1, le=100)] = 90
+
+    def paint(self) -> Paint:
+        """Raises InvalidRequest."""
+        return paint_of(
+            {
+                "text": self.prompt,
+                "negative": self.negative_prompt,
+                "width": self.width,
+                "height": self.height,
+                "n": self.n,
+                "seed": self.seed,
+                "num_steps": self.num_steps,
+                "guidance": self.guidance,
+                "scheduler": self.scheduler,
+                "image": base64_bytes(self.image, "image"),
+                "mask": base64_bytes(self.mask, "mask"),
+                "strength": self.strength,
+                "loras": [{"name": lora.name, "scale": lora.scale} for lora in self.loras],
+                "mode": self.mode,
+                "preview_steps": self.preview_steps,
+                "format": self.format,
+                "quality": self.quality,
+            }
+        )
+
+
+def paint_of(fields: dict[str, Any]) -> Paint:
+    """What a face has read, as a Paint whose every bound holds. Raises InvalidRequest, naming the field."""
+    try:
+        return msgspec.convert({"type": "paint", **fields}, Paint)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"{error}".replace("`$.text`", "`prompt`").replace("`$.", "`")) from None
+
+
+def asked(face: Face, line: AccessLine, data: bytes) -> Request:
+    """The request that a job of the line's model stores. `data`: its `input`, as JSON. Raises FairleadError, naming the field."""
+    model, version, shared = line.model, line.version, face.shared
+    fields = decode_json(data, dict[str, msgspec.Raw])
+    if shared.remote.remote(model) and may_use(line.caller, model):
+        path = next((path for field, path in PATHS.items() if field in fields), None)
+        if path is None:
+            raise InvalidRequest("`input` must have `messages`, `prompt` or `input`: another server computes this model by the OpenAI API")
+        whole = msgspec.json.encode({**fields, "model": model})
+        raw = raw_of(peek(whole), path, whole, "application/json")
+        if raw.stream:
+            raise InvalidRequest("`stream`: a job's answer comes as a whole")
+        return line.complete(Request(model=model, version=version, raw=raw, id=line.id))
+    repository = shared.repository
+    if not repository.known(model) or not may_use(line.caller, model):
+        raise NotFound(f"there is no model `{model}`")
+    info = repository.engine_info(model, version)
+    if info is None:
+        request, _ = decode_tensors(data, None, model, version, True)
+        InputCheck(repository.find(model, version).spec)(request)
+        return line.complete(request)
+    if info.image is not None:
+        return face.painted(line, decode_json(data, PaintBody).paint())
+    whole = msgspec.json.encode({**fields, "model": model})
+    prompt: Generate | Embed
+    if "messages" in fields:
+        chat = decode_body(whole, ChatBody)
+        _whole(chat.stream)
+        prompt = Generate(chat=chat_of(chat), sampling=chat.complete())
+    elif "prompt" in fields:
+        completion = decode_body(whole, CompletionBody)
+        _whole(completion.stream)
+        if completion.echo or completion.logprobs is not None:
+            raise InvalidRequest("`echo` and `logprobs` are not kept by jobs")
+        text, ids = _one(texts_of(completion.prompt, "prompt"), "prompt")
+        prompt = Generate(text=text, token_ids=ids, sampling=completion.complete(), add_special_tokens=completion.add_special_tokens)
+    elif "input" in fields:
+        embedding = decode_body(whole, EmbeddingBody)
+        text, ids = _one(texts_of(embedding.input, "input"), "input")
+        prompt = Embed(text=text, token_ids=ids, dimensions=embedding.dimensions)
+    else:
+        raise InvalidRequest("`input` must have `messages` or `prompt` (generate), or `input` (embed): this is a language model")
+    return line.complete(Request(model=model, version=version, prompt=prompt, id=line.id))
+
+
+def _whole(stream: bool | None) -> None:
+    if stream:
+        raise InvalidRequest("`stream`: a job's answer comes as a whole; watch the job's events instead")
+
+
+def _one(texts: list[tuple[str | None, list[int] | None]], field: str) -> tuple[str | None, list[int] | None]:
+    if len(texts) != 1:
+        raise InvalidRequest(f"`{field}`: a job takes one text")
+    return texts[0]

@@ -1,0 +1,186 @@
+"""What all faces of jobs share: who asks, what a model takes, links to files, and how errors are told."""
+
+import asyncio
+import base64
+import binascii
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import structlog
+from msgspec import Struct
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
+
+from fairlead.api.line import AccessLine
+from fairlead.api.status import CLIENT_LEFT, INTERNAL
+from fairlead.api.web import ErrorShape, Serve, Shape, read_body
+from fairlead.core.caller import Caller
+from fairlead.core.errors import FairleadError, InvalidRequest, NotFound
+from fairlead.core.generation import ImageInfo, Paint
+from fairlead.core.jobs import Artifact
+from fairlead.core.pictures import check
+from fairlead.core.request import Request
+from fairlead.gateway.identity.identity import may_use
+from fairlead.jobs.desk import Desk, Wishes
+from fairlead.observe.access import AccessLog
+from fairlead.runtime.repository import ModelRepository
+from fairlead.store.job_rows import JobRow
+
+log = structlog.get_logger(__name__)
+
+Links = Callable[[Artifact, str, float], tuple[str, float]]
+"""(artifact, tenant, now) → path and query of a signed link, and until when it is good."""
+
+
+class Errors(Shape, ErrorShape, Protocol):
+    """How it says that something went wrong, in answers and in events."""
+
+
+Answer = Callable[[HttpRequest, AccessLine], Awaitable[Any]]
+
+
+class Remote(Protocol):
+    """What of the gateway is asked beside requests."""
+
+    def remote(self, model: str) -> bool:
+        """Only other servers compute it."""
+
+
+class Shared(Struct, frozen=True):
+    """What every face is given."""
+
+    desk: Desk
+    repository: ModelRepository
+    remote: Remote
+    access_log: AccessLog
+    links: Links
+    check_webhook: Callable[[str], None]
+    """Raises InvalidRequest for a URL that will not be called."""
+    max_body_bytes: int
+    public_url: str = ""
+    """"" for the address that the request came to."""
+
+
+class Face:
+    """Base of the faces: reads, checks, hands in."""
+
+    name: str
+    """As `JobRow.face` has it."""
+    errors: Errors
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+        self.desk = shared.desk
+
+    def endpoint(self, serve: Answer) -> Serve:
+        """With its line in the access log and its errors in the face's shape, whatever happens."""
+
+        async def answer(http: HttpRequest) -> Any:
+            line = AccessLine(self.shared.access_log, http)
+            try:
+                response = await serve(http, line)
+            except FairleadError as error:
+                response = self.errors.response(error, line.headers)
+                line.end(response.status_code, error.message)
+                return response
+            except HTTPException as error:
+                line.end(error.status_code, error.detail)
+                raise
+            except ClientDisconnect:
+                line.end(CLIENT_LEFT, "the client left")
+                return HttpResponse(status_code=CLIENT_LEFT)
+            except asyncio.CancelledError:
+                line.end(503, "the server stopped")
+                raise
+            except Exception:
+                log.exception("request_failed", method=http.method, path=http.url.path)
+                line.end(500, INTERNAL.message)
+                return self.errors.response(INTERNAL, line.headers)
+            if isinstance(response, HttpResponse):
+                line.end(response.status_code, "")
+            return response
+
+        return answer
+
+    async def body(self, http: HttpRequest) -> bytes:
+        """Raises TooLarge."""
+        return await read_body(http, self.shared.max_body_bytes)
+
+    def image_info(self, caller: Caller, model: str, version: str) -> ImageInfo:
+        """Raises NotFound, or InvalidRequest for a model that makes no pictures."""
+        repository = self.shared.repository
+        if not repository.known(model) or not may_use(caller, model):
+            raise NotFound(f"there is no model `{model}`")
+        info = repository.engine_info(model, version)
+        if info is None or info.image is None:
+            raise InvalidRequest(f"`model`: '{model}' makes no pictures")
+        return info.image
+
+    def only_image_model(self, caller: Caller) -> str:
+        """The one model that makes pictures, for those who name none. Raises InvalidRequest where there are none or several."""
+        found = image_models(self.shared.repository, caller)
+        if len(found) != 1:
+            raise InvalidRequest(f"`model` must be one of {', '.join(found)}" if found else "no model here makes pictures")
+        return found[0]
+
+    def painted(self, line: AccessLine, paint: Paint) -> Request:
+        """A request for pictures whose every value is good for the model of the line. Raises InvalidRequest, Unsupported, NotFound."""
+        info = self.image_info(line.caller, line.model, line.version)
+        return line.complete(Request(model=line.model, version=line.version, prompt=check(paint, info), id=line.id))
+
+    async def hand_in(self, request: Request, wishes: Wishes) -> tuple[JobRow, bool]:
+        if wishes.webhook:
+            self.shared.check_webhook(wishes.webhook)
+        return await self.desk.submit(request, wishes)
+
+    def url(self, http: HttpRequest | None, path: str) -> str:
+        base = self.shared.public_url or ("" if http is None else str(http.base_url))
+        return base.rstrip("/") + path
+
+    def file_url(self, http: HttpRequest | None, row: JobRow, artifact: Artifact) -> tuple[str, float]:
+        path, until = self.shared.links(artifact, row.tenant, time.time())
+        return self.url(http, path), until
+
+
+def image_models(repository: ModelRepository, caller: Caller) -> list[str]:
+    names = {entry.name for entry in repository.index(ready=True) if repository.versions(entry.name)}
+    return sorted(name for name in names if may_use(caller, name) and (info := repository.engine_info(name)) is not None and info.image)
+
+
+def parted(model: str) -> tuple[str, str]:
+    """(name, version) of `name` or `name@version`."""
+    name, _, version = model.partition("@")
+    return name, version
+
+
+def base64_bytes(text: str, field: str) -> bytes:
+    """Of base64, or of a `data:` URL in base64. Raises InvalidRequest, naming the field."""
+    if text.startswith("data:"):
+        head, comma, text = text.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise InvalidRequest(f"`{field}` is a data: URL that is not in base64")
+    elif text.startswith(("http://", "https://")):
+        raise InvalidRequest(f"`{field}` is a URL, which this server does not fetch: send the picture itself, in base64")
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest(f"`{field}` is not base64") from None
+
+
+def wait_seconds(header: str, longest: float) -> float | None:
+    """What a `Prefer` header (RFC 7240) asks for: seconds to wait for the end, None where it does not. Raises InvalidRequest."""
+    for each in header.split(","):
+        name, _, value = each.partition(";")[0].strip().partition("=")
+        if name.strip().lower() != "wait":
+            continue
+        try:
+            seconds = float(value.strip().strip('"')) if value else longest
+        except ValueError:
+            seconds = -1.0
+        if not 0 <= seconds <= 86_400:
+            raise InvalidRequest("`Prefer: wait=` takes a number of seconds")
+        return min(seconds, longest)
+    return None

@@ -1,0 +1,79 @@
+"""What becomes of a job whose try went wrong: a pure decision.
+
+| error | then |
+|---|---|
+| a limit, a full line | again when there may be room; that is no try |
+| the model or what it needs is away | again, later each time, until the tries are used up |
+| the replica died | the same: it may have been the job's fault |
+| the model's own code failed; the request is wrong; it is filtered | failed at once: it would fail again |
+| the runner is stopping | again at once, by another runner; that is no try |
+"""
+
+from typing import NamedTuple
+
+from fairlead.core.errors import (
+    Cancelled,
+    FairleadError,
+    Filtered,
+    Forbidden,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    QueueFull,
+    ReplicaDied,
+    Shed,
+    ShuttingDown,
+    TimeoutExpired,
+    Unauthenticated,
+    Unavailable,
+    Unreachable,
+    Unsupported,
+)
+from fairlead.core.jobs import JobReason
+
+FIRST_SECONDS = 1.0
+LONGEST_SECONDS = 60.0
+ARTIFACT_STORE = "artifact-store"
+"""Reason of the Unreachable that says that results cannot be stored."""
+
+
+class Again(NamedTuple):
+    """Another try."""
+
+    seconds: float
+    """From now."""
+    counted: bool
+
+
+class Failed(NamedTuple):
+    reason: JobReason
+
+
+def backoff(tries: int) -> float:
+    """Seconds before the next try, after so many."""
+    return float(min(FIRST_SECONDS * 2 ** max(tries - 1, 0), LONGEST_SECONDS))
+
+
+def decide(error: FairleadError, *, tries: int, max_tries: int, answered: bool, chance: float) -> Again | Failed:
+    """`tries`: begun, this one too. `answered`: something of the result had come. `chance` in [0, 1): spreads those that failed together."""
+    if isinstance(error, (LimitExceeded, QueueFull, Shed, TimeoutExpired)):
+        return Again(_spread(max(error.retry_after, FIRST_SECONDS), chance), counted=False)
+    if isinstance(error, (ShuttingDown, Cancelled)):
+        return Again(_spread(FIRST_SECONDS, chance), counted=False)
+    if isinstance(error, (Unavailable, ReplicaDied)):
+        if tries < max_tries:
+            return Again(_spread(max(backoff(tries), getattr(error, "retry_after", 0.0)), chance), counted=True)
+        if isinstance(error, ReplicaDied):
+            return Failed("replica-died")
+        return Failed("storage" if isinstance(error, Unreachable) and error.reason == ARTIFACT_STORE else "unavailable")
+    if isinstance(error, Filtered):
+        return Failed("moderated-output" if answered else "moderated-input")
+    if isinstance(error, (Unauthenticated, Forbidden)):
+        return Failed("forbidden")
+    if isinstance(error, (InvalidRequest, Unsupported, NotFound)):
+        return Failed("invalid")
+    return Failed("model-error")
+
+
+def _spread(seconds: float, chance: float) -> float:
+    return seconds * (1.0 + 0.25 * chance)

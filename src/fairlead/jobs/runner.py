@@ -1,0 +1,414 @@
+"""Answers stored requests: takes jobs from the store, asks the gateway under their callers' names, and writes down how they ended.
+
+At least once: a runner that dies leaves its jobs' leases to run out, and others begin them again. Once only, in effect: the end
+of a job, its usage record and its webhooks are one transaction, which only the runner that holds the lease can make.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
+from typing import Any, Protocol
+
+import structlog
+from msgspec import structs
+
+from fairlead.core.caller import Caller
+from fairlead.core.errors import Cancelled, FairleadError, ModelError, ShuttingDown, Unavailable
+from fairlead.core.generation import Picture, Progress
+from fairlead.core.jobs import Artifact, JobReason, JobStatus
+from fairlead.core.policy import JobSettings
+from fairlead.core.request import Inference, Request
+from fairlead.jobs.changes import Changes
+from fairlead.jobs.retry import Again, Failed, backoff, decide
+from fairlead.jobs.stored import Collected, unpack
+from fairlead.observe.counts import Counts
+from fairlead.store.job_rows import JobRow
+from fairlead.store.jobs import JobStore
+from fairlead.store.rows import UsageRow
+
+log = structlog.get_logger("fairlead.jobs")
+
+BEAT_SECONDS = 0.5
+"""How often the store is told of progress, at most."""
+LOOK_SECONDS = 1.0
+"""How often it is asked whether another process has cancelled a job, where no notice comes."""
+SWEEP_SECONDS = 1.0
+PURGE_SECONDS = 30.0
+PURGE_JOBS = 500
+"""In one transaction."""
+MAX_PREVIEW_BYTES = 64 << 10
+END_TRIES = 5
+"""Of writing down an end, while the store does not answer; then the lease runs out and the job is begun again."""
+
+FREE_OF_CHARGE = frozenset({"moderated-input", "moderated-output"})
+
+
+class Files(Protocol):
+    """What of the artifact store is needed here."""
+
+    async def put(self, job: str, data: bytes, content_type: str) -> Artifact:
+        """Raises Unreachable."""
+
+    async def delete(self, job: str) -> None:
+        """All files of a job. Raises Unreachable."""
+
+
+Callers = Callable[[JobRow], Caller]
+"""Who a job's caller is by now. Raises Unauthenticated where its key was revoked or its tenant disabled."""
+Inspect = Callable[[Request, Picture], Awaitable[None]]
+"""The gateway's look at a finished picture. Raises Filtered."""
+
+
+class Runner:
+    """Lives in the event loop."""
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        store: JobStore,
+        files: Files,
+        inference: Inference,
+        inspect: Inspect,
+        callers: Callers,
+        models: Callable[[], Sequence[str]],
+        late: Callable[[UsageRow], None],
+        books: bool,
+        settings: JobSettings,
+        changes: Changes,
+        counts: Counts,
+        poll_seconds: float,
+    ) -> None:
+        """`models`: those that can be asked now. `late`: takes a usage record that came after its job's end. `books`: whether usage
+        records are kept. `poll_seconds`: how often the store is looked through for work that no notice came of."""
+        self.id = id
+        self.store = store
+        self.files = files
+        self.inference = inference
+        self.inspect = inspect
+        self.callers = callers
+        self.models = models
+        self.late = late
+        self.books = books
+        self.settings = settings
+        self.changes = changes
+        self.counts = counts
+        self.poll_seconds = poll_seconds
+        self.running: dict[str, Run] = {}
+        self.stopping = False
+        self._free = asyncio.Event()
+        self._look = asyncio.Event()
+        changes.abort = self.abort
+
+    async def run(self) -> None:
+        """For ever. What fails is begun again by whoever called this; the jobs that run go on meanwhile."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._lease())
+            group.create_task(self._beat())
+            group.create_task(self._sweep())
+            group.create_task(self._purge())
+
+    async def stop(self, seconds: float) -> None:
+        """Take no more; what has not ended after so long goes back into the queue at once."""
+        self.stopping = True
+        tasks = [run.task for run in self.running.values()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+        for run in list(self.running.values()):
+            run.interrupt(ShuttingDown("the server is stopping"))
+        if tasks:
+            await asyncio.wait(tasks, timeout=5.0)
+
+    # Taking work
+
+    async def _lease(self) -> None:
+        settings = self.settings
+        while not self.stopping:
+            self.changes.submitted.clear()
+            room = settings.max_active - len(self.running)
+            models = self.models()
+            if room > 0 and models:
+                leased = await asyncio.to_thread(
+                    self.store.lease,
+                    self.id,
+                    models,
+                    room,
+                    now=time.time(),
+                    lease_seconds=settings.lease_seconds,
+                    tenant_active=settings.tenant_active,
+                )
+                for row, data in leased:
+                    self._begin(row, data)
+                if len(leased) == room:
+                    continue
+            self._free.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.poll_seconds):
+                    if room > 0:
+                        await self.changes.submitted.wait()
+                    else:
+                        await self._free.wait()
+
+    def _begin(self, row: JobRow, data: bytes) -> None:
+        run = Run(row)
+        self.running[row.id] = run
+        self.changes.tell(row.id)
+        run.task = asyncio.create_task(self._work(run, data), name=row.id)
+
+    async def _work(self, run: "Run", data: bytes) -> None:
+        row = run.row
+        try:
+            try:
+                await self._answer(run, data)
+            except FairleadError as error:
+                await self._failed(run, error)
+            except asyncio.CancelledError:
+                if run.why is None:
+                    raise
+                asyncio.current_task().uncancel()  # type: ignore[union-attr]
+                await self._failed(run, run.why)
+            except Exception:
+                log.exception("job_failed", job=row.id, model=row.model)
+                await self._failed(run, ModelError("internal error"))
+        finally:
+            run.over = True
+            del self.running[row.id]
+            self.changes.progress.pop(row.id, None)
+            self._free.set()
+            self.changes.submitted.set()  # its tenant may have room for another one
+            self.changes.tell(row.id)
+
+    async def _answer(self, run: "Run", data: bytes) -> None:
+        row = run.row
+        request = unpack(data)
+        request.caller = self.callers(row)
+        request.log_id = row.id
+        request.arrived = time.perf_counter()
+        request.booked = run.book(self.late)
+        collected = run.collected
+        async with aclosing(self.inference.infer(request)) as responses:
+            async for response in responses:
+                collected.take(response)
+                delta = response.delta
+                if delta is None:
+                    continue
+                if delta.progress is not None:
+                    self._progress(run, delta.index, delta.progress)
+                if delta.picture is not None:
+                    await self.inspect(request, delta.picture)
+                    await self._keep(run, delta.index, delta.picture)
+        await self._end(run, JobStatus.COMPLETE)
+
+    def _progress(self, run: "Run", index: int, progress: Progress) -> None:
+        """Of several pictures, all together."""
+        run.steps[index] = progress
+        preview = progress.preview if len(progress.preview) <= MAX_PREVIEW_BYTES else b""
+        run.preview = preview or run.preview
+        total = Progress(
+            step=sum(each.step for each in run.steps.values()),
+            num_steps=sum(each.num_steps for each in run.steps.values()),
+            preview=run.preview,
+        )
+        run.told = False
+        self.changes.progress[run.row.id] = total
+        self.changes.tell(run.row.id)
+
+    async def _keep(self, run: "Run", index: int, picture: Picture) -> None:
+        """Raises Unreachable."""
+        run.kept = True
+        artifact = await self.files.put(run.row.id, picture.data, picture.content_type)
+        run.collected.artifacts[index] = structs.replace(
+            artifact, width=picture.width, height=picture.height, seed=picture.seed, mode=picture.mode
+        )
+
+    # How it ends
+
+    async def _failed(self, run: "Run", error: FairleadError) -> None:
+        row = run.row
+        if run.lost:
+            self.counts.add("fairlead_jobs_lost_total")
+            log.warning("job_lost", job=row.id, note="its lease ran out, and another runner may have it")
+            return
+        if run.kept:
+            await self._remove_files(row.id)  # before another runner may put its own there
+        if run.aborted:
+            await self._end(run, JobStatus.ABORTED, "cancelled", "the job was cancelled")
+            return
+        chosen = decide(error, tries=row.tries, max_tries=row.max_tries, answered=run.answered, chance=random.random())
+        match chosen:
+            case Failed(reason):
+                await self._end(run, JobStatus.FAILED, reason, error.message)
+            case Again(seconds, counted):
+                log.info("job_again", job=row.id, model=row.model, seconds=round(seconds, 1), tries=row.tries, error=error.message)
+                self.counts.add("fairlead_job_retries_total", run.label)
+                await self._told(
+                    run,
+                    lambda: self.store.again(
+                        row.id, self.id, not_before=time.time() + seconds, counted=counted, message=error.message, now=time.time()
+                    ),
+                )
+
+    async def _end(self, run: "Run", status: JobStatus, reason: JobReason = "", message: str = "") -> None:
+        row, usage = run.row, run.usage
+        if reason in FREE_OF_CHARGE:
+            usage = [structs.replace(each, cost=0.0) for each in usage]
+        run.ended = True
+        ended = await self._told(
+            run,
+            lambda: self.store.end(
+                row.id,
+                self.id,
+                status=status,
+                reason=reason,
+                message=message,
+                result=run.collected.result() if status is JobStatus.COMPLETE else None,
+                cost=sum(each.cost for each in usage),
+                usage=usage if self.books else (),
+                now=time.time(),
+            ),
+        )
+        if ended is None:
+            self.counts.add("fairlead_jobs_lost_total")
+            log.warning("job_lost", job=row.id, note="it ended here after its lease had run out")
+            return
+        seconds = (ended.ended or 0.0) - row.created
+        self.counts.add("fairlead_jobs_total", run.label, str(ended.status), ended.reason)
+        log.info(
+            "job", job=row.id, model=row.model, tenant=row.tenant, status=str(ended.status), reason=ended.reason, seconds=round(seconds, 3)
+        )
+
+    async def _told(self, run: "Run", write: Callable[[], JobRow | None]) -> JobRow | None:
+        """What the store says to it. Raises nothing: a job whose end cannot be written is begun again when its lease has run out."""
+        for attempt in range(END_TRIES):
+            try:
+                return await asyncio.to_thread(write)
+            except Unavailable as error:
+                log.error("job_not_written", job=run.row.id, error=error.message)
+                await asyncio.sleep(backoff(attempt))
+        return None
+
+    async def _remove_files(self, job: str) -> None:
+        """Of a try that came to nothing; what cannot be removed now is when the job is purged."""
+        try:
+            await self.files.delete(job)
+        except Unavailable as error:
+            log.warning("artifacts_not_removed", job=job, error=error.message)
+
+    # What goes on beside
+
+    async def _beat(self) -> None:
+        """Keep the leases, tell of progress, and hear of cancellations by others."""
+        next_lease = 0.0
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_SECONDS):
+                    await self._look.wait()
+                    next_lease = 0.0
+            self._look.clear()
+            runs = {id: run for id, run in self.running.items() if not run.ended}
+            news = {id: run for id, run in runs.items() if not run.told}
+            now = time.monotonic()
+            if not runs or (not news and now < next_lease):
+                continue
+            next_lease = now + min(self.settings.lease_seconds / 3, LOOK_SECONDS)
+            progress = {}
+            for id, run in news.items():
+                run.told = True
+                if (at := self.changes.progress.get(id)) is not None:
+                    progress[id] = (at.step, at.num_steps, at.preview)
+            try:
+                statuses = await asyncio.to_thread(
+                    self.store.beat, self.id, progress, list(runs), now=time.time(), lease_seconds=self.settings.lease_seconds
+                )
+            except Unavailable as error:
+                log.error("jobs_not_renewed", error=error.message)
+                continue
+            for id, run in runs.items():
+                self._heed(run, statuses.get(id))
+
+    def _heed(self, run: "Run", status: JobStatus | None) -> None:
+        if run.ended or run.over:
+            return
+        if status is None:
+            run.lost = True
+            run.interrupt(Cancelled("its lease ran out"))
+        elif status is JobStatus.ABORTING:
+            self.abort(run.row.id)
+
+    def heard(self, job: str) -> None:
+        """Another process says that a job has changed."""
+        self.changes.tell(job)
+        self.changes.submitted.set()
+        if job in self.running:
+            self._look.set()
+
+    def abort(self, job: str) -> None:
+        """Somebody cancelled it: if it runs here, it stops before its next step."""
+        run = self.running.get(job)
+        if run is not None and not run.ended and not run.aborted:
+            run.aborted = True
+            run.interrupt(Cancelled("the job was cancelled"))
+
+    async def _sweep(self) -> None:
+        """What no runner looks after any longer: each runner does it for all."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS * (0.5 + random.random()))
+            for row in await asyncio.to_thread(self.store.sweep, time.time(), backoff):
+                log.info("job_swept", job=row.id, status=str(row.status), reason=row.reason)
+                if (run := self.running.get(row.id)) is not None:
+                    self._heed(run, None)
+                self.changes.tell(row.id)
+            self.changes.submitted.set()
+
+    async def _purge(self) -> None:
+        while True:
+            await asyncio.sleep(PURGE_SECONDS * (0.5 + random.random()))
+            for job in await asyncio.to_thread(self.store.purge, time.time(), PURGE_JOBS):
+                await self._remove_files(job)
+
+
+class Run:
+    """One job on its way here."""
+
+    task: "asyncio.Task[None]"
+    why: FairleadError | None = None
+    """Why its task was cancelled."""
+    aborted = False
+    lost = False
+    ended = False
+    """Its end is being written."""
+    over = False
+    told = True
+    """The store knows of its progress."""
+    kept = False
+    """Files of it may be in the artifact store."""
+    preview = b""
+
+    def __init__(self, row: JobRow) -> None:
+        self.row = row
+        self.collected = Collected()
+        self.steps: dict[int, Progress] = {}
+        self.usage: list[UsageRow] = []
+
+    @property
+    def label(self) -> str:
+        return self.row.model
+
+    @property
+    def answered(self) -> bool:
+        return bool(self.steps or self.collected.choices or self.collected.outputs or self.collected.usage)
+
+    def interrupt(self, why: FairleadError) -> None:
+        self.why = why
+        self.task.cancel()
+
+    def book(self, late: Callable[[UsageRow], None]) -> Callable[[Any], None]:
+        def take(row: UsageRow) -> None:
+            if self.ended:
+                late(row)
+            else:
+                self.usage.append(row)
+
+        return take

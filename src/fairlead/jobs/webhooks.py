@@ -1,0 +1,325 @@
+"""Calls to the URLs that jobs name: signed as Standard Webhooks wants it, tried by a schedule, each at least once.
+
+due → leased → called → 2xx: delivered · 410, or the schedule is at its end: failed · else: put off to its next try
+Several servers share the work by leases; of one that died, the lease runs out and another calls, with the same `webhook-id`.
+"""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
+
+import aiohttp
+import structlog
+from msgspec import Struct
+from yarl import URL
+
+from fairlead import __version__
+from fairlead.core.errors import InvalidRequest, Unavailable
+from fairlead.core.policy import WebhookSettings
+from fairlead.jobs.addresses import Guard, Lookup, RefusedAddress, check_url
+from fairlead.jobs.secrets import Secrets
+from fairlead.observe.counts import Counts
+from fairlead.store.job_rows import DeliveryRow
+from fairlead.store.jobs import JobStore
+
+PREFIX = "whsec_"
+SECRET_BYTES = 32
+GONE = 410
+MAX_RETRY_AFTER = 3600.0
+"""Of what a receiver asks for."""
+MAX_ANSWER_BYTES = 64 << 10
+"""Read of an answer, and thrown away."""
+LEASE_MARGIN = 15.0
+"""Of a lease beyond the longest call: for the store to be told how it ended."""
+POLL_SECONDS = 1.0
+BUSY_SECONDS = 5.0
+"""How long a delivery waits whose receiver is being called as often as may be."""
+
+Render = Callable[[DeliveryRow], Awaitable[bytes | None]]
+"""The body, in the words of the job's face; None where the job is no longer there."""
+
+log = structlog.get_logger("fairlead.webhooks")
+
+
+class Answer(Struct, frozen=True):
+    """What came of one call."""
+
+    status: int = 0
+    """0: there was no answer."""
+    error: str = ""
+    """Why not, or what is wrong with it. The tenant reads it."""
+    retry_after: float = 0.0
+    """Seconds that the receiver asks for."""
+
+    @property
+    def taken(self) -> bool:
+        return 200 <= self.status < 300
+
+
+NOTHING_LEFT = Answer(error="the job is no longer there, and nothing was sent of it before")
+
+
+def next_try(answer: Answer, *, tries: int, retries: Sequence[float], now: float, chance: float) -> float | None:
+    """When to call again; None: never. `tries`: those that were made, this one too. `chance`: from 0 to 1."""
+    if answer.status == GONE or tries > len(retries):
+        return None
+    wait = retries[tries - 1] * (0.9 + 0.2 * chance)
+    return now + max(wait, min(answer.retry_after, MAX_RETRY_AFTER))
+
+
+def retry_after(header: str, now: float) -> float:
+    """Seconds; 0 for what says nothing, or nothing that can be read."""
+    if header.isascii() and header.isdigit():
+        return float(header[:12])
+    try:
+        when = parsedate_to_datetime(header)
+        return max(0.0, (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - now)
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def signatures(id: str, timestamp: int, body: bytes, secrets: Sequence[str]) -> str:
+    """One for each secret: a receiver needs to know any of them."""
+    text = f"{id}.{timestamp}.".encode() + body
+    return " ".join(f"v1,{base64.b64encode(hmac.digest(_bytes(secret), text, hashlib.sha256)).decode()}" for secret in secrets)
+
+
+def new_secret() -> str:
+    return PREFIX + base64.b64encode(os.urandom(SECRET_BYTES)).decode()
+
+
+def _bytes(secret: str) -> bytes:
+    return base64.b64decode(secret.removeprefix(PREFIX))
+
+
+def headers_of(row: DeliveryRow, body: bytes, secrets: Sequence[str], now: float) -> dict[str, str]:
+    headers = {
+        "content-type": "application/json",
+        "user-agent": f"Fairlead/{__version__}",
+        "accept-encoding": "identity",
+        "webhook-id": row.id,
+        "webhook-timestamp": str(int(now)),
+        "webhook-signature": signatures(row.id, int(now), body, secrets),
+    }
+    if row.face == "bfl" and row.secret:
+        headers["x-bfl-signature"] = "sha256=" + hmac.digest(row.secret.encode(), body, hashlib.sha256).hex()
+    return headers
+
+
+class Deliveries:
+    """Lives in the event loop; the store works in threads."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        settings: WebhookSettings,
+        secrets: Secrets,
+        render: Render,
+        counts: Counts,
+        *,
+        runner: str,
+        now: Callable[[], float] = time.time,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        """Raises ConfigError for an `allow` that is no network."""
+        self.store = store
+        self.settings = settings
+        self.secrets = secrets
+        self.render = render
+        self.counts = counts
+        self.runner = runner
+        self.now = now
+        self.chance = chance
+        self.guard = Guard(settings.allow)
+        self.lookup = Lookup(self.guard)
+        self.stopping = False
+        self.num_of_receiver = max(1, settings.max_in_flight // 8)
+        self.num_of_tenant = max(1, settings.max_in_flight // 2)
+        self._calls: set[asyncio.Task[None]] = set()
+        self._busy: Counter[tuple[str, str]] = Counter()
+        """Calls under way, by receiver and by tenant: none may hold up the others."""
+        self._look = asyncio.Event()
+        self._session: aiohttp.ClientSession | None = None
+
+    def look(self) -> None:
+        """There may be something to deliver."""
+        self._look.set()
+
+    async def run(self) -> None:
+        """For ever. What fails is begun again by whoever called this; the calls that are under way go on meanwhile."""
+        while not self.stopping:
+            self._look.clear()
+            if await self.take():
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._look.wait()
+
+    async def take(self) -> bool:
+        """Begin the calls that are due, as many as there is room for. Whether there may be more."""
+        room = self.settings.max_in_flight - len(self._calls)
+        if room <= 0:
+            return False
+        now, lease = self.now(), self.settings.timeout + LEASE_MARGIN
+        rows = await asyncio.to_thread(self.store.due, self.runner, room, now=now, lease_seconds=lease)
+        for row in rows:
+            keys = _shares(row)
+            if self._busy[keys[0]] >= self.num_of_receiver or self._busy[keys[1]] >= self.num_of_tenant:
+                later = self.now() + BUSY_SECONDS * (0.5 + self.chance())
+                await asyncio.to_thread(
+                    self.store.put_off, row.id, self.runner, next_at=later, status=None, error="", body=None, counted=False
+                )
+                continue
+            self._busy.update(keys)
+            task = asyncio.create_task(self._deliver(row), name=row.id)
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
+        return len(rows) == room
+
+    async def idle(self) -> None:
+        """Until no call is under way."""
+        while self._calls:
+            await asyncio.wait(self._calls)
+
+    async def stop(self, seconds: float) -> None:
+        """Begin no more; what has not ended after so long is cut off, and called again when its lease has run out."""
+        self.stopping = True
+        self._look.set()
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=seconds)
+        for task in list(self._calls):
+            task.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+        await self.lookup.close()
+
+    async def _deliver(self, row: DeliveryRow) -> None:
+        try:
+            try:
+                body = await self._body(row)
+                answer = NOTHING_LEFT if body is None else await self._call(row, body)
+            except Unavailable:
+                raise
+            except Exception:
+                log.exception("webhook_failed", delivery=row.id, job=row.job)
+                body, answer = None, Answer(error="internal error")
+            await self._write(row, body, answer)
+        except Unavailable as error:
+            log.error("webhook_not_written", delivery=row.id, job=row.job, error=error.message)
+        finally:
+            for key in _shares(row):
+                self._busy[key] -= 1
+                if not self._busy[key]:
+                    del self._busy[key]
+            self._look.set()
+
+    async def _body(self, row: DeliveryRow) -> bytes | None:
+        """As the job is now, with links that are good now; of a job that was purged, as it was."""
+        body = await self.render(row)
+        return body if body is not None or row.body is None else row.body.encode()
+
+    async def _call(self, row: DeliveryRow, body: bytes) -> Answer:
+        try:
+            check_url(row.url, self.settings)
+        except InvalidRequest as error:
+            return Answer(error=error.message)
+        secrets = [secret.value for secret in await self.secrets.rows(row.tenant)]
+        answer = Answer()
+        try:
+            async with (
+                asyncio.timeout(self.settings.timeout),
+                self._client().post(
+                    URL(row.url, encoded=True), data=body, headers=headers_of(row, body, secrets, self.now()), allow_redirects=False
+                ) as response,
+            ):
+                answer = _answer(response, self.now())
+                await _skim(response)
+        except TimeoutError:
+            # What was said before its body hung counts.
+            return answer if answer.status else Answer(error=f"no answer within {self.settings.timeout:g} seconds")
+        except aiohttp.ClientConnectorError as error:
+            return Answer(error=_why(error))
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return answer if answer.status else Answer(error=f"no answer: {type(error).__name__}")
+        return answer
+
+    async def _write(self, row: DeliveryRow, body: bytes | None, answer: Answer) -> None:
+        """Raises Unavailable."""
+        store, now = self.store, self.now()
+        kept = body.decode() if body is not None else row.body
+        status = answer.status or None
+        next_at = next_try(answer, tries=row.tries, retries=self.settings.retries, now=now, chance=self.chance())
+        if answer.taken:
+            outcome = "delivered"
+            ours = await asyncio.to_thread(store.delivered, row.id, self.runner, status=answer.status, body=kept or "", now=now)
+        elif next_at is None or answer is NOTHING_LEFT:
+            outcome = "failed"
+            log.warning("webhook_given_up", delivery=row.id, job=row.job, tenant=row.tenant, status=status, error=answer.error)
+            ours = await asyncio.to_thread(store.gave_up, row.id, self.runner, status=status, error=answer.error, body=kept, now=now)
+        else:
+            outcome = "retried"
+            ours = await asyncio.to_thread(
+                store.put_off, row.id, self.runner, next_at=next_at, status=status, error=answer.error, body=kept
+            )
+        if ours:
+            self.counts.add("fairlead_webhook_deliveries_total", outcome)
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(
+                limit=0,  # of calls there are no more than `max_in_flight`
+                force_close=True,  # each call's address is looked at
+                use_dns_cache=False,
+                resolver=self.lookup,
+                socket_factory=self.guard.socket,
+            )
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None),
+                auto_decompress=False,
+                trust_env=False,
+            )
+        return self._session
+
+
+def _shares(row: DeliveryRow) -> tuple[tuple[str, str], tuple[str, str]]:
+    """What a call takes a share of."""
+    return ("receiver", urlsplit(row.url).netloc), ("tenant", row.tenant)
+
+
+def _answer(response: aiohttp.ClientResponse, now: float) -> Answer:
+    status = response.status
+    if 200 <= status < 300:
+        return Answer(status)
+    error = f"answered {status}" + (", and redirects are not followed" if 300 <= status < 400 else "")
+    return Answer(status, error, retry_after(response.headers.get("retry-after", ""), now))
+
+
+async def _skim(response: aiohttp.ClientResponse) -> None:
+    """Let the receiver say what it says, within reason."""
+    num_bytes = 0
+    while num_bytes < MAX_ANSWER_BYTES and (chunk := await response.content.readany()):
+        num_bytes += len(chunk)
+
+
+def _why(error: aiohttp.ClientConnectorError) -> str:
+    """Why no connection came about."""
+    if isinstance(error, aiohttp.ClientConnectorDNSError) and not isinstance(error.os_error, RefusedAddress):
+        return "its name has no address"
+    if isinstance(error.os_error, RefusedAddress):
+        return str(error.os_error)
+    if isinstance(error, aiohttp.ClientConnectorSSLError | aiohttp.ClientConnectorCertificateError):
+        return "its certificate is not good, or it speaks no TLS"
+    return "no connection"

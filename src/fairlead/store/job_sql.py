@@ -1,0 +1,204 @@
+"""Statements about jobs, for both databases, and how rows become Structs.
+
+Thousands of them pass here in a second, so that statements are the driver's own, of constant texts or few lengths: databases keep what they
+have prepared. `?` stands for a parameter; a list of texts is one parameter.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Engine
+
+from fairlead.core.jobs import JobResult, JobStatus
+from fairlead.store import tables
+from fairlead.store.job_rows import DeliveryRow, DeliveryState, JobRow, SecretRow
+from fairlead.store.job_rules import Group
+
+CHANNEL = "fairlead_jobs"
+STATEMENT_ROWS = (64, 16, 4, 1)
+"""Rows of one statement."""
+
+JOB = JobRow.__struct_fields__
+LARGE = ("preview", "result")
+LIGHT = tuple(name for name in JOB if name not in LARGE)
+DELIVERY = DeliveryRow.__struct_fields__
+SECRET = SecretRow.__struct_fields__
+CHANGING = (
+    "id", "status", "reason", "message", "not_before", "started", "ended", "tries", "runner", "lease_until", "step", "num_steps", "cost",
+    "result", "expires", "revision",
+)  # fmt: skip
+"""What the rules change, after the id; the preview is gone where a job no longer runs."""
+
+_result = msgspec.msgpack.Decoder(JobResult)
+_statuses = {status.value: status for status in JobStatus}
+
+
+class Sql:
+    """Statements in the words of one database."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.is_sqlite = engine.dialect.name == "sqlite"
+        self._types = {column.name: column.type.compile(dialect=engine.dialect) for column in tables.jobs.c}
+
+    def run(self, connection: Connection, statement: str, *parameters: Any) -> Any:
+        return connection.exec_driver_sql(statement if self.is_sqlite else statement.replace("?", "%s"), parameters)
+
+    def within(self, texts: Iterable[str]) -> str | list[str]:
+        """The parameter of `among`."""
+        return json.dumps(list(texts)) if self.is_sqlite else list(texts)
+
+    @property
+    def among(self) -> str:
+        return "IN (SELECT value FROM json_each(?))" if self.is_sqlite else "= ANY(?)"
+
+    @property
+    def for_update(self) -> str:
+        """Everybody locks in the order of the ids, so that no two wait for each other in a circle. SQLite's writers are alone anyway."""
+        return "ORDER BY id" if self.is_sqlite else "ORDER BY id FOR UPDATE"
+
+    @property
+    def skip_locked(self) -> str:
+        return "" if self.is_sqlite else "FOR UPDATE SKIP LOCKED"
+
+    def lock(self, connection: Connection, *numbers: int) -> None:
+        """Until the transaction ends, nobody else holds one of these numbers."""
+        if not self.is_sqlite:
+            self.run(connection, "SELECT pg_advisory_xact_lock(n) FROM unnest(CAST(? AS bigint[])) AS n", sorted(set(numbers)))
+
+    def notify(self, connection: Connection, ids: Sequence[str]) -> None:
+        if ids and not self.is_sqlite:
+            self.run(connection, f"SELECT pg_notify('{CHANNEL}', id) FROM unnest(CAST(? AS text[])) AS id", list(ids))
+
+    # Writing
+
+    def insert(self, connection: Connection, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], rest: str = "") -> None:
+        for part in _parts(rows):
+            values = ", ".join([f"({_marks(columns)})"] * len(part))
+            statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {values} {rest}"
+            self.run(connection, statement, *(value for row in part for value in row))
+
+    def update(self, connection: Connection, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], changes: str) -> None:
+        """Jobs by their ids, which are the first of `columns`; `changes` calls them `v.column1`, ..."""
+        casts = ", ".join(f"CAST(? AS {self._types[name]})" for name in columns)
+        for part in _parts(rows):
+            # The first row says of which types they all are.
+            values = ", ".join([f"({casts})", *[f"({_marks(columns)})"] * (len(part) - 1)])
+            statement = f"UPDATE jobs SET {changes} FROM (VALUES {values}) AS v WHERE jobs.id = v.column1"
+            self.run(connection, statement, *(value for row in part for value in row))
+
+    def add_jobs(self, connection: Connection, jobs: Sequence[tuple[JobRow, bytes]]) -> None:
+        self.insert(connection, "jobs", JOB, [job_values(row) for row, _ in jobs])
+        self.insert(connection, "job_inputs", ("job", "data"), [(row.id, data) for row, data in jobs])
+
+    def put_jobs(self, connection: Connection, rows: Sequence[JobRow]) -> None:
+        """What the rules made of jobs that this transaction has locked."""
+        changes = ", ".join(f"{name} = v.column{number}" for number, name in enumerate(CHANGING[1:], 2))
+        kept = "preview = CASE WHEN v.column2 IN ('active', 'aborting') THEN jobs.preview END"
+        self.update(connection, CHANGING, [_changed(row) for row in rows], f"{changes}, {kept}")
+
+    def put_steps(self, connection: Connection, rows: Sequence[tuple[str, int, int, bytes | None]]) -> None:
+        """Id, step, number of steps, preview or None for the last one."""
+        changes = "step = v.column2, num_steps = v.column3, preview = COALESCE(v.column4, jobs.preview), revision = jobs.revision + 1"
+        self.update(connection, ("id", "step", "num_steps", "preview"), rows, changes)
+
+    def add_deliveries(self, connection: Connection, rows: Sequence[DeliveryRow]) -> None:
+        values = [tuple(getattr(row, name) for name in DELIVERY) for row in rows]
+        self.insert(connection, "deliveries", DELIVERY, values, "ON CONFLICT DO NOTHING")
+
+    # Reading
+
+    def jobs(self, connection: Connection, rest: str, *parameters: Any, whole: bool = False) -> list[JobRow]:
+        names = JOB if whole else LIGHT
+        found = self.run(connection, f"SELECT {', '.join(names)} FROM jobs {rest}", *parameters)
+        return [_job(names, row) for row in found.fetchall()]
+
+    def locked(self, connection: Connection, ids: Iterable[str]) -> dict[str, JobRow]:
+        """Without previews and results."""
+        found = self.jobs(connection, f"WHERE id {self.among} {self.for_update}", self.within(ids))
+        return {row.id: row for row in found}
+
+    def deliveries(self, connection: Connection, rest: str, *parameters: Any) -> tuple[DeliveryRow, ...]:
+        found = self.run(connection, f"SELECT {', '.join(DELIVERY)} FROM deliveries {rest}", *parameters)
+        return tuple(delivery(row) for row in found.fetchall())
+
+    def groups(self, connection: Connection, models: Sequence[str], now: float) -> list[Group]:
+        """Of every model, priority and tenant with a job that is due, by jumps from one to the next in the index: what it costs does not
+        depend on how many wait."""
+        each = "SELECT value FROM json_each(?)" if self.is_sqlite else "SELECT unnest(CAST(? AS text[]))"
+        first = "q.status = 'queued' AND q.not_before <= ? ORDER BY q.model, q.priority, q.tenant, q.id LIMIT 1"
+        # `|| ''`: SQLite does not look into the index for a column that is compared with another table's.
+        statement = f"""
+            WITH RECURSIVE wanted(model) AS ({each}), heads(id, model, priority, tenant) AS (
+                SELECT n.id, n.model, n.priority, n.tenant FROM wanted w
+                JOIN jobs n ON n.id = (SELECT q.id FROM jobs q WHERE q.model = w.model AND {first})
+                UNION ALL
+                SELECT n.id, n.model, n.priority, n.tenant FROM heads h JOIN jobs n
+                ON n.id = (SELECT q.id FROM jobs q WHERE q.model = h.model AND (q.priority, q.tenant) > (h.priority, h.tenant || '') AND {first})
+            )
+            SELECT id, model, priority, tenant FROM heads"""
+        return [Group(*row) for row in self.run(connection, statement, self.within(models), now, now).fetchall()]
+
+    def oldest(self, connection: Connection, groups: Sequence[tuple[Group, int]], now: float) -> list[tuple[Group, list[str]]]:
+        """Ids of the jobs of each group that are due, at most so many."""
+        one = """SELECT * FROM (SELECT CAST(? AS INTEGER) AS at, id FROM jobs WHERE status = 'queued' AND model = ? AND priority = ? AND tenant = ?
+            AND not_before <= ? ORDER BY id LIMIT ?) AS g"""
+        ids: list[list[str]] = [[] for _ in groups]
+        for part in _parts(list(enumerate(groups))):
+            parameters = [(at, group.model, group.priority, group.tenant, now, limit) for at, (group, limit) in part]
+            found = self.run(connection, " UNION ALL ".join([one] * len(part)), *(value for row in parameters for value in row))
+            for at, id in found.fetchall():
+                ids[at].append(id)
+        return [(group, found) for (group, _), found in zip(groups, ids, strict=True)]
+
+
+def _parts(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    at = 0
+    for length in STATEMENT_ROWS:
+        while len(rows) - at >= length:
+            yield rows[at : at + length]
+            at += length
+
+
+def _marks(columns: Sequence[str]) -> str:
+    return ", ".join("?" * len(columns))
+
+
+# Rows
+
+
+def job_values(row: JobRow) -> tuple[Any, ...]:
+    return tuple(
+        msgspec.json.encode(value).decode() if name in ("metadata", "webhook_events") else _large(value) if name in LARGE else value
+        for name in JOB
+        for value in (getattr(row, name),)
+    )
+
+
+def _changed(row: JobRow) -> tuple[Any, ...]:
+    return tuple(_large(getattr(row, name)) if name == "result" else getattr(row, name) for name in CHANGING)
+
+
+def _large(value: JobResult | bytes | None) -> bytes | None:
+    return value or None if isinstance(value, bytes) or value is None else msgspec.msgpack.encode(value)
+
+
+def _job(names: Sequence[str], values: Sequence[Any]) -> JobRow:
+    fields = dict(zip(names, values, strict=True))
+    fields["status"] = _statuses[fields["status"]]
+    fields["metadata"] = msgspec.json.decode(fields["metadata"])
+    fields["webhook_events"] = tuple(msgspec.json.decode(fields["webhook_events"]))
+    if "result" in fields:
+        fields["preview"] = fields["preview"] or b""
+        fields["result"] = None if fields["result"] is None else _result.decode(fields["result"])
+    return JobRow(**fields)
+
+
+def delivery(values: Sequence[Any]) -> DeliveryRow:
+    fields = dict(zip(DELIVERY, values, strict=True))
+    return DeliveryRow(**fields | {"state": DeliveryState(fields["state"])})
+
+
+def secret(values: Sequence[Any]) -> SecretRow:
+    return SecretRow(**dict(zip(SECRET, values, strict=True)))
