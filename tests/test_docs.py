@@ -22,11 +22,11 @@ from fairlead.cli import COMMANDS
 from fairlead.cli.serve import serve
 from fairlead.core.errors import FairleadError, LimitExceeded, Unavailable
 from fairlead.core.settings import Settings, parse_settings
-from fairlead.core.specs import BatchingSpec, InstancesSpec, LlmSpec, ModelSpec, QueuePolicy, TensorSpec
+from fairlead.core.specs import BatchingSpec, DiffusionSpec, InstancesSpec, LlmSpec, ModelSpec, QueuePolicy, TensorSpec
 from fairlead.gateway.configuration import FIXED
 from fairlead.gateway.course import compiled
-from fairlead.gateway.gateway import REASONS, ended
-from fairlead.gateway.routing.dispatch import check_fallbacks
+from fairlead.gateway.ends import REASONS, ended
+from fairlead.gateway.routing.fallbacks import check_fallbacks
 from fairlead.observe import metrics
 from fairlead.observe.counts import COUNTS
 from fairlead.runtime.batcher import CloseReason
@@ -76,18 +76,23 @@ def test_every_key_of_model_yaml_is_documented(key):
     assert re.search(rf"`(batching\.|instances\.)?{re.escape(key.split('.')[-1])}[`.:]", page("models.md"))
 
 
-def test_every_key_of_the_llm_section_is_documented_with_its_default():
-    text = page("language-models.md")
-    for field in msgspec.structs.fields(LlmSpec):
+@pytest.mark.parametrize(
+    ("section", "type_", "name"), [("llm", LlmSpec, "language-models.md"), ("diffusion", DiffusionSpec, "image-models.md")]
+)
+def test_every_key_of_an_engines_section_is_documented_with_its_default(section, type_, name):
+    text = page(name)
+    for field in msgspec.structs.fields(type_):
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         shown = (
             f"{default:g}"
             if isinstance(default, float)
             else f"`{default}`"
             if isinstance(default, str) and default not in ("true", "false")
+            else "null"
+            if default is None
             else default
         )
-        row = f"| `llm.{field.name}` | {shown if default != '' else ''} |".replace("|  |", "| |")
+        row = f"| `{section}.{field.name}` | {shown if default != '' else ''} |".replace("|  |", "| |")
         assert row in text, row
 
 
@@ -130,7 +135,7 @@ def shown(field: Field) -> str:
         case dict():
             return ", ".join(f"{name}: {each}" if isinstance(each, int) else name for name, each in value.items())
         case tuple() | list():
-            return ", ".join(value)
+            return ", ".join(each if isinstance(each, str) else f"{each:g}" for each in value)
         case int() if value >= 1 << 20:
             return f"{value >> 20} MiB"
         case int():

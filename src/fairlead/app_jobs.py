@@ -22,6 +22,7 @@ from fairlead.api.jobs.replicate import Replicate
 from fairlead.api.openapi import Operation
 from fairlead.api.webhooks import WebhookRoutes
 from fairlead.core.caller import Caller
+from fairlead.core.errors import Unsupported
 from fairlead.core.settings import Settings
 from fairlead.gateway.gateway import Gateway
 from fairlead.gateway.identity.identity import Identity
@@ -93,6 +94,7 @@ class Jobs:
                 late=usage.add if usage is not None else _nowhere,
                 books=usage is not None,
                 settings=settings.jobs,
+                log_seconds=settings.webhooks.log_seconds,
                 changes=self.changes,
                 counts=counts,
                 poll_seconds=poll_seconds,
@@ -112,7 +114,7 @@ class Jobs:
             gateway,
             access_log,
             self.links.to,
-            lambda url: check_url(url, settings.webhooks),
+            self._check_webhook,
             settings.limits.max_request_bytes,
             settings.artifacts.public_url,
         )
@@ -171,6 +173,12 @@ class Jobs:
             loop.call_soon_threadsafe(heard, job)
 
         await asyncio.to_thread(self.store.listen, passed_on, self._stop_listening)
+
+    def _check_webhook(self, url: str) -> None:
+        """Raises InvalidRequest, Unsupported."""
+        if not self.settings.webhooks.enabled:
+            raise Unsupported("`webhook`: this server calls none (`webhooks.enabled` is false)")
+        check_url(url, self.settings.webhooks)
 
     def _caller(self, row: JobRow) -> Caller:
         return self.identity.stored(tenant=row.tenant, project=row.project, key=row.key, address=row.address)

@@ -12,6 +12,8 @@ from fairlead.core.errors import FairleadError
 COMMANDS = {
     "serve": "fairlead.cli.serve:serve",
     "chat": "fairlead.cli.chat:chat",
+    "image": "fairlead.cli.image:image",
+    "jobs": "fairlead.cli.jobs:jobs",
     "models": "fairlead.cli.models:models",
     "keys": "fairlead.cli.keys:keys",
     "tenants": "fairlead.cli.tenants:tenants",

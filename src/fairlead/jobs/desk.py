@@ -103,7 +103,13 @@ class Desk:
             request_id=request.log_id,
         )
         stored, new = await asyncio.to_thread(
-            self.store.submit, row, data, idempotency=idempotency, tenant_queued=settings.tenant_queued, now=now
+            self.store.submit,
+            row,
+            data,
+            idempotency=idempotency,
+            idempotency_seconds=settings.idempotency_seconds,
+            tenant_queued=settings.tenant_queued,
+            now=now,
         )
         if new:
             self.changes.submitted.set()

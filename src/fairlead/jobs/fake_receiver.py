@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from aiohttp import web
 from msgspec import Struct
@@ -91,11 +92,12 @@ class FakeReceiver:
 
     async def _answer(self, request: web.Request, reply: Reply) -> web.StreamResponse:
         response = web.StreamResponse(status=reply.status, headers=reply.headers)
-        await response.prepare(request)
-        if reply.body_hangs:
-            await self._release.wait()
-        for _ in range(reply.chunks):
-            await response.write(CHUNK)
-            self.num_sent_bytes += len(CHUNK)
-        await response.write_eof()
+        with suppress(ConnectionResetError):  # the caller may have had enough
+            await response.prepare(request)
+            if reply.body_hangs:
+                await self._release.wait()
+            for _ in range(reply.chunks):
+                await response.write(CHUNK)
+                self.num_sent_bytes += len(CHUNK)
+            await response.write_eof()
         return response

@@ -2,7 +2,7 @@
 
 | error | then |
 |---|---|
-| a limit, a full line | again when there may be room; that is no try |
+| a limit, a full line; the model is not served any more | again when there may be room; that is no try |
 | the model or what it needs is away | again, later each time, until the tries are used up |
 | the replica died | the same: it may have been the job's fault |
 | the model's own code failed; the request is wrong; it is filtered | failed at once: it would fail again |
@@ -33,6 +33,8 @@ from fairlead.core.jobs import JobReason
 
 FIRST_SECONDS = 1.0
 LONGEST_SECONDS = 60.0
+LONGEST_LIMIT_SECONDS = 300.0
+"""A budget of a month may be raised tomorrow."""
 ARTIFACT_STORE = "artifact-store"
 """Reason of the Unreachable that says that results cannot be stored."""
 
@@ -54,11 +56,11 @@ def backoff(tries: int) -> float:
     return float(min(FIRST_SECONDS * 2 ** max(tries - 1, 0), LONGEST_SECONDS))
 
 
-def decide(error: FairleadError, *, tries: int, max_tries: int, answered: bool, chance: float) -> Again | Failed:
-    """`tries`: begun, this one too. `answered`: something of the result had come. `chance` in [0, 1): spreads those that failed together."""
+def decide(error: FairleadError, *, tries: int, max_tries: int, served: bool, chance: float) -> Again | Failed:
+    """`tries`: begun, this one too. `served`: its model still is. `chance` in [0, 1): spreads those that failed together."""
     if isinstance(error, (LimitExceeded, QueueFull, Shed, TimeoutExpired)):
-        return Again(_spread(max(error.retry_after, FIRST_SECONDS), chance), counted=False)
-    if isinstance(error, (ShuttingDown, Cancelled)):
+        return Again(_spread(min(max(error.retry_after, FIRST_SECONDS), LONGEST_LIMIT_SECONDS), chance), counted=False)
+    if isinstance(error, (ShuttingDown, Cancelled)) or (isinstance(error, NotFound) and not served):
         return Again(_spread(FIRST_SECONDS, chance), counted=False)
     if isinstance(error, (Unavailable, ReplicaDied)):
         if tries < max_tries:
@@ -67,7 +69,7 @@ def decide(error: FairleadError, *, tries: int, max_tries: int, answered: bool, 
             return Failed("replica-died")
         return Failed("storage" if isinstance(error, Unreachable) and error.reason == ARTIFACT_STORE else "unavailable")
     if isinstance(error, Filtered):
-        return Failed("moderated-output" if answered else "moderated-input")
+        return Failed("moderated-output" if error.answer else "moderated-input")
     if isinstance(error, (Unauthenticated, Forbidden)):
         return Failed("forbidden")
     if isinstance(error, (InvalidRequest, Unsupported, NotFound)):

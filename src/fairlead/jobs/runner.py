@@ -78,11 +78,12 @@ class Runner:
         books: bool,
         settings: JobSettings,
         changes: Changes,
+        log_seconds: float,
         counts: Counts,
         poll_seconds: float,
     ) -> None:
         """`models`: those that can be asked now. `late`: takes a usage record that came after its job's end. `books`: whether usage
-        records are kept. `poll_seconds`: how often the store is looked through for work that no notice came of."""
+        records are kept. `log_seconds`: how long deliveries are remembered. `poll_seconds`: how often the store is looked through for work that no notice came of."""
         self.id = id
         self.store = store
         self.files = files
@@ -94,6 +95,7 @@ class Runner:
         self.books = books
         self.settings = settings
         self.changes = changes
+        self.log_seconds = log_seconds
         self.counts = counts
         self.poll_seconds = poll_seconds
         self.running: dict[str, Run] = {}
@@ -365,7 +367,7 @@ class Runner:
     async def _purge(self) -> None:
         while True:
             await asyncio.sleep(PURGE_SECONDS * (0.5 + random.random()))
-            for job in await asyncio.to_thread(self.store.purge, time.time(), PURGE_JOBS):
+            for job in await asyncio.to_thread(self.store.purge, time.time(), PURGE_JOBS, log_seconds=self.log_seconds):
                 await self._remove_files(job)
 
 

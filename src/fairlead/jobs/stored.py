@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct, structs
 
-from fairlead.core.errors import FairleadError, InvalidRequest, LimitExceeded, ModelError, Unavailable
+from fairlead.core.errors import FairleadError, InvalidRequest, ModelError, QueueFull, Unavailable
 from fairlead.core.generation import Delta, Prompt, Usage
 from fairlead.core.jobs import Artifact, JobResult, PackedTensor
 from fairlead.core.request import Raw, Request, Response
@@ -132,7 +132,7 @@ def refusal(response: Response) -> FairleadError:
     text = (response.raw or b"")[:1000].decode("utf-8", "replace")
     message = f"model '{response.model}': its server answers {response.status}: {text}"
     if response.status == 429:
-        return LimitExceeded(message, reason="upstream", retry_after=5.0)
+        return QueueFull(message)
     if response.status in {502, 503, 504}:
         return Unavailable(message)
     return ModelError(message) if response.status >= 500 else InvalidRequest(message)

@@ -19,7 +19,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
 from fairlead.api.jobs.asks import LoraBody, paint_of
-from fairlead.api.jobs.face import Face, Shared, parted
+from fairlead.api.jobs.face import Face, Shared, image_models, parted
 from fairlead.api.line import AccessLine
 from fairlead.api.openai.errors import BadParameter, OpenAIError, OpenAIErrors, decode_body, explained
 from fairlead.api.openapi import Operation
@@ -116,6 +116,15 @@ class ImageEvent(Struct, kw_only=True, omit_defaults=True):
     usage: ImagesUsage | None = None
 
 
+class ImageModel(Struct):
+    name: str
+    info: ImageInfo
+
+
+class ImageModels(Struct):
+    models: list[ImageModel]
+
+
 class OpenAIImages(Face):
     name = "images"
     errors = OpenAIErrors("prompt")
@@ -144,6 +153,24 @@ class OpenAIImages(Face):
                 errors=(400, 404, 413, 429, 500, 501, 503),
                 error=OpenAIError,
             )
+
+        yield Operation(
+            name="imageModels",
+            method="GET",
+            path="/v1/images/models",
+            tag="images",
+            summary="Models that make pictures, and what they take",
+            serve=self.endpoint(self.models),
+            answer=ImageModels,
+            errors=(500,),
+            error=OpenAIError,
+        )
+
+    async def models(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
+        names = image_models(self.shared.repository, line.caller)
+        return json_response(
+            ImageModels([ImageModel(name, self.image_info(line.caller, name, "")) for name in names]), headers=line.headers
+        )
 
     async def generate(self, http: HttpRequest, line: AccessLine) -> Any:
         return await self._make(http, line, decode_body(await self.body(http), ImagesBody), b"", b"", "image_generation")
