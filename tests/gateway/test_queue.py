@@ -327,7 +327,8 @@ def test_everybody_can_be_sent_away():
     assert queue.done(plug, 1.0, 0.0) == () and queue.num_waiting == 0
 
 
-def test_work_is_counted_in_tokens_or_rows():
+def test_work_is_counted_in_tokens_or_rows_and_of_pictures_in_megapixels_times_steps():
+    assert served_work(Usage(megapixels=2.0, num_pictures=2, num_steps=60)) == 60.0
     assert served_work(Usage(prompt_tokens=100, completion_tokens=10, cached_tokens=60)) == 60.0
     assert served_work(None, 32) == 32.0
 

@@ -69,11 +69,12 @@ class Unsupported(FairleadError):
 
 
 class Filtered(FairleadError):
-    """`rule` names what it hit, never the text."""
+    """`rule` names what it hit, never the text. `answer`: that was the answer, and not the request."""
 
-    def __init__(self, message: str, rule: str) -> None:
+    def __init__(self, message: str, rule: str, *, answer: bool = False) -> None:
         super().__init__(message)
         self.rule = rule
+        self.answer = answer
 
 
 class Unauthenticated(FairleadError):

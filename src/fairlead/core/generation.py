@@ -226,6 +226,7 @@ class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of the prompt's, those that the prefix cache held."""
     megapixels: float = 0.0
     """Of finished pictures; 1 is 1,000,000 pixels."""
+    num_pictures: int = 0
     num_steps: int = 0
     """Denoising steps that were computed, of all pictures."""
     compute_seconds: float = 0.0

@@ -88,6 +88,8 @@ def _given(paint: Paint, info: ImageInfo) -> Header | None:
     for name, data in (("image", paint.image), ("mask", paint.mask)):
         if data and name not in info.inputs:
             raise Unsupported(f"`{name}`: this model begins from {' and '.join(info.inputs)} only")
+        if not data and name in info.inputs and "text" not in info.inputs:
+            raise InvalidRequest(f"`{name}` is missing: this model begins from {' and '.join(info.inputs)}")
     if paint.mask:
         read_header(paint.mask, "mask")
     return read_header(paint.image, "image") if paint.image else None

@@ -339,7 +339,9 @@ class FilterPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.pii != "off" and not self.pii_kinds:
             raise ValueError(f"`pii: {self.pii}` looks for none of `pii_kinds`: name some, or turn it off")
         if (self.picture_moderation != "off") != bool(self.picture_moderation_model):
-            raise ValueError("`picture_moderation` and `picture_moderation_model` go together: what is done, and by which model's judgement")
+            raise ValueError(
+                "`picture_moderation` and `picture_moderation_model` go together: what is done, and by which model's judgement"
+            )
 
 
 class AbuseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -34,8 +34,8 @@ def estimate(request: Request, default_output_tokens: int, *, batches: bool = Tr
     if isinstance(prompt, Embed):
         return Work(Usage(prompt_tokens=_tokens(prompt.text, prompt.token_ids, None)), 0)
     if isinstance(prompt, Paint):
-        width, height = prompt.width or PICTURE_SIZE, prompt.height or PICTURE_SIZE
-        return Work(Usage(megapixels=prompt.n * width * height / 1e6, num_steps=prompt.n * (prompt.num_steps or PICTURE_STEPS)), 0)
+        n, width, height = prompt.n, prompt.width or PICTURE_SIZE, prompt.height or PICTURE_SIZE
+        return Work(Usage(megapixels=n * width * height / 1e6, num_pictures=n, num_steps=n * (prompt.num_steps or PICTURE_STEPS)), 0)
     if prompt is not None:
         return Work(Usage(), 0)
     if raw is None:

@@ -214,7 +214,7 @@ class Gateway:
             rule = f"picture:{label}"
             self.counts.add("fairlead_gateway_flagged_total", course.label, rule)
             if policy.picture_moderation == "block":
-                raise Filtered("the picture is withheld by a filter", rule)
+                raise Filtered("the picture is withheld by a filter", rule, answer=True)
 
     # Down
 

@@ -50,15 +50,14 @@ SURPRISED = 0.02
 """How much one of them does (the geometric mean of the last fifty or so counts)."""
 
 
-def token_work(prompt_tokens: float, completion_tokens: float) -> float:
-    return prompt_tokens + OUTPUT_WEIGHT * completion_tokens
-
-
 def served_work(usage: Usage | None, num_rows: int = 1) -> float:
-    """What an answer was, in units: tokens where it has usage, else rows. Tokens from a prefix cache cost nothing."""
+    """What an answer was, in units: tokens, or of pictures megapixels times steps, where it has usage; else rows. Tokens from a
+    prefix cache cost nothing."""
     if usage is None:
         return float(num_rows)
-    return token_work(usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens)
+    if usage.num_pictures:
+        return usage.num_steps * usage.megapixels / usage.num_pictures
+    return usage.prompt_tokens - usage.cached_tokens + OUTPUT_WEIGHT * usage.completion_tokens
 
 
 class Waiting:

@@ -18,7 +18,7 @@ from fairlead.gateway.estimate import Work
 from fairlead.gateway.filters.output import OutputFilter
 from fairlead.gateway.limits.ledger import Hold
 from fairlead.gateway.limits.price import FREE, MONEY, amounts_of
-from fairlead.gateway.queue import FairQueue, Waiting, served_work, token_work
+from fairlead.gateway.queue import FairQueue, Waiting, served_work
 from fairlead.gateway.recall import Answer, Recall, Recalled, replay
 from fairlead.gateway.reuse.response_cache import Stored
 from fairlead.gateway.reuse.single_flight import Member
@@ -58,7 +58,7 @@ class Turn(Waiting):
             tenant=visit.caller.tenant,
             priority=visit.priority,
             weight=visit.caller.policy.weight,
-            work=float(work.rows) if usage is None else token_work(usage.prompt_tokens, usage.completion_tokens),
+            work=served_work(usage, work.rows),
             deadline=now + timeout if timeout else 0.0,
             arrived=now,
         )

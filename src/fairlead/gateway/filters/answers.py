@@ -45,7 +45,7 @@ class Body:
             elif name in body:
                 after, blocked = self._deep(body[name], 0)
                 if blocked:
-                    raise Filtered(f"a content filter of this server blocks the answer ({blocked})", blocked)
+                    raise Filtered(f"a content filter of this server blocks the answer ({blocked})", blocked, answer=True)
                 changed |= after is not body[name]
                 body[name] = after
         return encoded(body) if changed else raw
@@ -213,7 +213,7 @@ class Events:
             window = self.windows[key] = Window(self._scans)
         out = "" if window.blocked else window.push(text, last)
         if window.blocked and key[1] == "text_output":
-            raise Filtered(f"a content filter of this server blocks the answer ({window.blocked})", window.blocked)
+            raise Filtered(f"a content filter of this server blocks the answer ({window.blocked})", window.blocked, answer=True)
         return out
 
     def _made_up(self, index: int, told: set[Key]) -> Iterator[bytes]:

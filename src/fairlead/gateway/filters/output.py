@@ -217,4 +217,4 @@ class OutputFilter:
 
 def _refuse(window: Window) -> None:
     if window.blocked:
-        raise Filtered(f"a content filter of this server blocks the answer ({window.blocked})", window.blocked)
+        raise Filtered(f"a content filter of this server blocks the answer ({window.blocked})", window.blocked, answer=True)

@@ -98,9 +98,9 @@ class Choices:
 
     def candidates(self, version: str) -> tuple[Candidate, ...]:
         """Other servers compete with the places here where nothing says which version, and stand in for one that is not here."""
-        if version:
-            return self.versions.get(version) or self.remotes
-        return self.versions[self.default] + self.remotes if self.versions else self.remotes
+        if not version:
+            return self.versions.get(self.default, ()) + self.remotes
+        return self.versions.get(version) or self.remotes
 
 
 class Guide(Protocol):
@@ -170,11 +170,7 @@ class Trip:
 
     def send(self, now: float, make: Callable[[Candidate, Size, int, float], A]) -> A | FairleadError:
         """The next attempt, counted as under way; an error where nobody can be asked."""
-        candidates = self.candidates
-        if len(candidates) == 1 and not self._tried and candidates[0].place.ready and candidates[0].circuit.allows(now):
-            among: Sequence[Candidate] = candidates
-        else:
-            among = self._untried(now) or self._last_resort()
+        among = self._untried(now) or self._last_resort()
         if not among:
             if self.candidates:
                 return Unavailable(f"no place of model '{self.choices.name}' takes requests now")
