@@ -322,9 +322,10 @@ def _json(answer: bytes) -> Any:
 
 
 def _progress(row: JobRow) -> JobProgress | None:
+    usage = row.result.usage if row.result else None
+    if usage is not None:  # a short one was over before the store heard of its steps
+        return JobProgress(usage.num_steps, usage.num_steps, 1.0) if usage.num_steps else None
     if not row.num_steps or row.status is JobStatus.QUEUED:
         return None
-    if row.status is JobStatus.COMPLETE:
-        return JobProgress(row.num_steps, row.num_steps, 1.0)
     preview = "data:image/jpeg;base64," + base64.b64encode(row.preview).decode() if row.preview else ""
     return JobProgress(row.step, row.num_steps, round(row.step / row.num_steps, 4), preview)
