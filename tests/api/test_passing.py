@@ -87,13 +87,15 @@ def chunked(path: str, body: bytes, size: int = 100) -> bytes:
 
 
 async def answered(connection: Wire) -> tuple[int, dict[str, str], bytes]:
-    """The next answer, whether it comes in chunks or not."""
+    """The next answer, however its end is told: by a length, by chunks, or by the connection's."""
     async with asyncio.timeout(20):
         text = (await connection.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         line, *fields = text.rstrip().split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
         if headers.get("transfer-encoding") != "chunked":
-            return int(line.split()[1]), headers, await connection.reader.readexactly(int(headers["content-length"]))
+            length = int(headers.get("content-length", -1))
+            rest = connection.reader.readexactly(length) if length >= 0 else connection.reader.read()
+            return int(line.split()[1]), headers, await rest
         body = b""
         while size := int(await connection.reader.readuntil(b"\r\n"), 16):
             body += (await connection.reader.readexactly(size + 2))[:-2]
