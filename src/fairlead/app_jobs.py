@@ -174,11 +174,11 @@ class Jobs:
 
         await asyncio.to_thread(self.store.listen, passed_on, self._stop_listening)
 
-    def _check_webhook(self, url: str) -> None:
+    def _check_webhook(self, url: str, field: str) -> None:
         """Raises InvalidRequest, Unsupported."""
         if not self.settings.webhooks.enabled:
-            raise Unsupported("`webhook`: this server calls none (`webhooks.enabled` is false)")
-        check_url(url, self.settings.webhooks)
+            raise Unsupported(f"`{field}`: this server calls none (`webhooks.enabled` is false)")
+        check_url(url, self.settings.webhooks, field)
 
     def _caller(self, row: JobRow) -> Caller:
         return self.identity.stored(tenant=row.tenant, project=row.project, key=row.key, address=row.address)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fairlead.backends.llm import BACKEND, EngineThread
+from fairlead.backends.llm import BACKEND, LlmThread
 from fairlead.core.errors import ContextExceeded, FairleadError, InvalidRequest, LoadError, ShuttingDown, Unsupported
 from fairlead.core.generation import Chat, Delta, Detokenize, Embed, Generate, Message, Prompt, Sampling, Tokenize
 from fairlead.core.specs import InstancesSpec, LlmSpec, ModelSpec
@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Running:
     """An engine on its thread, asked as a replica asks it."""
 
-    def __init__(self, engine: EngineThread) -> None:
+    def __init__(self, engine: LlmThread) -> None:
         self.engine = engine
         self.answers: queue.Queue[tuple[int, Delta | FairleadError]] = queue.Queue()
         self.thread = threading.Thread(target=engine.run, args=(self._deliver,))

@@ -94,7 +94,7 @@ async def test_a_picture_may_begin_from_another(server, tmp_path: Path):
 async def test_what_is_wrong_is_said_in_one_line(server, tmp_path: Path):
     where = ("--url", server, "-o", tmp_path / "no.png")
     for arguments, said in (
-        (("--model", "painter", "--width", 17), "`width` must be a multiple of 8"),
+        (("--model", "painter", "--width", 17), "width` must be a multiple of 8"),
         (("--model", "painter", "--scheduler", "best"), "`scheduler` 'best' is unknown"),
         (("--model", "nobody"), "nobody"),
         ((), "--model must say which: painter, slow"),

@@ -479,7 +479,7 @@ async def test_declared_warm_up_runs_before_anybody_waits(load):
 
 
 async def test_what_cannot_be_of_an_engine_is_refused(load):
-    with pytest.raises(LoadError, match="a language model runs in a process of its own"):
+    with pytest.raises(LoadError, match="an engine runs in a process of its own"):
         await load(instances=InstancesSpec(isolation=Isolation.THREAD))
     with pytest.raises(LoadError, match="leave `inputs` and `outputs` out"):
         await load(inputs=(TensorSpec(name="x", datatype="FP32", shape=(1,)),))

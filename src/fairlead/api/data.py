@@ -31,10 +31,13 @@ DATA_SHAPES: Shapes = {
     "/v1/deliveries": JobProblems(),
     "/v1/webhooks": JobProblems(),
     "/v1/predictions": Details(),
+    "/v1/models/fairlead/": Details(),
+    "/v1/models/{owner}/": Details(),
     "/v1/get_result": BlackForestErrors(),
+    "/v1/{model}": BlackForestErrors(),
     "/v1": OpenAIErrors(),
 }
-"""By the beginning of a path; the first that fits counts."""
+"""By the beginning of a path, or of an operation's pattern; the first that fits counts."""
 MAX_EXAMPLES = 16
 """Models that the OpenAPI document shows bodies for."""
 

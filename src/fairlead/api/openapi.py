@@ -17,6 +17,7 @@ from fairlead.core.specs import ModelSpec, TensorSpec
 JSON = "application/json"
 BINARY = "application/octet-stream"
 EVENTS = "text/event-stream"
+FORM = "multipart/form-data"
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 MAX_EXAMPLE_ELEMENTS = 1024
@@ -61,7 +62,27 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "expires": {"description": "Of a signed link: until when it is good, in seconds since 1970.", "schema": {"type": "integer"}},
     "name": {"description": "The file's name, as the job's result has it.", "schema": {"type": "string", "minLength": 1}},
     "job": {"description": "The job's id.", "schema": {"type": "string", "minLength": 1}},
+    "id": {"description": "The job's id.", "schema": {"type": "string", "minLength": 1}},
 }
+
+OPTIONAL: dict[str, dict[str, Any]] = {
+    "status": {"in": "query", "description": "Only jobs of these statuses, with commas between.", "schema": {"type": "string"}},
+    "of_model": {"in": "query", "name": "model", "description": "Only jobs of this model.", "schema": {"type": "string"}},
+    "before": {"in": "query", "description": "Only jobs that are older than this one: `next` of a page.", "schema": {"type": "string"}},
+    "cursor": {"in": "query", "description": "As `next` of a page has it.", "schema": {"type": "string"}},
+    "limit": {"in": "query", "description": "Of a page.", "schema": {"type": "integer", "minimum": 1}},
+    "Prefer": {
+        "in": "header",
+        "description": "`wait=SECONDS`: answer when the job has ended, or after so long.",
+        "schema": {"type": "string"},
+    },
+    "Idempotency-Key": {
+        "in": "header",
+        "description": "The same key with the same request gives the same job again.",
+        "schema": {"type": "string", "maxLength": 255},
+    },
+}
+"""Parameters that may be there."""
 
 EVENT: dict[str, Any] = {
     "description": "One server-sent event.",
@@ -88,7 +109,7 @@ class Operation(Struct, frozen=True, kw_only=True):
     summary: str
     serve: Serve
     answer: Any = None
-    """The type of the JSON body of a 200; None for one that has no answer but errors."""
+    """The type of the JSON body where all went well; None for one that has no answer but errors."""
     body: Any = None
     """The type of the JSON body that it takes; None: none."""
     body_required: bool = False
@@ -99,6 +120,12 @@ class Operation(Struct, frozen=True, kw_only=True):
     """Content types of a 200 that is a file."""
     query: tuple[str, ...] = ()
     """Parameters that the query must have, of PARAMETERS."""
+    optional: tuple[str, ...] = ()
+    """Parameters that it may have, of OPTIONAL."""
+    ok: tuple[int, ...] = (200,)
+    """Statuses of an answer that is none of `errors`."""
+    form: bool = False
+    """Whether the body is multipart/form-data in place of JSON."""
     scope: Scope | None = Scope.INFER
     """What the caller's key must be for; None: anyone may ask, without one too."""
     events: str = ""
@@ -129,7 +156,7 @@ def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]
         "info": {
             "title": "Fairlead",
             "version": __version__,
-            "summary": "KServe v2 (Open Inference Protocol) with Triton's extensions, and the OpenAI API.",
+            "summary": "KServe v2 (Open Inference Protocol) with Triton's extensions, the OpenAI API, jobs and pictures.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "tags": [{"name": name, "description": description} for name, description in TAGS.items() if name in tags],
@@ -181,6 +208,7 @@ def _operation(operation: Operation, schema_of: dict[str, Any], examples: dict[s
         for place, names in (("path", re.findall(r"{(\w+)}", operation.path)), ("query", operation.query))
         for name in names
     ]
+    parameters += [{"name": name, "required": False, **OPTIONAL[name]} for name in operation.optional]
     if operation.binary:
         parameters.append(
             {
@@ -196,7 +224,11 @@ def _operation(operation: Operation, schema_of: dict[str, Any], examples: dict[s
         "summary": operation.summary,
         "parameters": parameters,
         "responses": {
-            **({"200": _answer(operation, schema_of)} if operation.answer is not None or operation.events or operation.media else {}),
+            **(
+                {str(status): _answer(operation, schema_of, status) for status in operation.ok}
+                if operation.answer is not None or operation.events or operation.media
+                else {}
+            ),
             **{str(status): {"$ref": f"#/components/responses/{_response_name(status, operation.error)}"} for status in operation.statuses},
         },
     }
@@ -211,7 +243,7 @@ def _request_body(operation: Operation, schema_of: dict[str, Any], examples: dic
         media["examples"] = {model: {"summary": f"For the model {model}", "value": example} for model, example in examples.items()}
     elif operation.example is not None:
         media["example"] = operation.example
-    content = {JSON: media}
+    content = {FORM if operation.form else JSON: media}
     if operation.binary:
         content[BINARY] = {
             "schema": {
@@ -221,9 +253,9 @@ def _request_body(operation: Operation, schema_of: dict[str, Any], examples: dic
     return {"required": operation.body_required, "content": content}
 
 
-def _answer(operation: Operation, schema_of: dict[str, Any]) -> dict[str, Any]:
+def _answer(operation: Operation, schema_of: dict[str, Any], status: int) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    described: dict[str, Any] = {"description": "OK"}
+    described: dict[str, Any] = {"description": HTTPStatus(status).phrase}
     if operation.media:
         content = {media: {} for media in operation.media}
     elif operation.events != "only":

@@ -1,6 +1,7 @@
 """What the HTTP apps share: JSON answers and errors, bodies within limits, event streams, health."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
@@ -11,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fairlead.api.compression import content_encoding, decompress
@@ -27,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 
 JSON = "application/json"
+_ANYTHING = re.compile(r"/v1/\{\w+\}")
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -97,12 +99,20 @@ def shaped(shape: Shape | None, error: FairleadError, headers: Mapping[str, str]
     return error_response(error, headers) if shape is None else shape.response(error, headers)
 
 
+class _Any(Route):
+    """Whose path could be any: with another method it is unknown."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child = super().matches(scope)
+        return (match, child) if match is Match.FULL else (Match.NONE, {})
+
+
 class JsonApp(Starlette):
     """A path without parameters is looked up: the router tries its patterns one after the other, which for the last of
     them costs more than the answer."""
 
     def __init__(self, table: list[tuple[str, str, Serve]], refuse: Callable[[Request, Exception], Response]) -> None:
-        routes = [Route(path, serve, methods=[method]) for method, path, serve in table]
+        routes = [(_Any if _ANYTHING.fullmatch(path) else Route)(path, serve, methods=[method]) for method, path, serve in table]
         super().__init__(routes=routes, exception_handlers={HTTPException: refuse})
         self.router.redirect_slashes = False
         self.refuse = refuse

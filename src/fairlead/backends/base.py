@@ -4,13 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
 from fairlead.core.errors import FairleadError
 from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
-from fairlead.core.specs import Isolation, ModelSpec, TensorSpec
+from fairlead.core.specs import DiffusionSpec, Isolation, LlmSpec, ModelSpec, TensorSpec
 from fairlead.core.tensors import Tensors
 
 
@@ -111,8 +111,8 @@ class EngineBackend(ABC):
     """Loads engines of one kind. Stateless."""
 
     @abstractmethod
-    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int) -> Engine:
-        """`artefact`: the checkpoint's folder. Raises LoadError with one readable sentence that names the file."""
+    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int, version: str = "") -> Engine:
+        """`artefact`: the checkpoint's folder; `version`: as the model's answers name it. Raises LoadError with one readable sentence that names the file."""
 
 
 class Kind(Struct, frozen=True, kw_only=True):
@@ -131,7 +131,13 @@ class Kind(Struct, frozen=True, kw_only=True):
     """Names or suffixes of its artefacts, by preference."""
     engine: bool = False
     """It generates: its backend has `load_engine`, and its requests carry a prompt, not tensors."""
+    section: Literal["llm", "diffusion"] = "llm"
+    """Of model.yaml, which bounds its engine."""
     parameters: bool = False
     """It reads `parameters` of model.yaml."""
     preload: tuple[str, ...] = ()
     """Modules that the fork server imports once for all its processes of this kind."""
+
+    def bounds(self, spec: ModelSpec) -> LlmSpec | DiffusionSpec:
+        """`max_num_seqs`, `max_waiting` and `step_timeout` of its engine."""
+        return spec.diffusion if self.section == "diffusion" else spec.llm

@@ -77,7 +77,7 @@ Answer = tuple[int, Delta | FairleadError]
 
 
 class FakeEngineBackend(EngineBackend):
-    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int) -> Engine:
+    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int, version: str = "") -> Engine:
         return FakeEngine(spec)
 
 

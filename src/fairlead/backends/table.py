@@ -10,6 +10,7 @@ from fairlead.core.errors import ConfigError, LoadError
 from fairlead.core.specs import Isolation, ModelSpec
 
 CHECKPOINT = "config.json with *.safetensors"
+PIPELINE = "model_index.json"
 
 BACKENDS: dict[str, Kind] = {
     kind.name: kind
@@ -91,6 +92,17 @@ BACKENDS: dict[str, Kind] = {
             engine=True,
             preload=("torch", "transformers.modeling_utils", "fairlead.backends.llm"),
         ),
+        Kind(
+            name="diffusion",
+            module="fairlead.backends.diffusion",
+            requires=("diffusers", "torch", "transformers", "peft", "safetensors"),
+            extra="diffusion",
+            isolation=Isolation.PROCESS,
+            files=(),
+            engine=True,
+            section="diffusion",
+            preload=("torch", "transformers.modeling_utils", "fairlead.backends.diffusion"),
+        ),
     )
 }
 
@@ -133,11 +145,15 @@ def detect(path: Path, spec: ModelSpec) -> tuple[Kind, Path]:
         return declared or _kind_of(artefact), artefact
     if declared is None and (path / "model.py").is_file():
         return BACKENDS["python"], path / "model.py"
+    if declared is None and (path / PIPELINE).is_file():
+        return BACKENDS["diffusion"], path
     if declared is None and _is_checkpoint(path):
         return BACKENDS["llm"], path
     if declared is not None and declared.engine:
         if declared.name == "llm" and not _is_checkpoint(path):
             raise LoadError(f"{path} is no checkpoint of a language model: {CHECKPOINT}{_found(path)}")
+        if declared.name == "diffusion" and not (path / PIPELINE).is_file():
+            raise LoadError(f"{path} is no pipeline of diffusers: it has no {PIPELINE}{_found(path)}")
         return declared, path
 
     candidates: list[tuple[Kind, Path]] = []
@@ -170,7 +186,7 @@ def detect(path: Path, spec: ModelSpec) -> tuple[Kind, Path]:
     known = ", ".join(
         dict.fromkeys(name for kind in BACKENDS.values() for name in kind.files if name.startswith(".") or name == "model.py")
     )
-    known += f", or a language model's checkpoint: {CHECKPOINT}"
+    known += f", or a language model's checkpoint: {CHECKPOINT}, or a pipeline of diffusers: {PIPELINE}"
     raise LoadError(
         "; ".join([f"{path} holds no model artefact ({known}){_found(path)}", *reasons])
         + f"; name it in model.yaml:\nfile: NAME\nbackend: KIND    # one of {', '.join(BACKENDS)}"

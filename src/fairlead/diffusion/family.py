@@ -5,7 +5,7 @@ own, can share one forward (as in step-level batching of vLLM-Omni and of "Patch
 engine's thread, except `decode`, which a thread beside it calls.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,15 @@ import torch
 from msgspec import Struct
 
 from fairlead.core.generation import ImageInfo, Paint
+
+
+class Inputs(Struct, frozen=True):
+    """What a picture begins from, decoded by the thread that reads requests, so that no step waits for it."""
+
+    image: np.ndarray
+    """uint8 [height, width, 3], of the request's own width and height."""
+    mask: np.ndarray | None = None
+    """uint8 [height, width]: 255 where it is painted anew."""
 
 
 class State(Struct, kw_only=True):
@@ -40,6 +49,11 @@ class State(Struct, kw_only=True):
     """Of a picture that it begins from, what every step needs of it."""
     cache: Any = None
     """The first-block cache's memory of its last full step; None: off, or nothing yet."""
+    estimate: torch.Tensor | None = None
+    """What the last step believed it to become, laid out as `latents`; only where the request wants previews."""
+    between: Callable[[], bool] | None = None
+    """Set by the engine, for a family that does all steps within one `denoise`: called after each, with `step` moved on; True
+    stops the picture, which then raises Cancelled."""
 
     @property
     def done(self) -> bool:
@@ -50,11 +64,14 @@ class Family(Protocol):
     """One loaded pipeline."""
 
     info: ImageInfo
+    explain: tuple[str, ...]
+    """What was chosen at load, and why, one readable line each."""
     num_cached: int
     """Steps of pictures that the first-block cache answered, since it was loaded."""
 
-    def encode(self, request: Paint, index: int) -> State:
-        """Picture `index` of a request, ready for its first step. Raises InvalidRequest or Unsupported, naming the field."""
+    def encode(self, request: Paint, inputs: Inputs | None) -> State:
+        """One picture, ready for its first step. `request` was held against `info` (core.pictures.check), and its `seed` is this
+        picture's own; `inputs` are there if it begins from a picture. Raises InvalidRequest or Unsupported, naming the field."""
 
     def denoise(self, states: Sequence[State]) -> list[torch.Tensor]:
         """The model's prediction for each, guidance applied, by ONE forward (two, where guidance does not fit into the same).

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import secrets
+import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -61,13 +62,25 @@ class Artifacts:
         assert KEY.fullmatch(key), key
 
         def write() -> str:
-            if self.local:
-                _write_file(Path(self.root) / job, name, data)
-            else:
-                self.fs.pipe_file(self._path(key), data)
+            try:
+                if self.local:
+                    _write_file(Path(self.root) / job, name, data)
+                else:
+                    self.fs.pipe_file(self._path(key), data)
+                if abandoned.is_set():
+                    raise TimeoutError("nobody waits for this file any longer")
+            except BaseException:
+                with suppress(Exception):
+                    self.fs.rm_file(self._path(key))
+                raise
             return hashlib.sha256(data).hexdigest()
 
-        sha256 = await self._within("take", key, write)
+        abandoned = threading.Event()
+        try:
+            sha256 = await self._within("take", key, write)
+        except BaseException:
+            abandoned.set()
+            raise
         return Artifact(key=key, content_type=content_type, num_bytes=len(data), sha256=sha256)
 
     async def read(self, key: str, start: int, stop: int) -> AsyncGenerator[bytes, None]:
@@ -84,6 +97,15 @@ class Artifacts:
                 raise Unreachable("the artifact store gives less of this file than it was given", reason="artifact-store")
             yield chunk
             start = end
+
+    async def remove(self, key: str) -> None:
+        """One file, if it is there. Raises Unreachable."""
+
+        def remove() -> None:
+            with suppress(FileNotFoundError):
+                self.fs.rm_file(self._path(key))
+
+        await self._within("remove", key, remove)
 
     async def delete(self, job: str) -> None:
         """All files of a job, if it has any. Raises Unreachable."""

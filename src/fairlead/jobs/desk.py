@@ -14,7 +14,7 @@ from msgspec import Struct, structs
 from fairlead.core.caller import Caller
 from fairlead.core.errors import InvalidRequest, NotFound, TooLarge
 from fairlead.core.generation import Paint
-from fairlead.core.jobs import ENDED, JobStatus
+from fairlead.core.jobs import ENDED, RUNNING, JobStatus
 from fairlead.core.policy import JobSettings
 from fairlead.core.request import Request
 from fairlead.jobs.changes import Changes
@@ -172,7 +172,7 @@ class Desk:
     def _fresh(self, row: JobRow) -> JobRow:
         """With the progress that the store is told of only now and then."""
         progress = self.changes.progress.get(row.id)
-        if progress is None or row.status in ENDED:
+        if progress is None or row.status not in RUNNING:
             return row
         return structs.replace(row, step=progress.step, num_steps=progress.num_steps, preview=progress.preview or row.preview)
 

@@ -17,7 +17,7 @@ from msgspec import structs
 from fairlead.core.caller import Caller
 from fairlead.core.errors import Cancelled, FairleadError, ModelError, ShuttingDown, Unavailable
 from fairlead.core.generation import Picture, Progress
-from fairlead.core.jobs import Artifact, JobReason, JobStatus
+from fairlead.core.jobs import ENDED, Artifact, JobReason, JobResult, JobStatus
 from fairlead.core.policy import JobSettings
 from fairlead.core.request import Inference, Request
 from fairlead.jobs.changes import Changes
@@ -41,8 +41,7 @@ PURGE_JOBS = 500
 MAX_PREVIEW_BYTES = 64 << 10
 END_TRIES = 5
 """Of writing down an end, while the store does not answer; then the lease runs out and the job is begun again."""
-
-FREE_OF_CHARGE = frozenset({"moderated-input", "moderated-output"})
+GIVE_BACK_SECONDS = 5.0
 
 
 class Files(Protocol):
@@ -50,6 +49,9 @@ class Files(Protocol):
 
     async def put(self, job: str, data: bytes, content_type: str) -> Artifact:
         """Raises Unreachable."""
+
+    async def remove(self, key: str) -> None:
+        """One file. Raises Unreachable."""
 
     async def delete(self, job: str) -> None:
         """All files of a job. Raises Unreachable."""
@@ -83,7 +85,8 @@ class Runner:
         poll_seconds: float,
     ) -> None:
         """`models`: those that can be asked now. `late`: takes a usage record that came after its job's end. `books`: whether usage
-        records are kept. `log_seconds`: how long deliveries are remembered. `poll_seconds`: how often the store is looked through for work that no notice came of."""
+        records are kept. `log_seconds`: how long deliveries are remembered. `poll_seconds`: how often the store is looked through for
+        work that no notice came of."""
         self.id = id
         self.store = store
         self.files = files
@@ -100,6 +103,7 @@ class Runner:
         self.poll_seconds = poll_seconds
         self.running: dict[str, Run] = {}
         self.stopping = False
+        self._leasing = asyncio.Lock()
         self._free = asyncio.Event()
         self._look = asyncio.Event()
         changes.abort = self.abort
@@ -115,13 +119,18 @@ class Runner:
     async def stop(self, seconds: float) -> None:
         """Take no more; what has not ended after so long goes back into the queue at once."""
         self.stopping = True
-        tasks = [run.task for run in self.running.values()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
+        with suppress(TimeoutError):
+            # What is being leased just now is ours, too.
+            async with asyncio.timeout(seconds), self._leasing:
+                pass
+        await self._ended(seconds)
         for run in list(self.running.values()):
             run.interrupt(ShuttingDown("the server is stopping"))
-        if tasks:
-            await asyncio.wait(tasks, timeout=5.0)
+        await self._ended(GIVE_BACK_SECONDS)
+
+    async def _ended(self, seconds: float) -> None:
+        if tasks := [run.task for run in self.running.values()]:
+            await asyncio.wait(tasks, timeout=seconds)
 
     # Taking work
 
@@ -131,7 +140,23 @@ class Runner:
             self.changes.submitted.clear()
             room = settings.max_active - len(self.running)
             models = self.models()
-            if room > 0 and models:
+            if room > 0 and models and await self._take(models, room) == room:
+                continue
+            self._free.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.poll_seconds):
+                    if room > 0:
+                        await self.changes.submitted.wait()
+                    else:
+                        await self._free.wait()
+
+    async def _take(self, models: Sequence[str], room: int) -> int:
+        """Lease so many at most, and begin them. How many there were."""
+        settings = self.settings
+        async with self._leasing:
+            if self.stopping:
+                return 0
+            try:
                 leased = await asyncio.to_thread(
                     self.store.lease,
                     self.id,
@@ -141,20 +166,18 @@ class Runner:
                     lease_seconds=settings.lease_seconds,
                     tenant_active=settings.tenant_active,
                 )
-                for row, data in leased:
-                    self._begin(row, data)
-                if len(leased) == room:
-                    continue
-            self._free.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self.poll_seconds):
-                    if room > 0:
-                        await self.changes.submitted.wait()
-                    else:
-                        await self._free.wait()
+            except Unavailable as error:
+                log.error("jobs_not_leased", error=error.message)
+                return 0
+            for row, data in leased:
+                self._begin(row, data)
+        return len(leased)
 
     def _begin(self, row: JobRow, data: bytes) -> None:
         run = Run(row)
+        if (earlier := self.running.get(row.id)) is not None:
+            # It was lost, and is leased again before that was noticed here.
+            self._heed(earlier, None)
         self.running[row.id] = run
         self.changes.tell(row.id)
         run.task = asyncio.create_task(self._work(run, data), name=row.id)
@@ -175,15 +198,19 @@ class Runner:
                 log.exception("job_failed", job=row.id, model=row.model)
                 await self._failed(run, ModelError("internal error"))
         finally:
-            run.over = True
-            del self.running[row.id]
-            self.changes.progress.pop(row.id, None)
+            run.settling = True
+            if self.running.get(row.id) is run:  # and not the same job, lost and leased again meanwhile
+                del self.running[row.id]
+                self.changes.progress.pop(row.id, None)
             self._free.set()
             self.changes.submitted.set()  # its tenant may have room for another one
             self.changes.tell(row.id)
 
     async def _answer(self, run: "Run", data: bytes) -> None:
         row = run.row
+        run.begun = True
+        if run.why is not None:
+            raise run.why
         request = unpack(data)
         request.caller = self.callers(row)
         request.log_id = row.id
@@ -201,7 +228,7 @@ class Runner:
                 if delta.picture is not None:
                     await self.inspect(request, delta.picture)
                     await self._keep(run, delta.index, delta.picture)
-        await self._end(run, JobStatus.COMPLETE)
+        await self._end(run, JobStatus.COMPLETE, result=collected.result())
 
     def _progress(self, run: "Run", index: int, progress: Progress) -> None:
         """Of several pictures, all together."""
@@ -219,7 +246,6 @@ class Runner:
 
     async def _keep(self, run: "Run", index: int, picture: Picture) -> None:
         """Raises Unreachable."""
-        run.kept = True
         artifact = await self.files.put(run.row.id, picture.data, picture.content_type)
         run.collected.artifacts[index] = structs.replace(
             artifact, width=picture.width, height=picture.height, seed=picture.seed, mode=picture.mode
@@ -229,34 +255,35 @@ class Runner:
 
     async def _failed(self, run: "Run", error: FairleadError) -> None:
         row = run.row
+        run.settling = True
         if run.lost:
-            self.counts.add("fairlead_jobs_lost_total")
-            log.warning("job_lost", job=row.id, note="its lease ran out, and another runner may have it")
+            self._lost(run, "its lease ran out, and another runner may have it")
+            await self._remove_own(run)
             return
-        if run.kept:
-            await self._remove_files(row.id)  # before another runner may put its own there
         if run.aborted:
             await self._end(run, JobStatus.ABORTED, "cancelled", "the job was cancelled")
             return
-        chosen = decide(error, tries=row.tries, max_tries=row.max_tries, answered=run.answered, chance=random.random())
+        served = row.model in self.models()
+        chosen = decide(error, tries=row.tries, max_tries=row.max_tries, served=served, chance=random.random())
         match chosen:
             case Failed(reason):
                 await self._end(run, JobStatus.FAILED, reason, error.message)
             case Again(seconds, counted):
                 log.info("job_again", job=row.id, model=row.model, seconds=round(seconds, 1), tries=row.tries, error=error.message)
-                self.counts.add("fairlead_job_retries_total", run.label)
+                self.counts.add("fairlead_job_retries_total", row.model)
                 await self._told(
                     run,
                     lambda: self.store.again(
                         row.id, self.id, not_before=time.time() + seconds, counted=counted, message=error.message, now=time.time()
                     ),
                 )
+                await self._remove_own(run)
 
-    async def _end(self, run: "Run", status: JobStatus, reason: JobReason = "", message: str = "") -> None:
-        row, usage = run.row, run.usage
-        if reason in FREE_OF_CHARGE:
-            usage = [structs.replace(each, cost=0.0) for each in usage]
-        run.ended = True
+    async def _end(self, run: "Run", status: JobStatus, reason: JobReason = "", message: str = "", result: JobResult | None = None) -> None:
+        row = run.row
+        run.settling = True
+        run.bill = lambda each: billed(each, status, reason)
+        usage = [run.bill(each) for each in run.usage]
         ended = await self._told(
             run,
             lambda: self.store.end(
@@ -265,21 +292,32 @@ class Runner:
                 status=status,
                 reason=reason,
                 message=message,
-                result=run.collected.result() if status is JobStatus.COMPLETE else None,
+                result=result,
                 cost=sum(each.cost for each in usage),
                 usage=usage if self.books else (),
                 now=time.time(),
             ),
         )
         if ended is None:
-            self.counts.add("fairlead_jobs_lost_total")
-            log.warning("job_lost", job=row.id, note="it ended here after its lease had run out")
+            self._lost(run, "it ended here after its lease had run out")
+            if not run.unsure:
+                await self._remove_own(run)
             return
+        run.written = True
+        for each in run.usage[len(usage) :]:
+            self.late(run.bill(each))
         seconds = (ended.ended or 0.0) - row.created
-        self.counts.add("fairlead_jobs_total", run.label, str(ended.status), ended.reason)
+        self.counts.add("fairlead_jobs_total", row.model, str(ended.status), ended.reason)
         log.info(
             "job", job=row.id, model=row.model, tenant=row.tenant, status=str(ended.status), reason=ended.reason, seconds=round(seconds, 3)
         )
+        if status is not JobStatus.COMPLETE and (run.collected.artifacts or row.tries > 1):
+            # Nobody begins it again: those of a try that died with its runner go, too.
+            await self._remove_all(row.id)
+
+    def _lost(self, run: "Run", why: str) -> None:
+        self.counts.add("fairlead_jobs_lost_total")
+        log.warning("job_lost", job=run.row.id, note=why)
 
     async def _told(self, run: "Run", write: Callable[[], JobRow | None]) -> JobRow | None:
         """What the store says to it. Raises nothing: a job whose end cannot be written is begun again when its lease has run out."""
@@ -287,16 +325,28 @@ class Runner:
             try:
                 return await asyncio.to_thread(write)
             except Unavailable as error:
+                run.unsure = True
                 log.error("job_not_written", job=run.row.id, error=error.message)
                 await asyncio.sleep(backoff(attempt))
         return None
 
-    async def _remove_files(self, job: str) -> None:
-        """Of a try that came to nothing; what cannot be removed now is when the job is purged."""
+    async def _remove_own(self, run: "Run") -> None:
+        """Files of a try that came to nothing, and no others: another runner may be putting its own there."""
+        for artifact in run.collected.artifacts.values():
+            try:
+                await self.files.remove(artifact.key)
+            except Unavailable as error:
+                log.warning("artifacts_not_removed", job=run.row.id, error=error.message, note="they are when the job is purged")
+                return
+
+    async def _remove_all(self, job: str) -> bool:
+        """Whether nothing is left of a job that has ended."""
         try:
             await self.files.delete(job)
         except Unavailable as error:
             log.warning("artifacts_not_removed", job=job, error=error.message)
+            return False
+        return True
 
     # What goes on beside
 
@@ -309,7 +359,7 @@ class Runner:
                     await self._look.wait()
                     next_lease = 0.0
             self._look.clear()
-            runs = {id: run for id, run in self.running.items() if not run.ended}
+            runs = {id: run for id, run in self.running.items() if not run.settling}
             news = {id: run for id, run in runs.items() if not run.told}
             now = time.monotonic()
             if not runs or (not news and now < next_lease):
@@ -319,7 +369,7 @@ class Runner:
             for id, run in news.items():
                 run.told = True
                 if (at := self.changes.progress.get(id)) is not None:
-                    progress[id] = (at.step, at.num_steps, at.preview)
+                    progress[id] = (at.step, at.num_steps, at.preview or None)
             try:
                 statuses = await asyncio.to_thread(
                     self.store.beat, self.id, progress, list(runs), now=time.time(), lease_seconds=self.settings.lease_seconds
@@ -331,7 +381,7 @@ class Runner:
                 self._heed(run, statuses.get(id))
 
     def _heed(self, run: "Run", status: JobStatus | None) -> None:
-        if run.ended or run.over:
+        if run.settling:
             return
         if status is None:
             run.lost = True
@@ -341,15 +391,19 @@ class Runner:
 
     def heard(self, job: str) -> None:
         """Another process says that a job has changed."""
+        if not job:
+            self.changes.tell_all()
+            self._look.set()
         self.changes.tell(job)
-        self.changes.submitted.set()
         if job in self.running:
             self._look.set()
+        else:
+            self.changes.submitted.set()
 
     def abort(self, job: str) -> None:
         """Somebody cancelled it: if it runs here, it stops before its next step."""
         run = self.running.get(job)
-        if run is not None and not run.ended and not run.aborted:
+        if run is not None and not run.settling:
             run.aborted = True
             run.interrupt(Cancelled("the job was cancelled"))
 
@@ -357,18 +411,33 @@ class Runner:
         """What no runner looks after any longer: each runner does it for all."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS * (0.5 + random.random()))
-            for row in await asyncio.to_thread(self.store.sweep, time.time(), backoff):
+            try:
+                swept = await asyncio.to_thread(self.store.sweep, time.time(), backoff)
+            except Unavailable as error:
+                log.error("jobs_not_swept", error=error.message)
+                continue
+            for row in swept:
                 log.info("job_swept", job=row.id, status=str(row.status), reason=row.reason)
+                if row.status in ENDED:
+                    self.counts.add("fairlead_jobs_total", row.model, str(row.status), row.reason)
                 if (run := self.running.get(row.id)) is not None:
                     self._heed(run, None)
                 self.changes.tell(row.id)
-            self.changes.submitted.set()
+            self.changes.submitted.set()  # the time of some that waited may have come
 
     async def _purge(self) -> None:
         while True:
             await asyncio.sleep(PURGE_SECONDS * (0.5 + random.random()))
-            for job in await asyncio.to_thread(self.store.purge, time.time(), PURGE_JOBS, log_seconds=self.log_seconds):
-                await self._remove_files(job)
+            try:
+                await self.purge(time.time())
+            except Unavailable as error:
+                log.error("jobs_not_purged", error=error.message)
+
+    async def purge(self, now: float) -> None:
+        """Remove the jobs whose time is over. The files first: of a job that is gone nobody would know them. Raises Unavailable."""
+        expired = await asyncio.to_thread(self.store.expired, now, PURGE_JOBS)
+        gone = [job for job in expired if await self._remove_all(job)]
+        await asyncio.to_thread(self.store.purge, now, PURGE_JOBS, among=gone, log_seconds=self.log_seconds)
 
 
 class Run:
@@ -377,15 +446,17 @@ class Run:
     task: "asyncio.Task[None]"
     why: FairleadError | None = None
     """Why its task was cancelled."""
+    begun = False
     aborted = False
     lost = False
-    ended = False
-    """Its end is being written."""
-    over = False
+    settling = False
+    """What becomes of it is being written: nothing stops it any more."""
+    unsure = False
+    """The store has not always answered to that: it may be written all the same."""
+    written = False
+    """Its end is."""
     told = True
     """The store knows of its progress."""
-    kept = False
-    """Files of it may be in the artifact store."""
     preview = b""
 
     def __init__(self, row: JobRow) -> None:
@@ -393,24 +464,32 @@ class Run:
         self.collected = Collected()
         self.steps: dict[int, Progress] = {}
         self.usage: list[UsageRow] = []
-
-    @property
-    def label(self) -> str:
-        return self.row.model
-
-    @property
-    def answered(self) -> bool:
-        return bool(self.steps or self.collected.choices or self.collected.outputs or self.collected.usage)
+        self.bill: Callable[[UsageRow], UsageRow] = lambda row: row
 
     def interrupt(self, why: FairleadError) -> None:
-        self.why = why
-        self.task.cancel()
+        """Once: the second time it is on its way out already."""
+        if self.why is None and not self.settling:
+            self.why = why
+            if self.begun:  # a task that is cancelled before its first step never takes it
+                self.task.cancel()
 
     def book(self, late: Callable[[UsageRow], None]) -> Callable[[Any], None]:
+        """Takes the usage records of its try, which are written with its end. One that comes later is of what others computed it for."""
+
         def take(row: UsageRow) -> None:
-            if self.ended:
-                late(row)
+            if self.written:
+                late(self.bill(row))
             else:
                 self.usage.append(row)
 
         return take
+
+
+def billed(row: UsageRow, status: JobStatus, reason: JobReason) -> UsageRow:
+    """A job that failed gave nothing, and costs nothing; one that was cancelled costs what was computed for it."""
+    if status is not JobStatus.FAILED:
+        return row
+    if reason == "moderated-output":
+        # The model did what it was asked for, and the gateway has seen its caller leave.
+        row = structs.replace(row, outcome="refused", status=400, reason="filtered")
+    return structs.replace(row, cost=0.0)

@@ -27,6 +27,7 @@ class StoredRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     qos_class: str = ""
     session: str = ""
     signed_by: str = ""
+    priority: int = 0
 
 
 ENCODER = msgspec.msgpack.Encoder()
@@ -47,6 +48,7 @@ def pack(request: Request) -> bytes:
             qos_class=request.qos_class,
             session=request.session,
             signed_by=request.signed_by,
+            priority=request.priority,
         )
     )
 
@@ -64,6 +66,7 @@ def unpack(data: bytes) -> Request:
         qos_class=stored.qos_class,
         session=stored.session,
         signed_by=stored.signed_by,
+        priority=stored.priority,
     )
 
 
@@ -92,18 +95,19 @@ class Collected:
         self.artifacts: dict[int, Artifact] = {}
         self.outputs: tuple[PackedTensor, ...] = ()
         self.raw = b""
+        self.status = 200
+        """Of another server's answer."""
         self.parameters: dict[str, Any] = {}
         self.usage: Usage | None = None
         self.version = ""
 
     def take(self, response: Response) -> None:
-        """All but pictures, which become artifacts first. Raises FairleadError where another server's answer is an error."""
+        """All but pictures, which become artifacts first. Raises ModelError."""
         self.version = response.version
         self.usage = response.usage or self.usage
         self.parameters.update(response.parameters)
         if response.raw is not None:
-            if response.status >= 400:
-                raise refusal(response)
+            self.status = response.status
             self.raw += response.raw
         elif response.delta is None:
             if self.outputs:
@@ -116,6 +120,9 @@ class Collected:
                 self.choices[delta.index] = delta
 
     def result(self) -> JobResult:
+        """Raises FairleadError where another server's answer is an error."""
+        if self.status >= 400:
+            raise refusal(self.status, self.raw)
         return JobResult(
             artifacts=tuple(self.artifacts[index] for index in sorted(self.artifacts)),
             choices=tuple(self.choices[index] for index in sorted(self.choices)),
@@ -127,12 +134,11 @@ class Collected:
         )
 
 
-def refusal(response: Response) -> FairleadError:
+def refusal(status: int, body: bytes) -> FairleadError:
     """Another server's error as one of ours: whether another try may do better is what matters."""
-    text = (response.raw or b"")[:1000].decode("utf-8", "replace")
-    message = f"model '{response.model}': its server answers {response.status}: {text}"
-    if response.status == 429:
+    message = f"the model's server answers {status}: {body[:1000].decode('utf-8', 'replace')}"
+    if status == 429:
         return QueueFull(message)
-    if response.status in {502, 503, 504}:
+    if status in {502, 503, 504}:
         return Unavailable(message)
-    return ModelError(message) if response.status >= 500 else InvalidRequest(message)
+    return ModelError(message) if status >= 500 else InvalidRequest(message)

@@ -42,11 +42,16 @@ MAX_ANSWER_BYTES = 64 << 10
 LEASE_MARGIN = 15.0
 """Of a lease beyond the longest call: for the store to be told how it ended."""
 POLL_SECONDS = 1.0
+MAX_WAITING = 256
+"""Deliveries that are leased, and wait for others of their receiver or tenant to end."""
 BUSY_SECONDS = 5.0
-"""How long a delivery waits whose receiver is being called as often as may be."""
+"""How long those beyond that are put off, more or less."""
 
 Render = Callable[[DeliveryRow], Awaitable[bytes | None]]
 """The body, in the words of the job's face; None where the job is no longer there."""
+
+Share = tuple[str, str]
+"""("receiver", host and port) or ("tenant", name)."""
 
 log = structlog.get_logger("fairlead.webhooks")
 
@@ -145,8 +150,9 @@ class Deliveries:
         self.stopping = False
         self.num_of_receiver = max(1, settings.max_in_flight // 8)
         self.num_of_tenant = max(1, settings.max_in_flight // 2)
-        self._calls: set[asyncio.Task[None]] = set()
-        self._busy: Counter[tuple[str, str]] = Counter()
+        self._calls: dict[asyncio.Task[None], DeliveryRow] = {}
+        self._waiting: list[DeliveryRow] = []
+        self._busy: Counter[Share] = Counter()
         """Calls under way, by receiver and by tenant: none may hold up the others."""
         self._look = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
@@ -167,24 +173,61 @@ class Deliveries:
 
     async def take(self) -> bool:
         """Begin the calls that are due, as many as there is room for. Whether there may be more."""
+        await self._go_on()
         room = self.settings.max_in_flight - len(self._calls)
-        if room <= 0:
+        if room <= 0 or self.stopping:
             return False
-        now, lease = self.now(), self.settings.timeout + LEASE_MARGIN
-        rows = await asyncio.to_thread(self.store.due, self.runner, room, now=now, lease_seconds=lease)
+        rows = await asyncio.to_thread(
+            self.store.due,
+            self.runner,
+            room,
+            now=self.now(),
+            lease_seconds=2 * self.settings.timeout + LEASE_MARGIN,
+            # Of those that cannot be called now no more than are here already.
+            busy_urls={row.url for row in (*self._waiting, *self._calls.values()) if not self._room(row)},
+            busy_tenants={name for (kind, name), number in self._busy.items() if kind == "tenant" and number >= self.num_of_tenant},
+        )
         for row in rows:
-            keys = _shares(row)
-            if self._busy[keys[0]] >= self.num_of_receiver or self._busy[keys[1]] >= self.num_of_tenant:
-                later = self.now() + BUSY_SECONDS * (0.5 + self.chance())
-                await asyncio.to_thread(
-                    self.store.put_off, row.id, self.runner, next_at=later, status=None, error="", body=None, counted=False
-                )
-                continue
-            self._busy.update(keys)
-            task = asyncio.create_task(self._deliver(row), name=row.id)
-            self._calls.add(task)
-            task.add_done_callback(self._calls.discard)
+            if self._room(row):
+                self._begin(row)
+            elif len(self._waiting) < MAX_WAITING:
+                self._waiting.append(row)
+            else:
+                await self._put_back(row, BUSY_SECONDS * (0.5 + self.chance()))
         return len(rows) == room
+
+    async def _go_on(self) -> None:
+        """With those that waited for others of their receiver or tenant."""
+        waiting, self._waiting = self._waiting, []
+        for row in waiting:
+            if self.stopping or row.lease_until < self.now() + self.settings.timeout + LEASE_MARGIN / 2:
+                await self._put_back(row, 0.0)
+            elif len(self._calls) < self.settings.max_in_flight and self._room(row):
+                self._begin(row)
+            else:
+                self._waiting.append(row)
+
+    def _room(self, row: DeliveryRow) -> bool:
+        receiver, tenant = _shares(row)
+        return not self.stopping and self._busy[receiver] < self.num_of_receiver and self._busy[tenant] < self.num_of_tenant
+
+    def _begin(self, row: DeliveryRow) -> None:
+        self._busy.update(_shares(row))
+        call = asyncio.create_task(self._deliver(row), name=row.id)
+        self._calls[call] = row
+        call.add_done_callback(self._over)
+
+    def _over(self, call: asyncio.Task[None]) -> None:
+        for key in _shares(self._calls.pop(call)):
+            self._busy[key] -= 1
+            if not self._busy[key]:
+                del self._busy[key]
+        self._look.set()
+
+    async def _put_back(self, row: DeliveryRow, seconds: float) -> None:
+        """Nobody was called."""
+        later = self.now() + seconds
+        await asyncio.to_thread(self.store.put_off, row.id, self.runner, next_at=later, status=None, error="", body=None, counted=False)
 
     async def idle(self) -> None:
         """Until no call is under way."""
@@ -195,6 +238,8 @@ class Deliveries:
         """Begin no more; what has not ended after so long is cut off, and called again when its lease has run out."""
         self.stopping = True
         self._look.set()
+        with suppress(Unavailable):
+            await self._go_on()
         if self._calls:
             await asyncio.wait(self._calls, timeout=seconds)
         for task in list(self._calls):
@@ -217,12 +262,6 @@ class Deliveries:
             await self._write(row, body, answer)
         except Unavailable as error:
             log.error("webhook_not_written", delivery=row.id, job=row.job, error=error.message)
-        finally:
-            for key in _shares(row):
-                self._busy[key] -= 1
-                if not self._busy[key]:
-                    del self._busy[key]
-            self._look.set()
 
     async def _body(self, row: DeliveryRow) -> bytes | None:
         """As the job is now, with links that are good now; of a job that was purged, as it was."""
@@ -294,7 +333,7 @@ class Deliveries:
         return self._session
 
 
-def _shares(row: DeliveryRow) -> tuple[tuple[str, str], tuple[str, str]]:
+def _shares(row: DeliveryRow) -> tuple[Share, Share]:
     """What a call takes a share of."""
     return ("receiver", urlsplit(row.url).netloc), ("tenant", row.tenant)
 

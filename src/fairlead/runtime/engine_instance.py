@@ -33,12 +33,6 @@ class Consumer(Protocol):
 class EngineInstance(ReplicaProcess):
     """Passes requests to the engine's process, and the pieces of their answers to their consumers."""
 
-    exits = {
-        HUNG_EXIT: "a step took longer than `llm.step_timeout`",
-        -signal.SIGPROF: "a step took longer than `llm.step_timeout`",
-        BROKEN_EXIT: "step after step failed",
-    }
-
     def __init__(
         self,
         spec: ModelSpec,
@@ -48,12 +42,15 @@ class EngineInstance(ReplicaProcess):
         forkserver: ForkServer,
         on_change: Callable[[], None],
         *,
+        version: str = "",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        super().__init__(spec, artefact, kind, threads, forkserver, on_change, slab_bytes=0)
+        super().__init__(spec, artefact, kind, threads, forkserver, on_change, slab_bytes=0, version=version)
         self.info: EngineInfo | None = None
         """Known once it is loaded."""
-        self.max_in_flight = spec.llm.max_num_seqs + spec.llm.max_waiting
+        bounds, hung = kind.bounds(spec), f"a step took longer than `{kind.section}.step_timeout`"
+        self.exits = {HUNG_EXIT: hung, -signal.SIGPROF: hung, BROKEN_EXIT: "step after step failed"}
+        self.max_in_flight = bounds.max_num_seqs + bounds.max_waiting
         self._clock = clock
         self._work = 0
         self._consumers: dict[int, Consumer] = {}

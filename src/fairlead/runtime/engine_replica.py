@@ -53,7 +53,7 @@ def load_engine(load: Load) -> tuple[Engine, Frame, list[Buffer]]:
     """The engine, and the READY that tells of it. Raises what the backend raises."""
     backend = import_backend(load.backend)
     assert isinstance(backend, EngineBackend)
-    engine = backend.load_engine(Path(load.artefact), load.spec, load.threads)
+    engine = backend.load_engine(Path(load.artefact), load.spec, load.threads, load.version)
     return engine, Frame(Kind.READY, ready=Ready(platform=load.backend.name, engine=engine.info)), []
 
 
@@ -62,7 +62,8 @@ def serve_engine(load: Load, engine: Engine, sock: socket.socket) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
-    code: int = loop.run_until_complete(EngineReplica(load.spec.name, engine, load.spec.llm.step_timeout, load.threads).run(sock))
+    replica = EngineReplica(load.spec.name, engine, load.backend.bounds(load.spec).step_timeout, load.threads)
+    code: int = loop.run_until_complete(replica.run(sock))
     return code
 
 

@@ -5,6 +5,8 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 
+from msgspec import structs
+
 from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, ShuttingDown, TimeoutExpired, Unavailable, Unsupported
 from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
 from fairlead.core.request import Request, Response, Sink
@@ -163,7 +165,7 @@ class EngineVersion:
         self._idle.clear()
 
     def _prompt(self, ticket: EngineTicket, request: Request) -> Prompt:
-        """Raises InvalidRequest."""
+        """Raises InvalidRequest or Unsupported."""
         if request.prompt is None:
             self.check(request)
             ticket.form = text_form(request, self.info)
@@ -300,7 +302,7 @@ class _Merging:
 
 
 def joined(first: Delta, then: Delta) -> Delta:
-    """Two pieces of one choice as one: `first`, extended."""
+    """Two pieces of one choice, or of one picture, as one: `first`, extended."""
     first.text += then.text
     first.token_ids += then.token_ids
     if then.logprobs is not None:
@@ -315,4 +317,9 @@ def joined(first: Delta, then: Delta) -> Delta:
         first.vector = then.vector
     if then.tokens is not None:
         first.tokens = then.tokens
+    if then.progress is not None:
+        seen = first.progress.preview if first.progress is not None else b""
+        first.progress = then.progress if then.progress.preview or not seen else structs.replace(then.progress, preview=seen)
+    if then.picture is not None:
+        first.picture = then.picture
     return first

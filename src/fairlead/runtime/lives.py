@@ -130,6 +130,7 @@ class ReplicaProcess(ABC):
         on_change: Callable[[], None],
         *,
         slab_bytes: int,
+        version: str = "",
     ) -> None:
         """`on_change`: called when `ready` or `down` changes after `start`.
 
@@ -141,7 +142,7 @@ class ReplicaProcess(ABC):
         """Attempts to start it again after a death."""
         self.down = ""
         """Why it cannot be started again; "" while nothing failed."""
-        self._load = Load(spec, str(artefact), kind, threads)
+        self._load = Load(spec, str(artefact), kind, threads, version)
         self._preload = kind.preload
         self._forkserver = forkserver
         self._on_change = on_change

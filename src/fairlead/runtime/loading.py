@@ -63,7 +63,9 @@ async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: 
 
 
 async def _load_engine(spec: ModelSpec, version: str, artefact: Path, kind: Kind, threads: int, forkserver: ForkServer) -> EngineVersion:
-    replicas = [EngineInstance(spec, artefact, kind, threads, forkserver, _nobody_waits) for _ in range(spec.instances.count)]
+    replicas = [
+        EngineInstance(spec, artefact, kind, threads, forkserver, _nobody_waits, version=version) for _ in range(spec.instances.count)
+    ]
     try:
         await asyncio.gather(*(replica.start() for replica in replicas))
         loaded = EngineVersion(spec, version, kind.name, replicas)
@@ -81,9 +83,9 @@ def _nobody_waits() -> None:
 def engine_spec(spec: ModelSpec, kind: Kind) -> ModelSpec:
     """What the operator declared, completed by what goes for every engine. Raises LoadError where they contradict each other."""
     if spec.instances.isolation is Isolation.THREAD:
-        raise LoadError("a language model runs in a process of its own: leave `isolation` out, or write `isolation: process`")
+        raise LoadError("an engine runs in a process of its own: leave `isolation` out, or write `isolation: process`")
     if spec.inputs or spec.outputs:
-        raise LoadError("a language model's inputs and outputs are what they are for all of them: leave `inputs` and `outputs` out")
+        raise LoadError("an engine's inputs and outputs are what they are for all of its kind: leave `inputs` and `outputs` out")
     batching = structs.replace(spec.batching, max_batch_size=0, preferred_batch_sizes=(), max_queue_delay=0.0)
     return spec.replace(backend=kind.name, batching=batching, streams=True)
 

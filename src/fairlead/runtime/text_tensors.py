@@ -7,7 +7,7 @@ import numpy as np
 from msgspec import Struct, structs
 
 from fairlead.core.caller import ANYONE
-from fairlead.core.errors import InvalidRequest
+from fairlead.core.errors import InvalidRequest, Unsupported
 from fairlead.core.generation import Delta, Embed, EngineInfo, Generate, Prompt, Sampling
 from fairlead.core.request import Request
 from fairlead.core.specs import TensorSpec
@@ -46,7 +46,9 @@ class TextForm(Struct, frozen=True):
 
 
 def tensor_specs(info: EngineInfo) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of a model with this engine."""
+    """Inputs and outputs of a model with this engine; none of one that makes pictures."""
+    if "paint" in info.tasks:
+        return (), ()
     if "generate" in info.tasks:
         return (TEXT, *OPTIONS), (ANSWER,)
     return (TEXT,), (VECTOR,)
@@ -54,7 +56,9 @@ def tensor_specs(info: EngineInfo) -> tuple[tuple[TensorSpec, ...], tuple[Tensor
 
 def text_form(request: Request, info: EngineInfo) -> TextForm:
     """Read a request whose tensors have been held against the specs. Sampling parameters stand in `sampling_parameters` as
-    JSON, else in the request's parameters. Raises InvalidRequest."""
+    JSON, else in the request's parameters. Raises InvalidRequest or Unsupported."""
+    if "paint" in info.tasks:
+        raise Unsupported(f"model '{request.model}' makes pictures, and takes no tensors: ask it with a job (POST /v1/jobs)")
     text = _text(request.inputs, TEXT.name)
     if "generate" not in info.tasks:
         return TextForm(Embed(text=text))

@@ -48,7 +48,8 @@ log = structlog.get_logger("fairlead.runtime")
 PREFIX = struct.Struct("<4sIQ")
 MAGIC = b"FLD1"
 ALIGNMENT = 16
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 64 << 20
+"""Pictures and the files that they begin from travel in it."""
 MAX_BODY_BYTES = 2 << 30
 INLINE_BYTES = 64 << 10
 """Larger tensors go through the slab where there is one."""
@@ -105,6 +106,7 @@ class Load(Struct):
     artefact: str
     backend: BackendKind
     threads: int
+    version: str = ""
 
 
 class Ready(Struct, omit_defaults=True):

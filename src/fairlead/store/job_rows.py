@@ -69,12 +69,13 @@ class JobRow(Struct, frozen=True, kw_only=True):
 
 
 class JobQuery(Struct, frozen=True, kw_only=True):
-    """Which jobs: of one tenant, in one of some statuses, of one model, older than the one with the id `before`."""
+    """Which jobs: of one tenant, in one of some statuses, of one model, of one kind, older than the one with the id `before`."""
 
     tenant: str | None = None
     statuses: tuple[JobStatus, ...] = ()
     """(): any."""
     model: str | None = None
+    kind: str | None = None
     before: str | None = None
     limit: int = 100
     whole: bool = False

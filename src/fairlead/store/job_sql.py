@@ -1,11 +1,12 @@
 """Statements about jobs, for both databases, and how rows become Structs.
 
-Thousands of them pass here in a second, so that statements are the driver's own, of constant texts or few lengths: databases keep what they
-have prepared. `?` stands for a parameter; a list of texts is one parameter.
+Thousands of them pass here in a second, so that statements are the driver's own and each writes many rows. Databases keep what they have
+prepared, so that texts are constant: rows go to PostgreSQL as one parameter, in JSON, and to SQLite in statements of few lengths. `?` stands
+for a parameter; a list of texts is one parameter.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -27,9 +28,11 @@ DELIVERY = DeliveryRow.__struct_fields__
 SECRET = SecretRow.__struct_fields__
 CHANGING = (
     "id", "status", "reason", "message", "not_before", "started", "ended", "tries", "runner", "lease_until", "step", "num_steps", "cost",
-    "result", "expires", "revision",
+    "expires", "revision",
 )  # fmt: skip
-"""What the rules change, after the id; the preview is gone where a job no longer runs."""
+"""What the rules change, after the id, but for the result."""
+LARGE_BYTES = 1 << 16
+"""Inputs and results from this size on are written in statements of their own, as they are."""
 
 _result = msgspec.msgpack.Decoder(JobResult)
 _statuses = {status.value: status for status in JobStatus}
@@ -40,7 +43,11 @@ class Sql:
 
     def __init__(self, engine: Engine) -> None:
         self.is_sqlite = engine.dialect.name == "sqlite"
-        self._types = {column.name: column.type.compile(dialect=engine.dialect) for column in tables.jobs.c}
+        self._types = {
+            (table.name, column.name): column.type.compile(dialect=engine.dialect)
+            for table in tables.metadata.tables.values()
+            for column in table.c
+        }
 
     def run(self, connection: Connection, statement: str, *parameters: Any) -> Any:
         return connection.exec_driver_sql(statement if self.is_sqlite else statement.replace("?", "%s"), parameters)
@@ -74,34 +81,66 @@ class Sql:
     # Writing
 
     def insert(self, connection: Connection, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], rest: str = "") -> None:
-        for part in _parts(rows):
-            values = ", ".join([f"({_marks(columns)})"] * len(part))
-            statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {values} {rest}"
-            self.run(connection, statement, *(value for row in part for value in row))
+        if self.is_sqlite:
+            for part in _parts(rows):
+                values = ", ".join([f"({_marks(columns)})"] * len(part))
+                statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {values} {rest}"
+                self.run(connection, statement, *(value for row in part for value in row))
+        elif rows:
+            statement = f"INSERT INTO {table} ({', '.join(columns)}) SELECT {{values}} FROM {{rows}} {rest}"
+            self._run_json(connection, statement, table, columns, rows)
 
-    def update(self, connection: Connection, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], changes: str) -> None:
-        """Jobs by their ids, which are the first of `columns`; `changes` calls them `v.column1`, ..."""
-        casts = ", ".join(f"CAST(? AS {self._types[name]})" for name in columns)
-        for part in _parts(rows):
-            # The first row says of which types they all are.
-            values = ", ".join([f"({casts})", *[f"({_marks(columns)})"] * (len(part) - 1)])
-            statement = f"UPDATE jobs SET {changes} FROM (VALUES {values}) AS v WHERE jobs.id = v.column1"
-            self.run(connection, statement, *(value for row in part for value in row))
+    def update(self, connection: Connection, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], changes: dict[str, str]) -> None:
+        """Jobs by their ids, which are the first of `columns`; `changes`: column to be set -> what to, where others than `columns` are."""
+        if self.is_sqlite:
+            said = {name: f"v.column{number}" for number, name in enumerate(columns, 1)}
+            for part in _parts(rows):
+                values = ", ".join([f"({_marks(columns)})"] * len(part))
+                statement = f"UPDATE jobs SET {_assigned(columns, changes, said)} FROM (VALUES {values}) AS v WHERE jobs.id = v.column1"
+                self.run(connection, statement, *(value for row in part for value in row))
+        elif rows:
+            said = {name: self._decoded("jobs", name) for name in columns}
+            statement = f"UPDATE jobs SET {_assigned(columns, changes, said)} FROM {{rows}} WHERE jobs.id = v.id"
+            self._run_json(connection, statement, "jobs", columns, rows)
+
+    def _run_json(
+        self, connection: Connection, statement: str, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]
+    ) -> None:
+        types = ", ".join(f"{name} {'text' if self._is_binary(table, name) else self._types[table, name]}" for name in columns)
+        values = ", ".join(self._decoded(table, name) for name in columns)
+        said = statement.format(values=values, rows=f"json_to_recordset(CAST(? AS json)) AS v({types})")
+        self.run(connection, said, msgspec.json.encode([dict(zip(columns, row, strict=True)) for row in rows]).decode())
+
+    def _decoded(self, table: str, column: str) -> str:
+        return f"decode(v.{column}, 'base64')" if self._is_binary(table, column) else f"v.{column}"
+
+    def _is_binary(self, table: str, column: str) -> bool:
+        return self._types[table, column] == "BYTEA"
 
     def add_jobs(self, connection: Connection, jobs: Sequence[tuple[JobRow, bytes]]) -> None:
         self.insert(connection, "jobs", JOB, [job_values(row) for row, _ in jobs])
-        self.insert(connection, "job_inputs", ("job", "data"), [(row.id, data) for row, data in jobs])
+        inputs = [(row.id, data) for row, data in jobs]
+        self.insert(connection, "job_inputs", ("job", "data"), [each for each in inputs if len(each[1]) < LARGE_BYTES])
+        for id, data in inputs:
+            if len(data) >= LARGE_BYTES:
+                self.run(connection, "INSERT INTO job_inputs (job, data) VALUES (?, ?)", id, data)
 
     def put_jobs(self, connection: Connection, rows: Sequence[JobRow]) -> None:
         """What the rules made of jobs that this transaction has locked."""
-        changes = ", ".join(f"{name} = v.column{number}" for number, name in enumerate(CHANGING[1:], 2))
-        kept = "preview = CASE WHEN v.column2 IN ('active', 'aborting') THEN jobs.preview END"
-        self.update(connection, CHANGING, [_changed(row) for row in rows], f"{changes}, {kept}")
+        results = {row.id: None if row.result is None else msgspec.msgpack.encode(row.result) for row in rows}
+        large = {id: result for id, result in results.items() if result is not None and len(result) >= LARGE_BYTES}
+        values = [(*(getattr(row, name) for name in CHANGING), None if row.id in large else results[row.id]) for row in rows]
+        # The preview is gone where a job no longer runs.
+        kept = {"preview": f"CASE WHEN v.{'column2' if self.is_sqlite else 'status'} IN ('active', 'aborting') THEN jobs.preview END"}
+        self.update(connection, (*CHANGING, "result"), values, kept)
+        for id, result in large.items():
+            self.run(connection, "UPDATE jobs SET result = ? WHERE id = ?", result, id)
 
     def put_steps(self, connection: Connection, rows: Sequence[tuple[str, int, int, bytes | None]]) -> None:
         """Id, step, number of steps, preview or None for the last one."""
-        changes = "step = v.column2, num_steps = v.column3, preview = COALESCE(v.column4, jobs.preview), revision = jobs.revision + 1"
-        self.update(connection, ("id", "step", "num_steps", "preview"), rows, changes)
+        preview = "v.column4" if self.is_sqlite else self._decoded("jobs", "preview")
+        newer = {"preview": f"COALESCE({preview}, jobs.preview)", "revision": "jobs.revision + 1"}
+        self.update(connection, ("id", "step", "num_steps", "preview"), rows, newer)
 
     def add_deliveries(self, connection: Connection, rows: Sequence[DeliveryRow]) -> None:
         values = [tuple(getattr(row, name) for name in DELIVERY) for row in rows]
@@ -165,23 +204,22 @@ def _marks(columns: Sequence[str]) -> str:
     return ", ".join("?" * len(columns))
 
 
+def _assigned(columns: Sequence[str], changes: Mapping[str, str], said: Mapping[str, str]) -> str:
+    """Of an UPDATE by rows whose first column is the id."""
+    values = {**{name: said[name] for name in columns[1:]}, **changes}
+    return ", ".join(f"{name} = {value}" for name, value in values.items())
+
+
 # Rows
 
 
 def job_values(row: JobRow) -> tuple[Any, ...]:
+    """Of a new job."""
+    assert row.result is None and not row.preview, row
+    json = {"metadata": row.metadata, "webhook_events": row.webhook_events}
     return tuple(
-        msgspec.json.encode(value).decode() if name in ("metadata", "webhook_events") else _large(value) if name in LARGE else value
-        for name in JOB
-        for value in (getattr(row, name),)
+        msgspec.json.encode(json[name]).decode() if name in json else getattr(row, name) if name not in LARGE else None for name in JOB
     )
-
-
-def _changed(row: JobRow) -> tuple[Any, ...]:
-    return tuple(_large(getattr(row, name)) if name == "result" else getattr(row, name) for name in CHANGING)
-
-
-def _large(value: JobResult | bytes | None) -> bytes | None:
-    return value or None if isinstance(value, bytes) or value is None else msgspec.msgpack.encode(value)
 
 
 def _job(names: Sequence[str], values: Sequence[Any]) -> JobRow:

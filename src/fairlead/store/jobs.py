@@ -18,7 +18,7 @@ half-written then.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from threading import Event
 from typing import Any
@@ -170,6 +170,7 @@ class JobStore:
         wanted = {
             "tenant = ?": query.tenant,
             "model = ?": query.model,
+            "kind = ?": query.kind,
             "id < ?": query.before,
             f"status {self._sql.among}": self._sql.within(query.statuses) if query.statuses else None,
         }
@@ -341,13 +342,20 @@ class JobStore:
             self._put(connection, rows, now)
             return tuple(rows)
 
-    def purge(self, now: float, limit: int, *, log_seconds: float = 604_800.0) -> tuple[str, ...]:
-        """Ids of at most `limit` ended jobs whose time is over: removed with their inputs and idempotency keys. Also removes idempotency keys
-        and secrets that have expired, and deliveries that ended `log_seconds` ago."""
+    def expired(self, now: float, limit: int) -> tuple[str, ...]:
+        """Ids of at most `limit` ended jobs whose time is over."""
+        with self._transactions.reads() as connection:
+            found = self._sql.run(connection, "SELECT id FROM jobs WHERE expires <= ? ORDER BY expires LIMIT ?", now, limit)
+            return tuple(row[0] for row in found.fetchall())
+
+    def purge(self, now: float, limit: int, *, among: Sequence[str] | None = None, log_seconds: float = 604_800.0) -> tuple[str, ...]:
+        """Ids of at most `limit` ended jobs (`among`: of these only) whose time is over: removed with their inputs and idempotency keys. Also
+        removes idempotency keys and secrets that have expired, and deliveries that ended `log_seconds` ago."""
         sql = self._sql
         with self._transactions.writes() as connection:
-            over = f"SELECT id FROM jobs WHERE expires <= ? ORDER BY expires LIMIT ? {sql.skip_locked}"
-            ids = [row[0] for row in sql.run(connection, over, now, limit).fetchall()]
+            ours, given = ("", ()) if among is None else (f"AND id {sql.among}", (sql.within(among),))
+            over = f"SELECT id FROM jobs WHERE expires <= ? {ours} ORDER BY expires LIMIT ? {sql.skip_locked}"
+            ids = [row[0] for row in sql.run(connection, over, now, *given, limit).fetchall()]
             for table, column in {"job_inputs": "job", "idempotency": "job", "jobs": "id"}.items() if ids else ():
                 sql.run(connection, f"DELETE FROM {table} WHERE {column} {sql.among}", sql.within(ids))
             sql.run(connection, "DELETE FROM idempotency WHERE expires <= ?", now)
@@ -369,11 +377,11 @@ class JobStore:
         assert self.notifies
         with self._transactions.reads() as connection:
             connection.execution_options(isolation_level="AUTOCOMMIT")
+            driver: Any = connection.connection.driver_connection
             # It hears until it is closed, so that nobody else gets it from the pool.
             connection.detach()
-            connection.exec_driver_sql(f"LISTEN {CHANNEL}")
+            driver.execute(f"LISTEN {CHANNEL}")
             on_change("")
-            driver: Any = connection.connection.driver_connection
             while not stop.is_set():
                 for note in driver.notifies(timeout=LISTEN_SECONDS):
                     on_change(note.payload)
@@ -382,17 +390,26 @@ class JobStore:
 
     # Webhook deliveries
 
-    def due(self, runner: str, limit: int, *, now: float, lease_seconds: float) -> tuple[DeliveryRow, ...]:
-        """Pending deliveries to be tried now, `tries` + 1; nobody else gets them for `lease_seconds`."""
+    def due(
+        self,
+        runner: str,
+        limit: int,
+        *,
+        now: float,
+        lease_seconds: float,
+        busy_urls: Iterable[str] = (),
+        busy_tenants: Iterable[str] = (),
+    ) -> tuple[DeliveryRow, ...]:
+        """Pending deliveries to be tried now, `tries` + 1; nobody else gets them for `lease_seconds`. None to `busy_urls` or of `busy_tenants`."""
         sql = self._sql
+        wanted = f"state = 'pending' AND next_at <= ? AND lease_until <= ? AND NOT (url {sql.among}) AND NOT (tenant {sql.among})"
+        parameters = now, now, sql.within(busy_urls), sql.within(busy_tenants)
         with self._transactions.reads() as connection:
-            statement = "SELECT 1 FROM deliveries WHERE state = 'pending' AND next_at <= ? AND lease_until <= ? LIMIT 1"
-            if sql.run(connection, statement, now, now).scalar() is None:
+            if sql.run(connection, f"SELECT 1 FROM deliveries WHERE {wanted} LIMIT 1", *parameters).scalar() is None:
                 return ()
         with self._transactions.writes() as connection:
-            ours = f"""SELECT id FROM deliveries WHERE state = 'pending' AND next_at <= ? AND lease_until <= ?
-                ORDER BY next_at LIMIT ? {sql.skip_locked}"""
-            ids = [row[0] for row in sql.run(connection, ours, now, now, limit).fetchall()]
+            ours = f"SELECT id FROM deliveries WHERE {wanted} ORDER BY next_at LIMIT ? {sql.skip_locked}"
+            ids = [row[0] for row in sql.run(connection, ours, *parameters, limit).fetchall()]
             change = f"UPDATE deliveries SET runner = ?, lease_until = ?, tries = tries + 1 WHERE id {sql.among}"
             sql.run(connection, change, runner, now + lease_seconds, sql.within(ids))
             return sql.deliveries(connection, f"WHERE id {sql.among} ORDER BY next_at, id", sql.within(ids))

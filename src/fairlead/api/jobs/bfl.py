@@ -1,7 +1,7 @@
 """Black Forest Labs' shape: `POST /v1/{model}` with `x-key`, then its polling URL.
 
-What their API takes and this server does not have (`safety_tolerance`, `prompt_upsampling`, `raw`, further input images) is
-refused unless it asks for nothing.
+What their API takes and this server does not have (`prompt_upsampling`, `raw`, `aspect_ratio`, further input images) is refused
+unless it asks for nothing. How strict filters are is the server's policy, so of `safety_tolerance` only the laxest is taken.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
-from fairlead.api.jobs.asks import paint_of
-from fairlead.api.jobs.details import Detail, Details, decode_details
-from fairlead.api.jobs.face import Face, base64_bytes, parted
+from fairlead.api.jobs.details import Detail, Details
+from fairlead.api.jobs.face import Face, base64_bytes, decode_named, parted
 from fairlead.api.line import AccessLine
 from fairlead.api.openapi import Operation
 from fairlead.api.web import JSON, json_response
 from fairlead.core.errors import FairleadError, InvalidRequest, NotFound, Unauthenticated
+from fairlead.core.generation import Paint
 from fairlead.core.jobs import JobStatus
+from fairlead.gateway.identity.identity import may_use
 from fairlead.jobs.desk import Wishes
 from fairlead.store.job_rows import JobRow
 
@@ -44,22 +45,19 @@ class FluxBody(Struct, kw_only=True, forbid_unknown_fields=True):
     output_format: Literal["jpeg", "png", "webp"] = "jpeg"
     webhook_url: str | None = None
     webhook_secret: str | None = None
-    safety_tolerance: None = None
+    safety_tolerance: Literal[5, 6] | None = None
     prompt_upsampling: Literal[False] | None = None
     raw: Literal[False] | None = None
 
 
-class AsyncResponse(Struct):
+class Submitted(Struct, omit_defaults=True):
+    """Their AsyncResponse; with a webhook, their AsyncWebhookResponse."""
+
     id: str
     polling_url: str
     output_mp: float
-
-
-class AsyncWebhookResponse(Struct):
-    id: str
-    status: State
-    webhook_url: str
-    polling_url: str
+    status: State | None = None
+    webhook_url: str | None = None
 
 
 class Sample(Struct, omit_defaults=True):
@@ -94,6 +92,8 @@ class BlackForestErrors(Details):
 class BlackForest(Face):
     name = "bfl"
     errors = BlackForestErrors()
+    webhook_field = "webhook_url"
+    words = {"text": "prompt", "num_steps": "steps", "image": "input_image", "format": "output_format"}
 
     @property
     def operations(self) -> Iterator[Operation]:
@@ -105,6 +105,7 @@ class BlackForest(Face):
             summary="Black Forest Labs' polling URL",
             serve=self.endpoint(self.result),
             answer=ResultResponse,
+            query=("id",),
             errors=(404, 422, 500, 503),
             error=Detail,
         )
@@ -117,56 +118,58 @@ class BlackForest(Face):
             serve=self.endpoint(self.submit),
             body=FluxBody,
             body_required=True,
-            answer=AsyncResponse | AsyncWebhookResponse,
+            answer=Submitted,
+            optional=("Idempotency-Key",),
             errors=(400, 404, 413, 422, 429, 500, 501, 503),
             error=Detail,
         )
 
     async def submit(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
         model, version = parted(http.path_params["model"])
-        if not self.shared.repository.known(model):
+        if not self.shared.repository.known(model) or not may_use(line.caller, model):
             raise HTTPException(404)  # nothing says that a model was meant
         line.model, line.version = model, version
-        body = decode_details(await self.body(http), FluxBody)
+        body = decode_named(await self.body(http), FluxBody)
         info = self.image_info(line.caller, model, version)
         num_steps = body.steps or info.num_steps
-        paint = paint_of(
-            {
-                "text": body.prompt,
-                "width": body.width,
-                "height": body.height,
-                "seed": body.seed,
-                "num_steps": body.steps,
-                "guidance": body.guidance,
-                "image": base64_bytes(body.input_image or "", "input_image"),
-                "mask": base64_bytes(body.mask or "", "mask"),
-                "strength": body.strength,
-                "format": body.output_format,
-                "preview_steps": max(num_steps // PREVIEWS, 1) if info.previews else 0,
-            }
-        )
+        fields = {
+            "text": body.prompt,
+            "width": body.width,
+            "height": body.height,
+            "seed": body.seed,
+            "num_steps": body.steps,
+            "guidance": body.guidance,
+            "image": base64_bytes(body.input_image or "", "input_image"),
+            "mask": base64_bytes(body.mask or "", "mask"),
+            "strength": body.strength,
+            "format": body.output_format,
+            "preview_steps": max(num_steps // PREVIEWS, 1) if info.previews else 0,
+        }
         if body.webhook_secret and not body.webhook_url:
             raise InvalidRequest("`webhook_secret` needs a `webhook_url`")
         wishes = Wishes(
             face=self.name,
-            metadata={"prompt": body.prompt[:512]},
+            metadata={"prompt": body.prompt},
             webhook=body.webhook_url or "",
             webhook_secret=body.webhook_secret or "",
+            idempotency_key=http.headers.get("idempotency-key", ""),
         )
-        request = self.painted(line, paint)
+        request = self.painted(line, fields)
+        paint = request.prompt
+        assert isinstance(paint, Paint) and paint.width is not None and paint.height is not None
         row, _ = await self.hand_in(request, wishes)
         polling_url = self.url(http, f"/v1/get_result?id={row.id}")
+        answer = Submitted(row.id, polling_url, round(paint.n * paint.width * paint.height / 1e6, 4))
         if body.webhook_url:
-            return json_response(AsyncWebhookResponse(row.id, "Pending", body.webhook_url, polling_url), headers=line.headers)
-        asked = getattr(request.prompt, "width", None), getattr(request.prompt, "height", None)
-        return json_response(AsyncResponse(row.id, polling_url, round((asked[0] or 0) * (asked[1] or 0) / 1e6, 4)), headers=line.headers)
+            answer.status, answer.webhook_url = "Pending", body.webhook_url
+        return json_response(answer, headers=line.headers)
 
     async def result(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
         id = http.query_params.get("id", "")
         if not id:
             raise InvalidRequest("`id` of the task is missing")
         try:
-            row = await self.desk.get(id, line.caller)
+            row = await self.pictures(id, line.caller)
         except NotFound:
             return json_response(ResultResponse(id[:64], "Task not found", None, None, None, None), 404, line.headers)
         line.model, line.version = row.model, row.version
@@ -179,7 +182,7 @@ class BlackForest(Face):
             started, ended = row.started or row.created, row.ended or row.created
             result = Sample(
                 urls[0],
-                row.metadata.get("prompt", ""),
+                row.metadata["prompt"] if row.face == self.name else "",
                 row.result.artifacts[0].seed,
                 round(ended - started, 3),
                 started,

@@ -1,26 +1,29 @@
 """`/v1/jobs`: jobs in our own words."""
 
+import asyncio
 import base64
-from collections.abc import AsyncGenerator, Iterator
+import re
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
-from fairlead.api.admin_bodies import Problem
-from fairlead.api.jobs.asks import asked
-from fairlead.api.jobs.face import Face, parted, wait_seconds
+from fairlead.api.admin_bodies import FieldError, Problem
+from fairlead.api.jobs.asks import INPUT, asked
+from fairlead.api.jobs.face import Face, cursor, decode_named, parted, wait_seconds
 from fairlead.api.kserve.codec import to_json
 from fairlead.api.line import AccessLine
 from fairlead.api.openapi import Operation
 from fairlead.api.problems import Problems
-from fairlead.api.web import EventStream, decode_json, json_response, while_connected
-from fairlead.core.errors import FairleadError, InvalidRequest
-from fairlead.core.generation import Usage
+from fairlead.api.status import CLIENT_LEFT
+from fairlead.api.web import EventStream, json_response, while_connected
+from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge, Unsupported
+from fairlead.core.generation import Paint, Usage
 from fairlead.core.jobs import ENDED, JobStatus
 from fairlead.jobs.desk import Wishes
 from fairlead.jobs.stored import unpacked
@@ -32,6 +35,10 @@ Span = Annotated[float, Meta(gt=0)]
 Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)]
 MAX_LISTED = 200
 RETRYABLE = frozenset({"timeout", "expired", "replica-died", "unavailable", "storage"})
+LARGE_INPUT_BYTES = 256 << 10
+"""From here on a thread reads what is asked."""
+
+_FIELD = re.compile(r"`([\w.\[\]]+)`")
 
 
 class WebhookBody(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -139,6 +146,7 @@ class Job(Struct, kw_only=True):
 
 class Jobs(Struct):
     jobs: list[Job]
+    """Without results and previews: each job has its own."""
     next: str | None
     """`before` of the page that follows."""
 
@@ -151,7 +159,14 @@ class JobProblems(Problems):
         if isinstance(error, Conflict):  # an idempotency key that came with another request
             status = 422
             body = msgspec.json.encode(Problem(title="Unprocessable Content", status=status, detail=error.message))
+        elif isinstance(error, (InvalidRequest, Unsupported)) and (field := _FIELD.match(error.message)) is not None:
+            problem = msgspec.json.decode(body, type=Problem)
+            body = msgspec.json.encode(structs.replace(problem, errors=(FieldError(field[1], error.message),)))
         return status, media_type, body
+
+    def response(self, error: FairleadError, headers: Mapping[str, str]) -> HttpResponse:
+        more = {"Connection": "close"} if isinstance(error, TooLarge) else {}
+        return super().response(error, {**headers, **more})
 
     def event(self, error: FairleadError) -> bytes:
         return self.content(error)[2]
@@ -160,6 +175,11 @@ class JobProblems(Problems):
 class Canonical(Face):
     name = "jobs"
     errors = JobProblems()
+    webhook_field = "webhook.url"
+    words = {field.name: f"{INPUT}.{field.name}" for field in structs.fields(Paint)} | {
+        "text": f"{INPUT}.prompt",
+        "negative": f"{INPUT}.negative_prompt",
+    }
 
     @property
     def operations(self) -> Iterator[Operation]:
@@ -170,9 +190,16 @@ class Canonical(Face):
                 "jobSubmit",
                 "Hand in a request that is answered later",
                 self.submit,
-                {"body": JobBody, "body_required": True},
+                {"body": JobBody, "body_required": True, "ok": (200, 202), "optional": ("Prefer", "Idempotency-Key")},
             ),
-            ("GET", "/v1/jobs", "jobList", "The tenant's jobs, newest first", self.list, {"answer": Jobs}),
+            (
+                "GET",
+                "/v1/jobs",
+                "jobList",
+                "The tenant's jobs, newest first",
+                self.list,
+                {"answer": Jobs, "optional": ("status", "of_model", "before", "limit")},
+            ),
             ("GET", "/v1/jobs/{job}", "jobGet", "One job", self.get, {}),
             ("POST", "/v1/jobs/{job}/cancel", "jobCancel", "Cancel a job", self.cancel, {}),
             ("GET", "/v1/jobs/{job}/events", "jobEvents", "A job at each change, until it has ended", self.events, {"events": "only"}),
@@ -192,9 +219,10 @@ class Canonical(Face):
 
     async def submit(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
         """202, or 200 for one that has ended: where `Prefer: wait` waited for it, or the key of an earlier one came again."""
-        body = decode_json(await self.body(http), JobBody)
+        body = decode_named(await self.body(http), JobBody)
         line.model, line.version = parted(body.model)
-        request = asked(self, line, bytes(body.input))
+        data = bytes(body.input)
+        request = asked(self, line, data) if len(data) < LARGE_INPUT_BYTES else await asyncio.to_thread(asked, self, line, data)
         webhook = body.webhook
         wishes = Wishes(
             face=self.name,
@@ -206,14 +234,17 @@ class Canonical(Face):
             total_seconds=body.total_seconds,
             retention_seconds=body.retention_seconds,
         )
-        seconds = wait_seconds(http.headers.get("prefer", ""), self.desk.settings.max_wait_seconds)
+        seconds = wait_seconds(http, self.desk.settings.max_wait_seconds)
         row, new = await self.hand_in(request, wishes)
         headers = {**line.headers, "Location": f"/v1/jobs/{row.id}"}
         if not new:
             headers["Idempotent-Replayed"] = "true"
         if seconds is not None:
             headers["Preference-Applied"] = f"wait={seconds:g}"
-            row = await while_connected(http.scope, http.receive, self.desk.wait(row.id, line.caller, seconds)) or row
+            waited = await while_connected(http.scope, http.receive, self.desk.wait(row.id, line.caller, seconds))
+            if waited is None:
+                return HttpResponse(status_code=CLIENT_LEFT)
+            row = waited
         return json_response(await self.job(row, http), 200 if row.status in ENDED else 202, headers)
 
     async def get(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
@@ -223,7 +254,7 @@ class Canonical(Face):
         query = http.query_params
         for name in query:
             if name not in {"status", "model", "before", "limit"}:
-                raise InvalidRequest(f"`{name[:64]}` is no parameter of this list: status, model, before, limit")
+                raise InvalidRequest(f"'{name[:64]}' is no parameter of this list: status, model, before, limit")
         wanted = [each for value in query.getlist("status") for each in value.split(",")]
         if any(each not in set(JobStatus) for each in wanted):
             raise InvalidRequest(f"`status` must be of {', '.join(JobStatus)}")
@@ -235,9 +266,8 @@ class Canonical(Face):
                 tenant=line.caller.tenant,
                 statuses=tuple(map(JobStatus, wanted)),
                 model=query.get("model"),
-                before=query.get("before"),
+                before=cursor(query.get("before"), "before"),
                 limit=int(limit),
-                whole=True,
             )
         )
         jobs = [await self.job(row, http, listed=True) for row in rows]

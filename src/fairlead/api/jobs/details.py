@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -14,11 +14,7 @@ from fairlead.api.status import http_status, told
 from fairlead.api.web import JSON, json_response
 from fairlead.core.errors import FairleadError, InvalidRequest, LimitExceeded, TooLarge, Unsupported
 
-T = TypeVar("T")
-
-_NAMED = re.compile(r"^`([\w.\[\]]+)`")
-_PLACE = re.compile(r" - at `\$\.?(.*?)`$")
-_FIELD = re.compile(r"field `(\w+)`")
+_NAMED = re.compile(r"`([\w.\[\]]+)`")
 
 
 class Detail(Struct):
@@ -48,18 +44,3 @@ class Details:
             loc = ["body", *named[1].split(".")] if named else ["body"]
             return 422, JSON, msgspec.json.encode(Detail([{"loc": loc, "msg": error.message, "type": "value_error"}]))
         return http_status(error), JSON, msgspec.json.encode(Detail(error.message))
-
-
-def decode_details(body: bytes, type_: type[T]) -> T:
-    """Raises InvalidRequest that begins with the field."""
-    try:
-        return msgspec.json.decode(body, type=type_)
-    except RecursionError:
-        raise InvalidRequest("the request's JSON is nested too deeply") from None
-    except msgspec.ValidationError as error:
-        message = str(error)
-        place, field = _PLACE.search(message), _FIELD.search(message)
-        name = field[1] if field else place[1] if place else ""
-        raise InvalidRequest(f"`{name}`: {message}" if name else message) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None

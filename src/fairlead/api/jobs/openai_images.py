@@ -9,22 +9,29 @@ import base64
 import re
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from io import BytesIO
 from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 from msgspec import Meta, Struct
+from PIL import ImageOps
+from python_multipart.exceptions import FormParserError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
+from starlette.types import Receive, Scope, Send
 
-from fairlead.api.jobs.asks import LoraBody, paint_of
+from fairlead.api.jobs.asks import LoraBody
 from fairlead.api.jobs.face import Face, Shared, image_models, parted
 from fairlead.api.line import AccessLine
 from fairlead.api.openai.errors import BadParameter, OpenAIError, OpenAIErrors, decode_body, explained
 from fairlead.api.openapi import Operation
 from fairlead.api.status import CLIENT_LEFT
 from fairlead.api.web import EventStream, json_response, while_connected
+from fairlead.core.caller import Caller
 from fairlead.core.errors import (
     Cancelled,
     FairleadError,
@@ -33,15 +40,17 @@ from fairlead.core.errors import (
     ModelError,
     Unavailable,
 )
-from fairlead.core.generation import ImageInfo, Mode, Paint, PictureFormat
+from fairlead.core.generation import ImageInfo, Mode, PictureFormat
 from fairlead.core.jobs import ENDED, Artifact, JobStatus
 from fairlead.core.pictures import decode
 from fairlead.jobs.artifacts import Artifacts
-from fairlead.jobs.desk import Wishes
+from fairlead.jobs.desk import Desk, Wishes
 from fairlead.store.job_rows import JobRow
 
 SYNC_SECONDS = 600.0
 """After which a picture that somebody waits for is given up."""
+MARGIN_SECONDS = 10.0
+"""For the store to say so."""
 MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 4, 40, 1 << 20
 
 MODES: dict[str, Mode] = {"low": "turbo", "medium": "balanced"}
@@ -74,6 +83,15 @@ class ImagesBody(Struct, kw_only=True, forbid_unknown_fields=True):
     scheduler: str = ""
     strength: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     loras: list[LoraBody] = []
+
+
+Upload = Annotated[bytes, Meta(extra_json_schema={"contentEncoding": "binary"})]
+
+
+class EditsBody(ImagesBody, kw_only=True, forbid_unknown_fields=True):
+    image: Upload
+    mask: Upload | None = None
+    """Transparent where the picture is painted anew."""
 
 
 class OpenAIImage(Struct, omit_defaults=True):
@@ -128,6 +146,17 @@ class ImageModels(Struct):
 class OpenAIImages(Face):
     name = "images"
     errors = OpenAIErrors("prompt")
+    words = {
+        "text": "prompt",
+        "negative": "negative_prompt",
+        "width` times `height": "size",
+        "width": "size",
+        "height": "size",
+        "preview_steps": "partial_images",
+        "quality": "output_compression",
+        "mode": "quality",
+        "format": "output_format",
+    }
 
     def __init__(self, shared: Shared, files: Artifacts) -> None:
         super().__init__(shared)
@@ -135,9 +164,9 @@ class OpenAIImages(Face):
 
     @property
     def operations(self) -> Iterator[Operation]:
-        for path, name, summary, serve in (
-            ("/v1/images/generations", "openaiImages", "Make pictures from a text", self.generate),
-            ("/v1/images/edits", "openaiImageEdits", "Make pictures from a picture and a text (multipart/form-data)", self.edit),
+        for path, name, summary, serve, body in (
+            ("/v1/images/generations", "openaiImages", "Make pictures from a text", self.generate, ImagesBody),
+            ("/v1/images/edits", "openaiImageEdits", "Make pictures from a picture and a text", self.edit, EditsBody),
         ):
             yield Operation(
                 name=name,
@@ -146,8 +175,9 @@ class OpenAIImages(Face):
                 tag="openai",
                 summary=summary,
                 serve=self.endpoint(serve),
-                body=ImagesBody,
+                body=body,
                 body_required=True,
+                form=body is EditsBody,
                 answer=ImagesAnswer,
                 events="also",
                 errors=(400, 404, 413, 429, 500, 501, 503),
@@ -176,30 +206,27 @@ class OpenAIImages(Face):
         return await self._make(http, line, decode_body(await self.body(http), ImagesBody), b"", b"", "image_generation")
 
     async def edit(self, http: HttpRequest, line: AccessLine) -> Any:
-        fields, files = await read_form(http, await self.body(http))
-        if "image" not in files:
-            raise BadParameter("Missing required parameter: 'image'.", "image", "missing_required_parameter")
+        fields = await read_form(http, await self.body(http))
         try:
-            body = msgspec.convert(fields, ImagesBody, strict=False)
+            body = msgspec.convert(fields, EditsBody, strict=False, builtin_types=(bytes,))
         except msgspec.ValidationError as error:
-            raise explained(str(error), ImagesBody) from None
-        mask = await asyncio.to_thread(painted_where_transparent, files["mask"]) if "mask" in files else b""
-        return await self._make(http, line, body, files["image"], mask, "image_edit")
+            raise explained(str(error), EditsBody) from None
+        mask = await asyncio.to_thread(painted_where_transparent, body.mask) if body.mask else b""
+        return await self._make(http, line, body, body.image, mask, "image_edit")
 
     async def _make(self, http: HttpRequest, line: AccessLine, body: ImagesBody, image: bytes, mask: bytes, event: str) -> Any:
         line.model, line.version = parted(body.model or self.only_image_model(line.caller))
         info = self.image_info(line.caller, line.model, line.version)
-        paint = _paint(body, info, image, mask)
-        row, _ = await self.hand_in(self.painted(line, paint), Wishes(face=self.name, total_seconds=SYNC_SECONDS))
+        fields = _fields(body, info, image, mask)
+        row, _ = await self.hand_in(self.painted(line, fields), Wishes(face=self.name, total_seconds=SYNC_SECONDS))
         line.headers["x-fairlead-job"] = row.id
+        wait = Wait(self.desk, row.id, line.caller)
         if body.stream:
-            return EventStream(self._events(line, row, body, event), line.end, line.headers, self.errors)
-        ended: JobRow | None = None
+            return PictureStream(wait, self._events(wait, body, event), line, self.errors)
         try:
-            ended = await while_connected(http.scope, http.receive, self.desk.wait(row.id, line.caller, SYNC_SECONDS + 10.0))
+            ended = await while_connected(http.scope, http.receive, wait.end())
         finally:
-            if ended is None or ended.status not in ENDED:
-                await self.desk.cancel(row.id, line.caller)
+            await wait.over()
         if ended is None:
             return HttpResponse(status_code=CLIENT_LEFT)
         artifacts = _artifacts(ended)
@@ -215,26 +242,18 @@ class OpenAIImages(Face):
             headers=line.headers,
         )
 
-    async def _events(self, line: AccessLine, handed_in: JobRow, body: ImagesBody, event: str) -> AsyncGenerator[bytes, None]:
+    async def _events(self, wait: "Wait", body: ImagesBody, event: str) -> AsyncGenerator[bytes, None]:
         """Previews as they come, and the picture."""
-        row, ended = handed_in, False
-        try:
-            index, last = 0, b""
-            async with aclosing(self.desk.watch(row.id, line.caller)) as rows:
-                async for news in rows:
-                    row = news
-                    if row.status in ENDED:
-                        ended = True
-                        break
-                    if row.preview and row.preview != last and index < (body.partial_images or 0):
-                        last = row.preview
-                        yield _event(f"{event}.partial_image", base64.b64encode(last).decode(), "jpeg", body, row, index)
-                        index += 1
-            artifact = _artifacts(row)[0]
-            yield _event(f"{event}.completed", await self._base64(artifact), _format(body), body, row, None)
-        finally:
-            if not ended:
-                await self.desk.cancel(row.id, line.caller)
+        index, last = 0, b""
+        async with aclosing(wait.changes()) as rows:
+            async for row in rows:
+                if row.status in ENDED:
+                    artifact = _artifacts(row)[0]
+                    yield _event(f"{event}.completed", await self._base64(artifact), _format(body), body, row, None)
+                elif row.preview and row.preview != last and index < (body.partial_images or 0):
+                    last = row.preview
+                    yield _event(f"{event}.partial_image", base64.b64encode(last).decode(), "jpeg", body, row, index)
+                    index += 1
 
     async def _base64(self, artifact: Artifact) -> str:
         async with aclosing(self.files.read(artifact.key, 0, artifact.num_bytes)) as chunks:
@@ -242,8 +261,49 @@ class OpenAIImages(Face):
         return base64.b64encode(data).decode()
 
 
-def _paint(body: ImagesBody, info: ImageInfo, image: bytes, mask: bytes) -> Paint:
-    """Raises InvalidRequest."""
+class Wait:
+    """Somebody's, for a job that is nobody else's: it is cancelled when they leave."""
+
+    def __init__(self, desk: Desk, job: str, caller: Caller) -> None:
+        self.desk = desk
+        self.job = job
+        self.caller = caller
+        self.ended = False
+
+    async def end(self) -> JobRow:
+        row = await self.desk.wait(self.job, self.caller, SYNC_SECONDS + MARGIN_SECONDS)
+        self.ended = row.status in ENDED
+        return row
+
+    async def changes(self) -> AsyncGenerator[JobRow, None]:
+        async with aclosing(self.desk.watch(self.job, self.caller)) as rows:
+            async for row in rows:
+                self.ended = row.status in ENDED
+                yield row
+
+    async def over(self) -> None:
+        """Nobody waits any longer. A store that is away now leaves the job to its deadline."""
+        if not self.ended:
+            with suppress(Unavailable):
+                await self.desk.cancel(self.job, self.caller)
+
+
+class PictureStream(EventStream):
+    """The wait is over with it, also where the client had left before it began."""
+
+    def __init__(self, wait: Wait, events: AsyncGenerator[bytes, None], line: AccessLine, errors: OpenAIErrors) -> None:
+        super().__init__(events, line.end, line.headers, errors)
+        self.wait = wait
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.wait.over()
+
+
+def _fields(body: ImagesBody, info: ImageInfo, image: bytes, mask: bytes) -> dict[str, Any]:
+    """Of a Paint. Raises InvalidRequest."""
     if body.stream and (body.n or 1) > 1:
         raise BadParameter("'n' must be 1 where 'stream' is true.", "n", "invalid_value")
     if body.stream and body.response_format == "url":
@@ -261,27 +321,25 @@ def _paint(body: ImagesBody, info: ImageInfo, image: bytes, mask: bytes) -> Pain
             "unsupported_value",
         )
     previews = body.partial_images or 0
-    return paint_of(
-        {
-            "text": body.prompt,
-            "negative": body.negative_prompt,
-            "width": width,
-            "height": height,
-            "n": body.n or 1,
-            "seed": body.seed,
-            "num_steps": body.num_steps,
-            "guidance": body.guidance,
-            "scheduler": body.scheduler,
-            "image": image,
-            "mask": mask,
-            "strength": body.strength,
-            "loras": [{"name": lora.name, "scale": lora.scale} for lora in body.loras],
-            "mode": mode,
-            "preview_steps": max((body.num_steps or info.num_steps) // (previews + 1), 1) if previews else 0,
-            "format": _format(body),
-            "quality": max(100 if body.output_compression is None else body.output_compression, 1),
-        }
-    )
+    return {
+        "text": body.prompt,
+        "negative": body.negative_prompt,
+        "width": width,
+        "height": height,
+        "n": body.n or 1,
+        "seed": body.seed,
+        "num_steps": body.num_steps,
+        "guidance": body.guidance,
+        "scheduler": body.scheduler,
+        "image": image,
+        "mask": mask,
+        "strength": body.strength,
+        "loras": [{"name": lora.name, "scale": lora.scale} for lora in body.loras],
+        "mode": mode,
+        "preview_steps": max((body.num_steps or info.num_steps) // (previews + 1), 1) if previews else 0,
+        "format": _format(body),
+        "quality": max(100 if body.output_compression is None else body.output_compression, 1),
+    }
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:
@@ -341,45 +399,37 @@ def _refuse(row: JobRow) -> NoReturn:
     raise error
 
 
-async def read_form(http: HttpRequest, body: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(fields, files) of multipart/form-data. Raises BadParameter."""
-    from starlette.datastructures import UploadFile
-    from starlette.exceptions import HTTPException
+async def read_form(http: HttpRequest, body: bytes) -> dict[str, Any]:
+    """Fields (texts) and files (bytes) of multipart/form-data. Raises BadParameter."""
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not http.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise BadParameter("Edits are sent as multipart/form-data.", None, "invalid_type")
     fields: dict[str, Any] = {}
-    files: dict[str, bytes] = {}
     again = HttpRequest(http.scope, receive)
     try:
         async with again.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
             for name, value in form.multi_items():
                 name = name.removesuffix("[]")
-                if name in fields or name in files:
+                if name in fields:
                     raise BadParameter(f"'{name}' comes twice, and one is taken.", name, "invalid_value")
-                if isinstance(value, UploadFile):
-                    if name not in ("image", "mask"):
-                        raise BadParameter(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
-                    files[name] = await value.read()
-                else:
-                    fields[name] = value
+                fields[name] = await value.read() if isinstance(value, UploadFile) else value
     except HTTPException as error:
         raise BadParameter(f"We could not parse the form of your request: {error.detail}", None) from None
+    except (MultiPartException, FormParserError, UnicodeError) as error:
+        raise BadParameter(f"We could not parse the form of your request: {error}", None) from None
     if isinstance(fields.get("loras"), str):
         try:
             fields["loras"] = msgspec.json.decode(fields["loras"])
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             raise BadParameter("'loras' is no JSON.", "loras", "invalid_type") from None
-    return fields, files
+    return fields
 
 
 def painted_where_transparent(mask: bytes) -> bytes:
     """OpenAI's masks are transparent where the picture is painted anew; ours are white there. Raises InvalidRequest."""
-    from PIL import ImageOps
-
     image = decode(mask, "mask")
     if image.mode != "RGBA":
         raise InvalidRequest("`mask` must be transparent where the picture is to be painted anew, and it has no transparency")

@@ -13,12 +13,11 @@ from msgspec import Struct
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
-from fairlead import __version__
-from fairlead.api.jobs.asks import paint_of
-from fairlead.api.jobs.details import Detail, Details, decode_details
-from fairlead.api.jobs.face import Face, base64_bytes, wait_seconds
+from fairlead.api.jobs.details import Detail, Details
+from fairlead.api.jobs.face import PAINT, Face, base64_bytes, cursor, decode_named, wait_seconds
 from fairlead.api.line import AccessLine
 from fairlead.api.openapi import Operation
+from fairlead.api.status import CLIENT_LEFT
 from fairlead.api.web import json_response, while_connected
 from fairlead.core.errors import InvalidRequest, NotFound
 from fairlead.core.generation import ImageInfo
@@ -28,6 +27,9 @@ from fairlead.store.job_rows import JobQuery, JobRow
 
 OWNER = "fairlead"
 PAGE = 100
+COG_VERSION = "0.16.0"
+"""Of no Cog: of versions before 0.3.9 their client takes a list for something that comes bit by bit."""
+MAX_WAIT_SECONDS = 60.0
 STEPS_SHOWN = 10
 """Letters of the progress bar in the logs."""
 
@@ -118,6 +120,17 @@ class ReplicateModel(Struct, kw_only=True):
 class Replicate(Face):
     name = "replicate"
     errors = Details()
+    words = {
+        **{name: f"input.{name}" for name in ("width", "height", "seed", "scheduler", "image", "mask")},
+        "text": "input.prompt",
+        "negative": "input.negative_prompt",
+        "n": "input.num_outputs",
+        "num_steps": "input.num_inference_steps",
+        "guidance": "input.guidance_scale",
+        "strength": "input.prompt_strength",
+        "format": "input.output_format",
+        "quality": "input.output_quality",
+    }
 
     @property
     def operations(self) -> Iterator[Operation]:
@@ -141,12 +154,16 @@ class Replicate(Face):
                 answer=answer,
                 body=PredictionBody if serve == self.create else None,
                 body_required=serve == self.create,
+                ok=(201,) if serve == self.create else (200,),
+                optional=("Prefer", "Idempotency-Key") if serve == self.create else ("cursor",) if serve == self.list else (),
                 errors=(400, 404, 413, 422, 429, 500, 501, 503),
                 error=Detail,
             )
 
     async def create(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
-        body = decode_details(await self.body(http), PredictionBody)
+        if "cancel-after" in http.headers:
+            raise InvalidRequest("the header Cancel-After is not offered: jobs of /v1/jobs have `total_seconds`")
+        body = decode_named(await self.body(http), PredictionBody)
         name = http.path_params.get("model")
         if name is None:
             if not body.version:
@@ -155,31 +172,29 @@ class Replicate(Face):
         else:
             _check_owner(http)
             line.model, line.version = name, ""
-        info = self.image_info(line.caller, line.model, line.version)
         asked = body.input
-        paint = paint_of(
-            {
-                "text": asked.prompt,
-                "negative": asked.negative_prompt,
-                "width": asked.width,
-                "height": asked.height,
-                "n": asked.num_outputs,
-                "num_steps": asked.num_inference_steps,
-                "guidance": asked.guidance_scale,
-                "seed": asked.seed,
-                "scheduler": asked.scheduler,
-                "image": base64_bytes(asked.image, "image"),
-                "mask": base64_bytes(asked.mask, "mask"),
-                "strength": asked.prompt_strength,
-                "format": "jpeg" if asked.output_format == "jpg" else asked.output_format,
-                "quality": asked.output_quality,
-                "preview_steps": 1 if info.previews else 0,
-            }
-        )
+        fields = {
+            "text": asked.prompt,
+            "negative": asked.negative_prompt,
+            "width": asked.width,
+            "height": asked.height,
+            "n": asked.num_outputs,
+            "num_steps": asked.num_inference_steps,
+            "guidance": asked.guidance_scale,
+            "seed": asked.seed,
+            "scheduler": asked.scheduler,
+            "image": base64_bytes(asked.image, "input.image"),
+            "mask": base64_bytes(asked.mask, "input.mask"),
+            "strength": asked.prompt_strength,
+            "format": "jpeg" if asked.output_format == "jpg" else asked.output_format,
+            "quality": asked.output_quality,
+        }
         shown = {name: value for name, value in msgspec.to_builtins(asked).items() if name not in ("image", "mask")}
         events = body.webhook_events_filter or ["completed"]
-        if body.webhook and "completed" not in events:
+        if "completed" not in events:
             raise InvalidRequest("`webhook_events_filter` must have `completed`: the other events are not told")
+        if body.webhook_events_filter and not body.webhook:
+            raise InvalidRequest("`webhook_events_filter` needs a `webhook`")
         wishes = Wishes(
             face=self.name,
             metadata={"input": json.dumps(shown)},
@@ -187,27 +202,30 @@ class Replicate(Face):
             webhook_events=WEBHOOK_EVENTS["completed"],
             idempotency_key=http.headers.get("idempotency-key", ""),
         )
-        seconds = wait_seconds(http.headers.get("prefer", ""), min(self.desk.settings.max_wait_seconds, 60.0))
-        row, _ = await self.hand_in(self.painted(line, paint), wishes)
+        seconds = wait_seconds(http, min(self.desk.settings.max_wait_seconds, MAX_WAIT_SECONDS))
+        row, _ = await self.hand_in(self.painted(line, fields), wishes)
         if seconds is not None:
-            row = await while_connected(http.scope, http.receive, self.desk.wait(row.id, line.caller, seconds)) or row
+            waited = await while_connected(http.scope, http.receive, self.desk.wait(row.id, line.caller, seconds))
+            if waited is None:
+                return HttpResponse(status_code=CLIENT_LEFT)
+            row = waited
         told = self.told(row, http)
         if row.status not in ENDED:
             told.status = "starting"  # their client takes whatever else it is for the end
         return json_response(told, 201, {**line.headers, "Location": self.url(http, f"/v1/predictions/{row.id}")})
 
     async def get(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
-        return json_response(self.told(await self.desk.get(http.path_params["prediction"], line.caller), http), headers=line.headers)
+        return json_response(self.told(await self.pictures(http.path_params["prediction"], line.caller), http), headers=line.headers)
 
     async def cancel(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
-        return json_response(self.told(await self.desk.cancel(http.path_params["prediction"], line.caller), http), headers=line.headers)
+        row = await self.pictures(http.path_params["prediction"], line.caller)
+        return json_response(self.told(await self.desk.cancel(row.id, line.caller), http), headers=line.headers)
 
     async def list(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
-        before = http.query_params.get("cursor")
-        rows = await self.desk.list(JobQuery(tenant=line.caller.tenant, before=before, limit=PAGE, whole=True))
+        before = cursor(http.query_params.get("cursor"), "cursor")
+        rows = await self.desk.list(JobQuery(tenant=line.caller.tenant, kind=PAINT, before=before, limit=PAGE, whole=True))
         following = self.url(http, f"/v1/predictions?cursor={rows[-1].id}") if len(rows) == PAGE else None
-        found = [self.told(row, http) for row in rows if row.kind == "paint"]
-        return json_response(Predictions(following, None, found), headers=line.headers)
+        return json_response(Predictions(following, None, [self.told(row, http) for row in rows]), headers=line.headers)
 
     async def model(self, http: HttpRequest, line: AccessLine) -> HttpResponse:
         _check_owner(http)
@@ -237,7 +255,9 @@ class Replicate(Face):
         model, version = _of_version(http.path_params["version_id"])
         if model != http.path_params["model"]:
             raise NotFound(f"model `{OWNER}/{http.path_params['model'][:64]}` has no such version")
-        return json_response(_version(model, version, self.image_info(line.caller, model, version)), headers=line.headers)
+        info = self.image_info(line.caller, model, version)
+        version = self.shared.repository.find(model, version).version
+        return json_response(_version(model, version, info), headers=line.headers)
 
     def told(self, row: JobRow, http: HttpRequest | None) -> Prediction:
         base = self.url(http, f"/v1/predictions/{row.id}")
@@ -253,7 +273,7 @@ class Replicate(Face):
             model=f"{OWNER}/{row.model}",
             version=f"{row.model}@{version}" if version else row.model,
             status=status_of(row),
-            input=json.loads(row.metadata.get("input", "{}")),
+            input=json.loads(row.metadata["input"]) if row.face == self.name else None,
             output=output,
             logs=_logs(row),
             error=_error(row),
@@ -327,4 +347,4 @@ def _version(model: str, version: str, info: ImageInfo) -> ModelVersion:
         "Output": {"title": "Output", "type": "array", "items": {"type": "string", "format": "uri"}},
     }
     document = {"openapi": "3.1.0", "info": {"title": model, "version": version}, "components": {"schemas": schemas}}
-    return ModelVersion(f"{model}@{version}", _time(0.0), __version__, document)
+    return ModelVersion(f"{model}@{version}", _time(0.0), COG_VERSION, document)
