@@ -45,6 +45,7 @@ from fairlead.core.policy import (
 )
 from fairlead.core.request import Pausable, Raw, Request
 from fairlead.core.tensors import Tensors
+from fairlead.gateway import abuse
 from fairlead.gateway.filters.filters import Filters
 from fairlead.gateway.limits.budgets import restore
 from fairlead.gateway.limits.ledger import Limiter
@@ -197,7 +198,8 @@ async def test_a_tenant_that_is_throttled_gets_its_share(house):
 
 
 @both
-async def test_the_watch_hears_how_requests_ended(house):
+async def test_the_watch_hears_how_requests_ended(house, monkeypatch):
+    monkeypatch.setattr(abuse, "LOOK_SECONDS", 0.0)  # at every one
     front = house(policies(abuse=AbuseSettings(), shout=ModelPolicy(filters=NO_BOMBS)))
     seen: list[Any] = []
     assert front.abuse is not None

@@ -11,20 +11,34 @@ from fairlead.core.caller import ANYONE, Caller, Credentials, Envelope
 from fairlead.core.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated, Unavailable
 from fairlead.core.policy import AuthSettings, Scope
 from fairlead.gateway.identity.identity import Identity, client_address, may_use
+from fairlead.gateway.identity.keyring import Snapshot
 from fairlead.gateway.signing import Nonces, SharedNonces, Verified, key_id, verify
 from fairlead.observe.counts import Counts
 
 Headers = Mapping[bytes, bytes]
 Fields = list[tuple[bytes, bytes]]
 
-KEY_HEADERS = (b"x-api-key", b"api-key", b"x-key")
+KEY_HEADERS = frozenset((b"x-api-key", b"api-key", b"x-key"))
 """Triton's clients' and others', Azure's, Black Forest Labs'."""
+SHOWN = (b"authorization", *KEY_HEADERS, b"signature-input", b"x-forwarded-for")
+"""All that a caller is known by, but for its connection's address and certificate."""
 CREDENTIALS = frozenset((b"authorization", b"signature-input", *KEY_HEADERS))
 ONCE = CREDENTIALS | {b"host", b"x-fairlead-class", b"x-fairlead-session", b"x-forwarded-for"}
 """Headers that say who somebody is or what they may: one that comes twice could be read in two ways."""
 MAX_UNPROVED_BYTES = 512 << 20
 CALLER = "fairlead.caller"
 """Where the ASGI scope has it."""
+
+
+class Acquaintance:
+    """Who came by a connection last. The same credentials are the same caller's, as long as nothing changes in the keyring."""
+
+    __slots__ = ("caller", "shown", "snapshot")
+
+    def __init__(self) -> None:
+        self.caller: Caller | None = None
+        self.shown: tuple[bytes | None, ...] = ()
+        self.snapshot: Snapshot | None = None
 
 
 class Doorkeeper:
@@ -53,6 +67,17 @@ class Doorkeeper:
         if not self.recorded and certificate is None and self.identity.asks_nobody and CREDENTIALS.isdisjoint(headers):
             return ANYONE
         return self.identity.known(self._credentials(headers, peer, certificate), time.time())
+
+    def caller_again(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None, last: Acquaintance) -> Caller | None:
+        """As `caller`, on a connection that may have shown the same before."""
+        shown, snapshot = tuple(map(headers.get, SHOWN)), self.identity.snapshot
+        caller = last.caller
+        if caller is not None and shown == last.shown and snapshot is last.snapshot and time.time() < caller.expires:
+            return caller
+        caller = self.caller(headers, peer, certificate)
+        if certificate is None:  # which may expire before the key that it names
+            last.caller, last.shown, last.snapshot = caller, shown, snapshot
+        return caller
 
     async def learn(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None) -> Caller:
         """Raises Unauthenticated."""
@@ -107,12 +132,12 @@ class Doorkeeper:
     def _credentials(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None) -> Credentials:
         if self.auth.trusted_proxies:
             peer = client_address(peer, _text(headers, b"x-forwarded-for"), self.auth.trusted_proxies)
-        shown = {text for name in KEY_HEADERS if (text := _text(headers, name))}
-        if len(shown) > 1:
+        keys = set() if KEY_HEADERS.isdisjoint(headers) else {text for name in KEY_HEADERS if (text := _text(headers, name))}
+        if len(keys) > 1:
             raise Unauthenticated("`x-api-key`, `api-key` and `x-key` show different keys: send one of them")
         return Credentials(
             authorization=_text(headers, b"authorization"),
-            api_key=shown.pop() if shown else "",
+            api_key=keys.pop() if keys else "",
             signature_input=_text(headers, b"signature-input"),
             address=peer,
             certificate=certificate,

@@ -135,7 +135,8 @@ class Exchange:
         doorkeeper = self.server.doorkeeper
         if doorkeeper is not None:
             refuse_twice(self.fields, headers)
-            self.caller = doorkeeper.caller(headers, self.protocol.peer, self.protocol.certificate)
+            protocol = self.protocol
+            self.caller = doorkeeper.caller_again(headers, protocol.peer, protocol.certificate, protocol.acquaintance)
             self.unproved = is_signed(headers)
             if self.caller is not None and not self.unproved:
                 may(self.caller, Scope.INFER, "")

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from fairlead.api.doorkeeper import Acquaintance
 from fairlead.api.exchange import DIRECT_BYTES, Exchange
 from fairlead.api.status import INTERNAL, LateRequest, LongHead
 from fairlead.core.errors import FairleadError, InvalidRequest, Unavailable
@@ -143,6 +144,7 @@ class DataProtocol(HttpToolsProtocol):
         self.url = b""
         self.certificate: Mapping[str, Any] | None = None
         """Of a client over TLS that showed one; verified."""
+        self.acquaintance = Acquaintance()
         self.running: Any = None
         self.stage = IDLE
         self.deaf = False

@@ -29,6 +29,8 @@ class Caller(Struct, frozen=True, kw_only=True, eq=False):
     must_sign: bool = False
     """Nothing but the key's id was shown: only a valid signature by that key proves it."""
     address: str = ""
+    expires: float = 0.0
+    """Seconds since 1970: until then the same credentials show the same caller, as long as no key or tenant changes; 0: look again."""
 
 
 ANYONE = Caller()

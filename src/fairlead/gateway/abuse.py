@@ -55,6 +55,8 @@ ORDINARY_ADDRESSES = 4.0
 
 TEXT_SECONDS = 0.02
 """Between two texts of one tenant that are looked at."""
+LOOK_SECONDS = 0.02
+"""Between two requests of one tenant that are looked at, where nothing is wrong with those between: they are only counted."""
 SKETCH_CHARS = 2048
 """The last of a text."""
 SKETCH_SHINGLES = 16
@@ -112,10 +114,11 @@ def sketch(text: str) -> list[int]:
 class _Addresses:
     """How many addresses one key was used from in the ten minutes that run, and usually."""
 
-    __slots__ = ("bits", "latest", "period", "ratio", "usual")
+    __slots__ = ("bits", "ends", "latest", "period", "ratio", "usual")
 
     def __init__(self, period: int) -> None:
         self.period = period
+        self.ends = (period + 1) * ADDRESS_SECONDS
         self.usual = -1.0
         """-1: not known yet."""
         self.forget_lately()
@@ -134,7 +137,7 @@ class _Addresses:
             if self.bits:
                 number = self.number()
                 self.usual = number if self.usual < 0 else self.usual + (number - self.usual) * USUAL_ADDRESSES
-            self.period, self.bits = period, 0
+            self.period, self.bits, self.ends = period, 0, (period + 1) * ADDRESS_SECONDS
         if ":" in address:
             address = ":".join(address.split(":")[:4])  # one host has any number of addresses in its /64
         self.bits |= 1 << crc32(address.encode("ascii", "replace")) % ADDRESS_BITS
@@ -155,6 +158,7 @@ class _Tenant:
         "failed_usual",
         "filtered",
         "keys",
+        "num_counted",
         "num_requests",
         "recent",
         "repeated",
@@ -165,6 +169,7 @@ class _Tenant:
         "seconds",
         "text_at",
         "tokens",
+        "tokens_counted",
         "tokens_usual",
         "updated",
     )
@@ -184,13 +189,43 @@ class _Tenant:
     def forget_lately(self) -> None:
         """All that speaks against it; what is usual stays."""
         self.requests = self.tokens = 0.0
+        self.num_counted = self.tokens_counted = 0
+        """Not in the numbers above and below yet."""
         self.filtered = self.failed = self.repeated = 0.0
         self.addresses = 0.0
         """The ratio of the key used last."""
         for key in self.keys.values():
             key.forget_lately()
 
+    def counts(self, key: str, address: str, tokens: int, now: float) -> bool:
+        """Whether it was enough to count this request, with which nothing is wrong."""
+        if not 0.0 <= now - self.updated < LOOK_SECONDS:
+            return False
+        if key and address:
+            known = self.keys.get(key)
+            if known is None or address != known.latest or now >= known.ends:
+                return False
+        self.num_counted += 1
+        self.tokens_counted += tokens
+        return True
+
+    def learn_counted(self) -> None:
+        """As if they had come when one was looked at last."""
+        number, tokens = self.num_counted, self.tokens_counted
+        self.num_counted = self.tokens_counted = 0
+        self.num_requests += number
+        self.requests += number
+        self.requests_usual += number
+        self.tokens += tokens
+        self.tokens_usual += tokens
+        still = (1.0 - SHARE_OF_LATEST) ** number
+        self.filtered *= still
+        self.failed *= still
+        self.failed_usual *= (1.0 - USUAL_SHARE) ** number
+
     def learn(self, seen: Seen, now: float) -> None:
+        if self.num_counted:
+            self.learn_counted()
         elapsed = max(0.0, now - self.updated)
         self.updated = now
         self.num_requests += 1
@@ -244,6 +279,8 @@ class _Tenant:
 
     def points(self) -> dict[str, float]:
         """The parts of the score; all are 0 in ordinary traffic."""
+        if self.num_counted:
+            self.learn_counted()
         rate = tokens = repeated = 0.0
         if self.num_requests >= LEARN_REQUESTS and self.updated - self.begun >= LEARN_SECONDS:
             rate = self.requests * _FAST / max(self.requests_usual / self.seconds, MIN_REQUEST_RATE) - ORDINARY_RATIO
@@ -310,6 +347,11 @@ class Abuse:
         sample of a fast tenant's says as much."""
         known = self._tenants.get(tenant)
         return known is None or now - known.text_at >= TEXT_SECONDS
+
+    def counts(self, tenant: str, key: str, address: str, tokens: int, now: float) -> bool:
+        """Whether it was enough to count a request that went well; else `note` must be told of it. Of a fast tenant's, a few are."""
+        known = self._tenants.get(tenant)
+        return known is not None and known.counts(key, address, tokens, now)
 
     def note(self, seen: Seen, now: float) -> Action | None:
         """An action that begins with this request, of whatever kind the settings allow at most."""

@@ -82,14 +82,16 @@ class Books:
 
     def _note_abuse(self, visit: Visit, took: Usage, reason: str) -> None:
         assert self.abuse is not None
-        caller, now = visit.caller, time.monotonic()
+        caller, now, tokens = visit.caller, time.monotonic(), took.prompt_tokens + took.completion_tokens
+        if visit.status < 400 and not reason and self.abuse.counts(caller.tenant, caller.key, caller.address, tokens, now):
+            return
         seen = Seen(
             tenant=caller.tenant,
             key=caller.key,
             address=caller.address,
             status=visit.status,
             filtered=reason == "filtered",
-            tokens=took.prompt_tokens + took.completion_tokens,
+            tokens=tokens,
             text=last_text(visit.request) if self.abuse.wants_text(caller.tenant, now) else "",
         )
         action = self.abuse.note(seen, now)

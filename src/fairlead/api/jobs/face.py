@@ -223,7 +223,7 @@ def named(message: str, within: str = "") -> str:
 
 
 def base64_bytes(text: str, field: str) -> bytes:
-    """Of base64, or of a `data:` URL of a picture in base64. Raises InvalidRequest, naming the field."""
+    """Of base64, or of a `data:` URL of a picture in base64; of "" nothing. Raises InvalidRequest, naming the field."""
     scheme = text[:8].lower()
     if scheme.startswith("data:"):
         head, comma, text = text.partition(",")
@@ -231,10 +231,15 @@ def base64_bytes(text: str, field: str) -> bytes:
             raise InvalidRequest(f"`{field}` is a data: URL that is no PNG, JPEG or WebP picture in base64")
     elif scheme.startswith(("http://", "https://")):
         raise InvalidRequest(f"`{field}` is a URL, which this server does not fetch: send the picture itself, in base64")
+    elif not text:
+        return b""
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        data = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequest(f"`{field}` is not base64") from None
+    if not data:
+        raise InvalidRequest(f"`{field}` is empty")
+    return data
 
 
 def wait_seconds(http: HttpRequest, longest: float) -> float | None:

@@ -211,6 +211,9 @@ class OpenAIImages(Face):
             body = msgspec.convert(fields, EditsBody, strict=False, builtin_types=(bytes,))
         except msgspec.ValidationError as error:
             raise explained(str(error), EditsBody) from None
+        for name, data in (("image", body.image), ("mask", body.mask)):
+            if data == b"":
+                raise BadParameter(f"'{name}' is empty.", name, "invalid_value")
         mask = await asyncio.to_thread(painted_where_transparent, body.mask) if body.mask else b""
         return await self._make(http, line, body, body.image, mask, "image_edit")
 

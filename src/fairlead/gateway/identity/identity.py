@@ -60,6 +60,11 @@ class Identity:
             raise
         return None if caller is None else structs.replace(caller, address=credentials.address)
 
+    @property
+    def snapshot(self) -> Snapshot:
+        """Another object when a key, a tenant or a policy has changed."""
+        return self._keyring.snapshot
+
     async def learn(self, credentials: Credentials, now: float) -> Caller:
         """As `known`, after the keys of the token's issuer were read."""
         from fairlead.gateway.identity.oidc import NO_KEYS

@@ -37,7 +37,6 @@ class Entry(Struct, frozen=True):
     hmac: bytes
     """What its signatures of requests are made with; and in `ed25519` the public key of its owner's, in PEM."""
     ed25519: str
-    expires: float
     refused: str
     """Why, whatever the time; "" where it is good."""
 
@@ -45,7 +44,7 @@ class Entry(Struct, frozen=True):
         """Raises Refused."""
         if self.refused:
             raise Refused(self.refused, message)
-        if now >= self.expires:
+        if now >= self.caller.expires:
             raise Refused("expired", message)
 
 
@@ -188,7 +187,7 @@ def entry_of(row: KeyRow, snapshot: Snapshot) -> Entry:
         project_limits=snapshot.project_limits.get((row.tenant, row.project), {}),
         key_limits=row.limits,
         must_sign=policy.require_signature,
+        expires=inf if row.expires is None else row.expires,
     )
     refused = "revoked" if row.revoked is not None else "tenant" if row.tenant in snapshot.disabled else ""
-    expires = inf if row.expires is None else row.expires
-    return Entry(caller, bytes.fromhex(row.signing_key), row.public_key or "", expires, refused)
+    return Entry(caller, bytes.fromhex(row.signing_key), row.public_key or "", refused)

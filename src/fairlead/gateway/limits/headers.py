@@ -13,30 +13,28 @@ SOON = 1.0
 FAR = 86400.0
 """Seconds to wait before asking again for what the rules never allow: they may have been changed."""
 
-OPENAI = {unit: tuple(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset")) for unit in (Unit.REQUESTS, Unit.TOKENS)}
-
 
 def headers_of(meters: Iterable[Meter | Standing], now: float) -> dict[str, str]:
     """For each unit, those of the rule that leaves least."""
     tightest: dict[Unit | None, tuple[float, Meter | Standing]] = {}
     for meter in meters:
-        rule = meter.rule
-        left = rule.amount - meter.spent - meter.held
-        found = tightest.get(rule.unit)
+        unit, left = meter.unit, meter.rule.amount - meter.spent - meter.held
+        found = tightest.get(unit)
         if found is None or left < found[0]:
-            tightest[rule.unit] = (left, meter)
+            tightest[unit] = (left, meter)
     headers = {}
     policies = []
     limits = []
-    for unit, (left, meter) in tightest.items():
+    for left, meter in tightest.values():
         face = meter.face
         rest = (left + DUST) * face.factor if left > 0.0 else 0.0
         remaining = int(rest) if rest < GREATEST else GREATEST
-        reset = reset_of(meter, now)
+        rate = meter.rate
+        reset = (meter.spent + meter.held) / rate if rate else reset_of(meter, now)
         policies.append(face.policy)
         limits.append(f"{face.name};r={remaining};t={ceil(reset - DUST)}" if reset else f"{face.name};r={remaining}")
-        if unit in OPENAI:
-            name_limit, name_remaining, name_reset = OPENAI[unit]
+        if face.openai is not None:
+            name_limit, name_remaining, name_reset = face.openai
             headers[name_limit] = face.limit
             headers[name_remaining] = str(remaining)
             headers[name_reset] = go_duration(reset)

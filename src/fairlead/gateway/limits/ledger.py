@@ -146,6 +146,7 @@ class Limiter:
             self._release_dropped(now)
         accounts: list[Account] = []
         parts: list[Part] = []
+        under_way, of = at_once(amounts), amounts.get
         for subject in subjects:
             if not subject.rules:
                 continue
@@ -156,7 +157,7 @@ class Limiter:
             accounts.append(account)
             for meter in account.meters:
                 meter.flow(now)
-                needed = at_once(amounts) if meter.unit is None else amounts.get(meter.unit)
+                needed = under_way if meter.unit is None else of(meter.unit)
                 if needed is None:
                     needed = 0.0
                 elif meter.spent + meter.held + needed > meter.full:

@@ -42,6 +42,8 @@ class Face(Struct, frozen=True):
     limit: str
     factor: float
     """How many of the draft's unit are one of ours: quotas are whole numbers."""
+    openai: tuple[str, str, str] | None
+    """Names of the headers in which OpenAI tells limit, rest and reset of this unit."""
 
 
 QUOTA_UNITS: dict[Unit | None, tuple[str, float]] = {
@@ -57,6 +59,11 @@ QUOTA_UNITS: dict[Unit | None, tuple[str, float]] = {
 }
 
 
+OPENAI = {
+    Unit.REQUESTS: ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"),
+    Unit.TOKENS: ("x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"),
+}
+
 GREATEST = 999_999_999_999_999
 """The greatest whole number that structured fields know."""
 
@@ -70,7 +77,7 @@ def face_of(subject: str, rule: Rule) -> Face:
         policy += f";w={seconds:.0f}"
     if rule.unit is not Unit.REQUESTS:  # the draft's default
         policy += f';qu="{quota_unit}"'
-    return Face(f'"{kind}-{rule.name}"', policy, limit, factor)
+    return Face(f'"{kind}-{rule.name}"', policy, limit, factor, None if rule.unit is None else OPENAI.get(rule.unit))
 
 
 class Standing(Struct, frozen=True):
@@ -88,6 +95,10 @@ class Standing(Struct, frozen=True):
     def kind(self) -> str:
         """`tenant`, `project`, `key` or `model`."""
         return self.subject.partition(":")[0]
+
+    @property
+    def unit(self) -> Unit | None:
+        return self.rule.unit
 
     @property
     def remaining(self) -> float:
