@@ -184,8 +184,11 @@ class Jobs:
         return self.identity.stored(tenant=row.tenant, project=row.project, key=row.key, address=row.address)
 
     def _models(self) -> list[str]:
-        names = {entry.name for entry in self.repository.index(ready=True) if self.repository.versions(entry.name)}
-        return sorted({*names, *self.gateway.remote_models()})
+        """Those that can be asked now. While a model's replicas start again its jobs wait, and use up no tries."""
+        repository = self.repository
+        names = {entry.name for entry in repository.index(ready=True)}
+        ready = {name for name in names if any(repository.find(name, each).ready for each in repository.versions(name))}
+        return sorted({*ready, *self.gateway.remote_models()})
 
     async def _render(self, delivery: DeliveryRow) -> bytes | None:
         """What a webhook says, in the words of the job's face."""

@@ -110,7 +110,9 @@ class Site:
 
     def _models(self) -> Sequence[str]:
         gateway, repository = self.room.house.gateway, self.room.house.repository
-        return [*(entry.name for entry in repository.index(ready=True) if repository.versions(entry.name)), *gateway.remote_models()]
+        here = {entry.name for entry in repository.index(ready=True)}
+        ready = [name for name in here if any(repository.find(name, each).ready for each in repository.versions(name))]
+        return [*ready, *gateway.remote_models()]
 
     def open(self) -> "Site":
         self._task = asyncio.get_running_loop().create_task(self.runner.run(), name=self.id)
@@ -179,6 +181,14 @@ class Room:
     def sweep(self, now: float, *, due: bool = True) -> tuple[JobRow, ...]:
         """As another process does, at any moment. `due`: what is put back may be begun at once."""
         return self.store.jobs.sweep(now, lambda _: -now if due else 0.0)
+
+    async def lose(self, job: JobRow) -> JobStatus:
+        """Its lease, as if it had run out. A row that a runner's beat holds at this moment is passed over, so look again."""
+        for _ in range(1000):
+            for row in await asyncio.to_thread(self.sweep, job.created + 1000):
+                if row.id == job.id:
+                    return row.status
+        raise AssertionError("the lease does not run out")
 
     async def close(self) -> None:
         for site in self.sites:

@@ -404,8 +404,7 @@ async def test_a_runner_that_lost_its_lease_stops_and_the_others_result_stands(r
     picture(stalled, 0)
     await first.when(job, lambda _: room.shelf.files())
     first.runner.stopping = True  # it takes no more
-    (swept,) = await asyncio.to_thread(room.sweep, job.created + 1000)
-    assert (swept.id, swept.status) == (job.id, JobStatus.QUEUED)
+    assert await room.lose(job) == JobStatus.QUEUED
     second = room.site()
     asked = await room.painter.next(2)
     painted(asked)
@@ -436,7 +435,7 @@ async def test_a_runner_that_gets_a_lost_job_again_stops_the_first_try(room: Roo
     site = room.site()
     job = await site.submit(painting())
     stalled = await room.painter.next()
-    await asyncio.to_thread(room.sweep, job.created + 1000)
+    await room.lose(job)
     asked = await room.painter.next(2)
     await site.when(job, lambda _: stalled.cancelled)
     painted(asked)

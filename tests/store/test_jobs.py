@@ -23,6 +23,7 @@ from fairlead.store.rows import UsageQuery, UsageRow
 from fairlead.store.store import Store
 from fairlead.store.transactions import Conflict
 from tests.store.postgres import Postgres
+from tests.store.test_store import _made_by as made_by
 
 NOW = 1_790_000_000.0
 SECONDS = 20.0
@@ -283,6 +284,14 @@ def test_a_tenants_priorities_count_together(jobs: JobStore) -> None:
     assert lease(jobs, 4) == [a[0], b[0], a[1], b[1]]
 
 
+def test_what_a_tenant_gets_at_a_high_priority_counts_at_a_low_one(jobs: JobStore) -> None:
+    """However few are asked for at once: the place that `a` would have had at the low priority is given to `b`."""
+    low_a, low_b = submit(jobs, tenant="a"), submit(jobs, tenant="b")
+    high_a = submit(jobs, tenant="a", priority=1)
+    assert lease(jobs, 2) == [high_a.id, low_b.id]
+    assert lease(jobs, 2) == [low_a.id]
+
+
 def test_many_threads_never_get_the_same_job_nor_exceed_a_tenants_share(store: Store, jobs: JobStore) -> None:
     for number in range(120):
         submit(jobs, tenant=f"t{number % 3}", tenant_queued=1000)
@@ -324,7 +333,7 @@ def test_a_beat_keeps_jobs_and_tells_how_far_they_are(jobs: JobStore) -> None:
     assert row is not None and (row.step, row.preview, row.status) == (4, b"\0picture", JobStatus.ABORTING)
     end(jobs, ids[0])
     row = jobs.get(ids[0])
-    assert row is not None and (row.step, row.preview) == (4, b"")
+    assert row is not None and (row.step, row.preview) == (20, b""), "who is complete has done all its steps"
 
 
 def test_a_beat_tells_which_jobs_are_to_be_stopped_and_which_are_gone(jobs: JobStore) -> None:
@@ -403,6 +412,7 @@ def test_a_key_is_forgotten_with_time_and_with_its_job(store: Store, jobs: JobSt
     assert keyed(first, idempotency=("k", "1"), idempotency_seconds=5.0, now=NOW)[1]
     assert not keyed(second, idempotency=("k", "1"), idempotency_seconds=5.0, now=NOW + 4.9)[1]
     assert keyed(second, idempotency=("k", "2"), idempotency_seconds=500.0, now=NOW + 5)[1]
+    assert not keyed(third, idempotency=("k", "2"), now=NOW + 6)[1]
     jobs.cancel(second.id, None, NOW + 6)
     assert jobs.purge(NOW + 56, 10) == (second.id,)
     assert keyed(third, idempotency=("k", "3"), now=NOW + 57)[1]
@@ -683,6 +693,17 @@ def test_a_database_that_is_gone_is_unavailable_and_found_again(postgres: Postgr
             act()
     postgres.start()
     assert end(store.jobs, id) is not None
+    store.close()
+
+
+def test_a_database_from_before_there_were_jobs_gets_them_and_keeps_the_rest(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_by("0001", url, monkeypatch)
+    store = Store.open(url)
+    assert [record.tenant for record in store.records(UsageQuery(), 10)] == ["acme"]
+    row = submit(store.jobs)
+    lease(store.jobs)
+    assert end(store.jobs, row.id, usage=[spent("r")]) is not None
+    assert len(store.records(UsageQuery(), 10)) == 2
     store.close()
 
 

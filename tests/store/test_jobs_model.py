@@ -16,7 +16,7 @@ from fairlead.store.rows import UsageQuery, UsageRow
 from fairlead.store.store import Store
 from fairlead.store.transactions import Conflict
 
-LEASE, START, TOTAL, KEEP, REMEMBER = 10, 25, 60, 20, 30
+LEASE, START, TOTAL, KEEP, REMEMBER = 10, 25, 60, 20, 8
 MAX_TRIES, TENANT_QUEUED, TENANT_ACTIVE = 2, 4, 2
 tenants = st.sampled_from(["a", "b", "c"])
 models = st.sampled_from(["m", "n"])
@@ -225,4 +225,4 @@ class Jobs(RuleBasedStateMachine):
 
 
 TestJobs = Jobs.TestCase
-TestJobs.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+TestJobs.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)

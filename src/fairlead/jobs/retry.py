@@ -2,8 +2,8 @@
 
 | error | then |
 |---|---|
-| a limit, a full line; the model is not served any more | again when there may be room; that is no try |
-| the model or what it needs is away | again, later each time, until the tries are used up |
+| a limit, a full line; the model is not there any more, or starts again | again when there may be room; that is no try |
+| what it needs is away: its server, a classifier, the artifact store | again, later each time, until the tries are used up |
 | the replica died | the same: it may have been the job's fault |
 | the model's own code failed; the request is wrong; it is filtered | failed at once: it would fail again |
 | the runner is stopping | again at once, by another runner; that is no try |
@@ -53,14 +53,14 @@ class Failed(NamedTuple):
 
 def backoff(tries: int) -> float:
     """Seconds before the next try, after so many."""
-    return float(min(FIRST_SECONDS * 2 ** max(tries - 1, 0), LONGEST_SECONDS))
+    return min(FIRST_SECONDS * 2.0 ** min(max(tries - 1, 0), 60), LONGEST_SECONDS)
 
 
 def decide(error: FairleadError, *, tries: int, max_tries: int, served: bool, chance: float) -> Again | Failed:
-    """`tries`: begun, this one too. `served`: its model still is. `chance` in [0, 1): spreads those that failed together."""
+    """`tries`: begun, this one too. `served`: its model can be asked now. `chance` in [0, 1): spreads those that failed together."""
     if isinstance(error, (LimitExceeded, QueueFull, Shed, TimeoutExpired)):
         return Again(_spread(min(max(error.retry_after, FIRST_SECONDS), LONGEST_LIMIT_SECONDS), chance), counted=False)
-    if isinstance(error, (ShuttingDown, Cancelled)) or (isinstance(error, NotFound) and not served):
+    if isinstance(error, (ShuttingDown, Cancelled)) or (isinstance(error, (NotFound, Unavailable)) and not served):
         return Again(_spread(FIRST_SECONDS, chance), counted=False)
     if isinstance(error, (Unavailable, ReplicaDied)):
         if tries < max_tries:

@@ -1,7 +1,7 @@
 """What may become of a job, decided without a database: a row and a moment go in, the row as it is to be comes out."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from heapq import heappop, heappush
+from heapq import heappop, heappush, nsmallest
 
 from msgspec import Struct, structs
 
@@ -47,6 +47,7 @@ def ended(row: JobRow, ending: Ending, now: float) -> JobRow:
         result=ending.result,
         cost=ending.cost,
         ended=now,
+        step=row.num_steps if ending.status is JobStatus.COMPLETE else row.step,
         expires=now + row.retention_seconds,
         runner="",
         lease_until=0.0,
@@ -132,16 +133,23 @@ class Group(Struct, frozen=True):
 
 
 def chosen(groups: Iterable[Group], running: Mapping[str, int], limit: int, tenant_active: int) -> list[tuple[Group, int]]:
-    """The groups whose jobs may be among the next `limit`, and how many of each at most: of every priority, in its turn, the `limit` tenants
-    with the fewest running jobs, so that a thousand tenants that wait cost no more than a few."""
+    """The groups whose jobs may be among the next `limit`, and how many of each at most: at every priority the `limit` tenants with the fewest
+    running jobs, so that a thousand tenants that wait cost no more than a few. Each that a higher priority has served meanwhile took one of
+    the places, so that there are always enough."""
     heads: dict[tuple[int, str], str] = {}
     ours = [group for group in groups if running.get(group.tenant, 0) < tenant_active]
     for group in ours:
         head = heads.get((group.priority, group.tenant))
         if head is None or group.head < head:
             heads[group.priority, group.tenant] = group.head
-    first = sorted(heads, key=lambda each: (-each[0], running.get(each[1], 0), heads[each]))
-    taken = set(first[:limit])
+    levels: dict[int, list[str]] = {}
+    for priority, tenant in heads:
+        levels.setdefault(priority, []).append(tenant)
+    taken = {
+        (priority, tenant)
+        for priority, tenants in levels.items()
+        for tenant in nsmallest(limit, tenants, key=lambda name: (running.get(name, 0), heads[priority, name]))
+    }
     return [(group, min(limit, tenant_active - running.get(group.tenant, 0))) for group in ours if (group.priority, group.tenant) in taken]
 
 

@@ -38,6 +38,8 @@ from fairlead.store.rows import UsageRow
 from fairlead.store.spent import insert_usage
 from fairlead.store.transactions import Conflict, Transactions
 
+NUL = "\0"
+"""PostgreSQL keeps no text with one in it, and complains of looking for one."""
 MAX_POSITION = 1000
 SWEEP_ROWS = 256
 LEASE_ROWS = 256
@@ -153,6 +155,8 @@ class JobStore:
 
     def get(self, id: str, tenant: str | None = None) -> JobRow | None:
         """None: unknown, or another tenant's. `tenant` None: any."""
+        if NUL in id:
+            return None
         with self._transactions.reads() as connection:
             found = self._sql.jobs(connection, "WHERE id = ?", id, whole=True)
         return found[0] if found and tenant in (None, found[0].tenant) else None
@@ -175,6 +179,8 @@ class JobStore:
             f"status {self._sql.among}": self._sql.within(query.statuses) if query.statuses else None,
         }
         said = {words: value for words, value in wanted.items() if value is not None}
+        if any(value and NUL in value for value in (query.model, query.before)):
+            return ()
         where = f"WHERE {' AND '.join(said)}" if said else ""
         with self._transactions.reads() as connection:
             rest = f"{where} ORDER BY id DESC LIMIT ?"
@@ -198,6 +204,8 @@ class JobStore:
 
     def cancel(self, id: str, tenant: str | None, now: float) -> JobRow | None:
         """queued -> aborted, active -> aborting; others are returned as they are. None: unknown, or another tenant's."""
+        if NUL in id:
+            return None
         with self._transactions.writes() as connection:
             found = self._sql.jobs(connection, f"WHERE id = ? {self._sql.for_update}", id, whole=True)
             if not found or tenant not in (None, found[0].tenant):
@@ -443,12 +451,16 @@ class JobStore:
 
     def deliveries(self, job: str, tenant: str | None) -> tuple[DeliveryRow, ...]:
         """The oldest first."""
+        if NUL in job:
+            return ()
         with self._transactions.reads() as connection:
             found = self._sql.deliveries(connection, "WHERE job = ? ORDER BY created, id", job)
         return tuple(row for row in found if tenant in (None, row.tenant))
 
     def replay(self, id: str, tenant: str | None, now: float) -> DeliveryRow | None:
         """Deliver once more, from the first try on, by the same id. None: unknown, or another tenant's."""
+        if NUL in id:
+            return None
         statement = f"""UPDATE deliveries SET state = 'pending', next_at = ?, tries = 0, runner = '', lease_until = 0, ended = NULL
             WHERE id = ? AND tenant = COALESCE(?, tenant) RETURNING {", ".join(DELIVERY)}"""
         with self._transactions.writes() as connection:

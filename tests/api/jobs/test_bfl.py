@@ -91,7 +91,7 @@ async def test_a_picture_from_its_submission_to_its_sample(home: Studio) -> None
 
 async def test_states_progress_and_previews_on_the_way(home: Studio) -> None:
     client = Client(home)
-    answer = await client.submit("slow", prompt="x", steps=10)
+    answer = await client.submit("slow", prompt="x", steps=40)
     seen = [each async for each in client.poll(answer.json()["polling_url"])]
     states = [each.status for each in seen]
     assert states == sorted(states, key=["Pending", "Generating", "Ready"].index) and states[-1] == "Ready"

@@ -64,6 +64,8 @@ def test_base64_and_data_urls_of_pictures(head: str) -> None:
         "data:image/png,abcd",
         "data:image/png;base64",
         "data:;base64,abcd",
+        "data:image/png;base64,",
+        "  ",
         "data:text/html;base64,abcd",
         "data:image/svg+xml;base64,abcd",
         "data:image/png;charset=x;base64,abcd",

@@ -81,7 +81,7 @@ async def test_a_prediction_from_its_creation_to_its_files(client: replicate.Cli
 
 
 async def test_progress_is_read_from_the_logs(client: replicate.Client) -> None:
-    made = await client.models.predictions.async_create(("fairlead", "slow"), input={"prompt": "x", "num_inference_steps": 12})
+    made = await client.models.predictions.async_create(("fairlead", "slow"), input={"prompt": "x", "num_inference_steps": 40})
     seen = []
     async with asyncio.timeout(SECONDS):
         while made.status not in ("succeeded", "failed", "canceled"):
@@ -89,7 +89,7 @@ async def test_progress_is_read_from_the_logs(client: replicate.Client) -> None:
             await made.async_reload()
             seen.append((made.status, made.progress))
     assert made.status == "succeeded"
-    assert made.progress is not None and (made.progress.current, made.progress.total, made.progress.percentage) == (12, 12, 1.0)
+    assert made.progress is not None and (made.progress.current, made.progress.total, made.progress.percentage) == (40, 40, 1.0)
     steps = [progress.current for status, progress in seen if status == "processing" and progress is not None]
     assert steps == sorted(steps) and steps
 
