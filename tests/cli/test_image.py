@@ -95,7 +95,7 @@ async def test_what_is_wrong_is_said_in_one_line(server, tmp_path: Path):
     where = ("--url", server, "-o", tmp_path / "no.png")
     for arguments, said in (
         (("--model", "painter", "--width", 17), "width` must be a multiple of 8"),
-        (("--model", "painter", "--scheduler", "best"), "`scheduler` 'best' is unknown"),
+        (("--model", "painter", "--scheduler", "best"), "scheduler` 'best' is unknown"),
         (("--model", "nobody"), "nobody"),
         ((), "--model must say which: painter, slow"),
         (("--model", "painter", "--lora", "ink=a lot"), "the scale is no number"),

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 PIXELS = 32
+SHAPE = 14
+"""Pixels a side of a digit, once it is in the middle and of one size."""
 COLOURS = {
     "black": (24, 24, 32),
     "red": (214, 39, 40),
@@ -52,8 +54,8 @@ def draw(digits: Tensor, colours: Sequence[str], sizes: Sequence[str], *, genera
         return low + (high - low) * torch.rand(len(digits), generator=generator)
 
     scale = torch.tensor([SIZES[size] for size in sizes]) * between(0.94, 1.06)
-    wide, turn, slant = scale * between(0.9, 1.15), between(-0.17, 0.17), between(-0.12, 0.12)
-    free = 0.06 + 0.5 * (1 - scale)
+    wide, turn, slant = scale * between(0.92, 1.1), between(-0.12, 0.12), between(-0.08, 0.08)
+    free = 0.05 + 0.3 * (1 - scale)
     # The grid leads from the picture to the original: it divides by what the digit is to grow by.
     cos, sin = torch.cos(turn), torch.sin(turn)
     across, down = free * between(-1, 1), free * between(-1, 1)
@@ -69,7 +71,22 @@ def draw(digits: Tensor, colours: Sequence[str], sizes: Sequence[str], *, genera
 def ink_of(pictures: Tensor) -> Tensor:
     """How much of each pixel is ink, in whatever colour: [N, 1, H, W] from 0 to 1, of pictures from -1 to 1."""
     ink = (1 - pictures.amin(1, keepdim=True)) / 2
-    return ink / ink.amax((2, 3), keepdim=True).clamp_min(0.25)
+    # Paper that is not quite white is paper.
+    return (ink / ink.amax((2, 3), keepdim=True).clamp_min(0.25) - 0.15).clamp_min(0) / 0.85
+
+
+def shape_of(ink: Tensor) -> Tensor:
+    """A digit's shape, wherever in its picture it is and however large: [N, SHAPE * SHAPE]."""
+    at = (2 * torch.arange(PIXELS) + 1) / PIXELS - 1
+    y, x = (axis.flatten() for axis in torch.meshgrid(at, at, indexing="ij"))
+    weight = ink.flatten(1) / ink.flatten(1).sum(1, keepdim=True).clamp_min(1e-6)
+    middle_x, middle_y = weight @ x, weight @ y
+    spread = ((weight @ (x * x + y * y)) - middle_x * middle_x - middle_y * middle_y).clamp_min(1e-3).sqrt()
+    # Twice the spread either way holds a digit whole.
+    reach = 2 * spread[:, None] * ((2 * torch.arange(SHAPE) + 1) / SHAPE - 1)
+    columns, rows = middle_x[:, None] + reach, middle_y[:, None] + reach
+    grid = torch.stack([columns[:, None, :].expand(-1, SHAPE, -1), rows[:, :, None].expand(-1, -1, SHAPE)], 3)
+    return functional.grid_sample(ink, grid, align_corners=False).flatten(1)
 
 
 def as_pixels(pictures: Tensor) -> np.ndarray:
