@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
@@ -19,8 +20,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from msgspec import Struct
 from tritonclient.grpc import service_pb2 as pb
 
-from fairlead.api.doorkeeper import MAX_UNPROVED_BYTES
+from fairlead.api.doorkeeper import MAX_UNPROVED_BYTES, Acquaintance
 from fairlead.api.exchange import DIRECT_BYTES
+from fairlead.core.errors import Unauthenticated
 from fairlead.core.policy import Scope
 from fairlead.gateway.identity.keys import NewKey, new_key
 from fairlead.gateway.signing import sign
@@ -457,6 +459,40 @@ async def test_an_expired_and_a_revoked_key_are_refused_like_one_that_never_was(
     assert answers[0] == answers[1] == answers[2]
     assert answers[0][0][0][0] == 401
     assert home.count("fairlead_auth_failures_total", "expired") and home.count("fairlead_auth_failures_total", "revoked")
+
+
+async def test_a_connection_remembers_who_came_by_it_only_as_long_as_it_is_true(home: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper, now = home.server.doorkeeper, time.time()
+    assert keeper is not None
+    key, other = home.new_key(expires=now + 60), home.new_key()
+    last, looked = Acquaintance(), 0
+    known = home.server.identity.known
+
+    def counted(*args: Any) -> Any:
+        nonlocal looked
+        looked += 1
+        return known(*args)
+
+    monkeypatch.setattr(home.server.identity, "known", counted)
+
+    def who(shown: NewKey, headers: dict[bytes, bytes] | None = None) -> str:
+        fields = {b"authorization": f"Bearer {shown.secret}".encode()} | (headers or {})
+        caller = keeper.caller_again(fields, "10.0.0.1", None, last)
+        assert caller is not None
+        return caller.key
+
+    assert [who(key), who(key), who(key)] == [key.id] * 3 and looked == 1
+    assert [who(other), who(key)] == [other.id, key.id] and looked == 3
+    with pytest.raises(Unauthenticated):
+        who(key, {b"x-api-key": other.secret.encode()})
+    assert who(key) == key.id
+    monkeypatch.setattr("fairlead.api.doorkeeper.time", SimpleNamespace(time=lambda: now + 61))
+    with pytest.raises(Unauthenticated):
+        who(key)
+    assert who(other) == other.id
+    home.revoke(other)
+    with pytest.raises(Unauthenticated):
+        who(other)
 
 
 async def test_a_stream_does_not_outlive_its_key(home: House) -> None:
