@@ -108,6 +108,8 @@ class Jobs:
             if settings.webhooks.enabled and settings.jobs.run
             else None
         )
+        if self.deliveries is not None:
+            self.changes.deliver = self.deliveries.look
         shared = Shared(
             self.desk,
             repository,
@@ -166,8 +168,6 @@ class Jobs:
                 self.runner.heard(job)
             else:
                 self.changes.tell(job)
-            if self.deliveries is not None:
-                self.deliveries.look()
 
         def passed_on(job: str) -> None:
             loop.call_soon_threadsafe(heard, job)

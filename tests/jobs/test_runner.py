@@ -417,6 +417,27 @@ async def test_a_runner_that_lost_its_lease_stops_and_the_others_result_stands(r
     assert room.house.counts.get("fairlead_jobs_lost_total") == 1
 
 
+async def test_whoever_delivers_is_told_of_every_end_that_has_a_webhook(room: Room) -> None:
+    site, told = room.site(), 0
+
+    def deliver() -> None:
+        nonlocal told
+        told += 1
+
+    site.changes.deliver = deliver
+    plain, called = await site.submit(painting()), await site.submit(painting(), webhook="https://example.com/")
+    for number in (1, 2):
+        painted(await room.painter.next(number))
+    for job in (plain, called):
+        await site.end(job)
+    await site.idle()
+    assert told == 1
+    site.runner.stopping = True
+    waiting = await site.submit(painting(), webhook="https://example.com/")
+    await site.desk.cancel(waiting.id, ACME)
+    assert told == 2
+
+
 async def test_an_end_that_comes_after_the_lease_was_lost_writes_nothing(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     first = room.site()
     job = await first.submit(painting())

@@ -17,6 +17,8 @@ class Changes:
         """There may be something to lease."""
         self.abort: Callable[[str], None] = lambda _: None
         """Stops a job if it runs here."""
+        self.deliver: Callable[[], None] = lambda: None
+        """A webhook may be due."""
         self._waiting: dict[str, set[asyncio.Event]] = {}
 
     def tell(self, job: str) -> None:

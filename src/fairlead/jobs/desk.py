@@ -136,6 +136,8 @@ class Desk:
             raise unknown(id)
         if row.status is JobStatus.ABORTING:
             self.changes.abort(id)
+        elif row.webhook:
+            self.changes.deliver()
         self.changes.tell(id)
         return row
 

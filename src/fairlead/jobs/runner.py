@@ -304,6 +304,8 @@ class Runner:
                 await self._remove_own(run)
             return
         run.written = True
+        if ended.webhook:
+            self.changes.deliver()
         for each in run.usage[len(usage) :]:
             self.late(run.bill(each))
         seconds = (ended.ended or 0.0) - row.created
@@ -420,6 +422,7 @@ class Runner:
                 log.info("job_swept", job=row.id, status=str(row.status), reason=row.reason)
                 if row.status in ENDED:
                     self.counts.add("fairlead_jobs_total", row.model, str(row.status), row.reason)
+                    self.changes.deliver()
                 if (run := self.running.get(row.id)) is not None:
                     self._heed(run, None)
                 self.changes.tell(row.id)

@@ -7,6 +7,7 @@ for a parameter; a list of texts is one parameter.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from secrets import token_hex
 from typing import Any
 
 import msgspec
@@ -43,6 +44,8 @@ class Sql:
 
     def __init__(self, engine: Engine) -> None:
         self.is_sqlite = engine.dialect.name == "sqlite"
+        self.origin = token_hex(8)
+        """By which a process knows its own notices."""
         self._types = {
             (table.name, column.name): column.type.compile(dialect=engine.dialect)
             for table in tables.metadata.tables.values()
@@ -76,7 +79,8 @@ class Sql:
 
     def notify(self, connection: Connection, ids: Sequence[str]) -> None:
         if ids and not self.is_sqlite:
-            self.run(connection, f"SELECT pg_notify('{CHANNEL}', id) FROM unnest(CAST(? AS text[])) AS id", list(ids))
+            notices = [f"{self.origin} {id}" for id in ids]
+            self.run(connection, f"SELECT pg_notify('{CHANNEL}', notice) FROM unnest(CAST(? AS text[])) AS notice", notices)
 
     # Writing
 

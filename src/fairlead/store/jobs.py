@@ -378,7 +378,7 @@ class JobStore:
         return not self._sql.is_sqlite
 
     def listen(self, on_change: Callable[[str], None], stop: Event) -> None:
-        """Call with the id of each job that any process changes, and with "" once it listens; until `stop`. For a thread of its own.
+        """Call with the id of each job that another process changes, and with "" once it listens; until `stop`. For a thread of its own.
 
         Raises Unavailable when the connection is lost: listen again, and look at everything that matters.
         """
@@ -392,7 +392,9 @@ class JobStore:
             on_change("")
             while not stop.is_set():
                 for note in driver.notifies(timeout=LISTEN_SECONDS):
-                    on_change(note.payload)
+                    origin, _, id = note.payload.partition(" ")
+                    if origin != self._sql.origin:
+                        on_change(id)
                     if stop.is_set():
                         break
 
