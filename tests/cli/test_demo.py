@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from fairlead.backends import BACKENDS, detect
 from fairlead.cli import cli
 from fairlead.cli.demo import RECIPES, DemoModel, build, free_ports
+from fairlead.cli.demo_models.digits.pictures import PIXELS
 from fairlead.core.errors import ConfigError
 from fairlead.core.specs import ModelSpec
 
@@ -97,7 +99,7 @@ def test_it_builds_a_repository_of_every_kind_and_each_model_learnt_something(bu
     folder, models = built
     assert [model.name for model in models] == list(RECIPES)
     kinds = {detect(folder / name / "1", ModelSpec(name=name))[0].name for name in RECIPES}
-    assert kinds == set(BACKENDS) - {"torch_export", "diffusion"}
+    assert kinds == set(BACKENDS) - {"torch_export"}
     scores = {model.name: [float(number) for number in re.findall(r"[\d.]+", model.score)] for model in models}
     for name in ("tumour_xgboost", "tumour_lightgbm", "wine_catboost", "digits_onnx"):
         assert scores[name][0] > 90, name
@@ -108,6 +110,8 @@ def test_it_builds_a_repository_of_every_kind_and_each_model_learnt_something(bu
     assert 85 < scores["confidence_python"][0] <= 100
     assert scores["assistant_llm"][0] > 75
     assert scores["moderation"][0] > 70
+    assert scores["picture_moderation"][0] > 95
+    assert scores["digits"][0] >= 80
 
 
 def test_building_again_uses_what_is_there(built: tuple[Path, list[DemoModel]]) -> None:
@@ -134,13 +138,15 @@ def test_build_only_says_how_to_serve_it(built: tuple[Path, list[DemoModel]]) ->
 def test_every_model_answers_its_question(built: tuple[Path, list[DemoModel]], told: dict[str, Any]) -> None:
     answers = {row["name"]: row for row in told["models"]}
     assert list(answers) == list(RECIPES)
-    for name in ("tumour_xgboost", "tumour_lightgbm", "wine_catboost", "digits_onnx", "moderation"):
+    for name in ("tumour_xgboost", "tumour_lightgbm", "wine_catboost", "digits_onnx", "moderation", "picture_moderation"):
         assert answers[name]["answer"].startswith(answers[name]["truth"] + " ("), answers[name]
     assert abs(float(answers["diabetes_sklearn"]["answer"].split()[-1]) - float(answers["diabetes_sklearn"]["truth"])) < 150
     assert "SimpleImputer" in answers["search_python"]["answer"]
     assert answers["confidence_python"]["answer"].endswith("in 8 responses")
     assert answers["embed_minilm"]["answer"].startswith(answers["embed_minilm"]["truth"])
     assert json.loads(answers["assistant_llm"]["answer"]).keys() == json.loads(answers["assistant_llm"]["truth"]).keys()
+    with Image.open(answers["digits"]["picture"]) as picture:
+        assert picture.size == (PIXELS, PIXELS)
     assert all(0 < row["latency"] < 60 for row in told["models"])
 
 
@@ -150,7 +156,7 @@ def test_without_a_terminal_it_ends_and_leaves_no_server_behind(told: dict[str, 
         assert probe.connect_ex((host, int(port))) != 0
 
 
-TOOLS = ("chat", "curl, a chat", "OpenAI's SDK", "curl", "curl, a stream", "tritonclient, HTTP", "tritonclient, gRPC", "Python")
+TOOLS = ("image", "chat", "curl, a chat", "OpenAI's SDK", "curl", "curl, a stream", "tritonclient, HTTP", "tritonclient, gRPC", "Python")
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -159,6 +165,11 @@ def test_what_it_says_to_try_works_as_it_stands(terminal: Terminal, tool: str) -
     done = subprocess.run(["sh", "-c", lines], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     match tool:
+        case "image":
+            file = Path(done.stdout.split()[0])
+            with Image.open(file) as picture:
+                assert picture.size == (PIXELS, PIXELS)
+            file.unlink()
         case "chat":
             assert done.stdout.strip().endswith("579")
         case "curl, a chat":

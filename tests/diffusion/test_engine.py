@@ -138,6 +138,14 @@ def test_a_picture_larger_than_the_budget_is_computed_alone():
     assert [len(it.pictures(work)) for work in (1, 2, 3)] == [1, 1, 1]
 
 
+def test_guidance_that_needs_no_second_row_takes_no_room():
+    it = Asking(max_batch_tokens=8)
+    it.family.info = structs.replace(INFO, has_negative=False)
+    for work in (1, 2):
+        it.add(work, guidance=5.0)
+    assert [row.num_tokens for row in it.engine.scheduler.admit()] == [4, 4]
+
+
 def test_a_picture_to_begin_from_saves_steps_and_says_so():
     it = Asking().add(1, inputs=Inputs(np.zeros((32, 32, 3), np.uint8)), num_steps=10).run()
     assert it.answers[1][-1].usage.num_steps == 5 and it.answers[1][0].progress.num_steps == 5

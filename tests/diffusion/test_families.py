@@ -1,6 +1,9 @@
 """The families: what they paint is what diffusers' own loop paints, alone and in a batch."""
 
+import json
+import shutil
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -10,12 +13,15 @@ import torch
 from PIL import Image
 
 from fairlead.core.errors import Cancelled, InvalidRequest, Unsupported
-from fairlead.core.generation import Paint
+from fairlead.core.generation import Delta, Paint
 from fairlead.core.pictures import check, encode
 from fairlead.core.specs import DiffusionSpec
+from fairlead.diffusion.decoder import DecoderHere
+from fairlead.diffusion.engine import DiffusionEngine
 from fairlead.diffusion.family import Family, Inputs, State
 from fairlead.diffusion.load import load_family
-from fairlead.diffusion.schedulers import DENOISING
+from fairlead.diffusion.scheduler import Scheduler
+from fairlead.diffusion.schedulers import DENOISING, FLOW
 from tests.diffusion.conftest import Folders
 
 SIDE = 32
@@ -47,11 +53,19 @@ INPAINT = {
 @cache
 def pipeline(folder: Any) -> Any:
     absent: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3" else {}
-    if folder.name.startswith("sd") and folder.name not in ("sd3", "sdxl"):
+    if folder.name in ("sd", "sd_inpaint", "pixels"):
         absent = {"safety_checker": None, "requires_safety_checker": False}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def changed(folder: Path, home: Path, file: str, **changes: Any) -> Path:
+    """A copy of a pipeline, one of its JSON files with other values."""
+    copied = shutil.copytree(folder, home / folder.name)
+    path = copied / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return copied
 
 
 @cache
@@ -92,7 +106,7 @@ def pixels_by_diffusers(pipe: Any, **arguments: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "sd3_t5", "flux"])
 def test_a_picture_from_a_text_is_that_of_diffusers_bit_by_bit(folders: Folders, name: str, guidance: float) -> None:
     model, pipe = family(folders(name)), pipeline(folders(name))
     negative = {"negative": NEGATIVE} if guidance > 1 and model.info.has_negative else {}
@@ -105,18 +119,63 @@ def test_a_picture_from_a_text_is_that_of_diffusers_bit_by_bit(folders: Folders,
     assert picture.shape == (SIDE, SIDE, 3) and picture.std() > 10
 
 
+def test_a_model_that_was_distilled_to_few_steps_paints_as_in_diffusers(folders: Folders) -> None:
+    """FLUX.1 schnell: no guidance at all, and timesteps that do not depend on the size."""
+    model, pipe = family(folders("flux_plain")), pipeline(folders("flux_plain"))
+    (state,) = finished(model, [begun(model, num_steps=None)])
+    assert (state.step, model.info.has_guidance) == (4, False)
+    assert torch.equal(state.latents, by_diffusers(pipe, num_inference_steps=4, width=SIDE, height=SIDE))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("sd", {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}),
+        ("sd3", {"use_dynamic_shifting": True}),
+        ("flux", {"use_dynamic_shifting": False}),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_timesteps_is_heeded(folders: Folders, tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    plain = finished(family(folders(name)), [begun(family(folders(name)), guidance=3.0)])[0]
+    folder = changed(folders(name), tmp_path, "scheduler/scheduler_config.json", **changes)
+    model, pipe = family(folder), pipeline(folder)
+    (state,) = finished(model, [begun(model, guidance=3.0)])
+    assert torch.equal(state.latents, by_diffusers(pipe, guidance_scale=3.0, width=SIDE, height=SIDE))
+    assert not torch.equal(state.latents, plain.latents)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+def test_width_and_height_are_not_mixed_up(folders: Folders, name: str) -> None:
+    model, pipe = family(folders(name)), pipeline(folders(name))
+    size = {"width": SIDE + 16, "height": SIDE}
+    image = RNG.integers(0, 256, (SIDE, SIDE + 16, 3), dtype=np.uint8)
+    mask = np.zeros(image.shape[:2], np.uint8)
+    mask[:8, :20] = 255
+    sent = {"image": Image.fromarray(image), "strength": 0.8}
+    for kind, inputs, told in (
+        (None, None, size),
+        (IMAGE_TO_IMAGE[name], Inputs(image=image), sent | ({} if name in ("sd", "sdxl") else size)),
+        (INPAINT[name], Inputs(image=image, mask=mask), sent | size | {"mask_image": Image.fromarray(mask)}),
+    ):
+        (state,) = finished(model, [begun(model, inputs, guidance=3.0, **size, **({"strength": 0.8} if inputs else {}))])
+        assert torch.equal(state.latents, by_diffusers(pipe, kind, guidance_scale=3.0, **told)), kind
+        assert model.decode([state])[0].shape == (SIDE, SIDE + 16, 3)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("scheduler", DENOISING)
-def test_each_scheduler_walks_as_in_diffusers(folders: Folders, scheduler: str, guidance: float) -> None:
-    model, pipe = family(folders("sd")), pipeline(folders("sd"))
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [*(("sd", each) for each in DENOISING), *(("sd3", each) for each in FLOW), ("flux", "flow_euler")]
+)
+def test_each_scheduler_walks_as_in_diffusers(folders: Folders, name: str, scheduler: str, guidance: float) -> None:
+    model, pipe = family(folders(name)), pipeline(folders(name))
     own = pipe.scheduler
-    cls, changes = DENOISING[scheduler]
+    cls, changes = {**DENOISING, **FLOW}[scheduler]
     pipe.scheduler = getattr(diffusers, cls).from_config({**own.config, **changes})
     try:
         for kind, inputs, told in (
             (None, None, {}),
-            (IMAGE_TO_IMAGE["sd"], Inputs(image=IMAGE), {"image": Image.fromarray(IMAGE), "strength": 0.7}),
-            (INPAINT["sd"], PAINTED, {"image": Image.fromarray(IMAGE), "mask_image": Image.fromarray(MASK), "strength": 0.7}),
+            (IMAGE_TO_IMAGE[name], Inputs(image=IMAGE), {"image": Image.fromarray(IMAGE), "strength": 0.7}),
+            (INPAINT[name], PAINTED, {"image": Image.fromarray(IMAGE), "mask_image": Image.fromarray(MASK), "strength": 0.7}),
         ):
             size = {} if kind == IMAGE_TO_IMAGE["sd"] else {"width": SIDE, "height": SIDE}
             expected = by_diffusers(pipe, kind, guidance_scale=guidance, **told, **size)
@@ -170,6 +229,44 @@ def test_a_picture_is_the_same_alone_and_among_others(folders: Folders, name: st
     pictures = [picture.astype(int) for picture in model.decode(states)]
     assert np.abs(pictures[2] - model.decode([alone])[0].astype(int)).max() <= 1
     assert all(np.abs(pictures[2] - other).mean() > 5 for other in (pictures[0], pictures[1], pictures[3]))
+
+
+@pytest.mark.parametrize(("name", "named"), [("sd", DENOISING), ("sd3", FLOW)])
+def test_pictures_of_all_schedulers_share_a_forward_and_none_learns_of_the_other(folders: Folders, name: str, named: Any) -> None:
+    """Also those that draw noise in each step, and those that remember steps."""
+    model = family(folders(name))
+    assert set(named) == set(model.info.schedulers)
+    asked = [{"scheduler": scheduler, "seed": 5, "guidance": 3.0} for scheduler in (*named, next(iter(named)))]
+    alone = [finished(model, [begun(model, **one)])[0] for one in asked]
+    together = [begun(model, **one) for one in asked]
+    assert len({state.group for state in together}) == 1
+    finished(model, together)
+    for state, own in zip(together, alone, strict=True):
+        assert (state.latents - own.latents).abs().max() < BATCH_TOLERANCE, state.request.scheduler
+    assert torch.equal(together[0].latents, together[-1].latents) or len(named) > 1
+
+
+@pytest.mark.parametrize(("name", "asked"), [("sd", {"scheduler": "dpm++"}), ("sd", {"scheduler": "ddpm"}), ("flux", {"mode": "turbo"})])
+def test_a_picture_that_made_way_for_another_is_the_same_when_it_goes_on(folders: Folders, name: str, asked: dict[str, Any]) -> None:
+    model = family(folders(name))
+    slow = check(Paint(text=TEXT, seed=11, num_steps=12, **asked), model.info)
+    urgent = check(Paint(text="one", seed=12, num_steps=4, width=SIDE, height=2 * SIDE), model.info)
+
+    def painted(*, interrupted: bool) -> bytes:
+        scheduler = Scheduler(max_num_seqs=1, max_batch_tokens=4096, max_waiting=9)
+        engine = DiffusionEngine(model, scheduler, DecoderHere(model, "art"))
+        engine.add(1, slow, priority=2)
+        answers = [answer for _ in range(5) for answer in engine.step()]
+        if interrupted:
+            engine.add(2, urgent, priority=1)
+        while engine.has_work:
+            answers += engine.step()
+        assert engine.stats().num_preemptions == interrupted
+        pictures = {work: answer.picture for work, answer in answers if isinstance(answer, Delta) and answer.picture}
+        assert list(pictures) == ([2, 1] if interrupted else [1])
+        return pictures[1].data
+
+    assert painted(interrupted=True) == painted(interrupted=False)
 
 
 def test_what_cannot_share_a_forward_is_of_another_group(folders: Folders) -> None:
@@ -271,13 +368,30 @@ def test_large_pictures_are_decoded_in_tiles_and_small_ones_together(folders: Fo
         assert np.abs(picture.astype(int) - model.decode([state])[0]).max() <= 1
 
 
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_tiles_are_those_of_diffusers(folders: Folders, name: str) -> None:
+    model, pipe = family(folders(name), tiling_pixels=SIDE * SIDE), pipeline(folders(name))
+    size = {"width": 3 * SIDE, "height": 2 * SIDE}
+    (state,) = finished(model, [begun(model, num_steps=2, guidance=3.0, **size)])
+    whole = pixels_by_diffusers(pipe, num_inference_steps=2, guidance_scale=3.0, **size)
+    pipe.vae.enable_tiling()
+    try:
+        expected = pixels_by_diffusers(pipe, num_inference_steps=2, guidance_scale=3.0, **size)
+    finally:
+        pipe.vae.disable_tiling()
+    (picture,) = model.decode([state])
+    assert np.array_equal(picture, expected)
+    assert not np.array_equal(whole, expected)
+
+
 def test_a_prompt_that_is_longer_than_the_model_reads_is_refused(folders: Folders) -> None:
     model = family(folders("sd"))
     with pytest.raises(InvalidRequest, match="`text` has 22 tokens, and this model reads 16"):
         begun(model, text="seven " * 20)
     with pytest.raises(InvalidRequest, match="`negative` has 22 tokens"):
         begun(model, negative="seven " * 20)
-    begun(family(folders("flux")), text="seven " * 20)
+    for name in ("flux", "sd3_t5"):  # one of its encoders reads on
+        begun(family(folders(name)), text="seven " * 20)
 
 
 def test_a_negative_prompt_without_guidance_is_refused(folders: Folders) -> None:
@@ -329,3 +443,49 @@ def test_a_pipeline_that_runs_whole_stops_after_a_step(folders: Folders) -> None
     with pytest.raises(Cancelled):
         model.denoise([state])
     assert state.step == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "inputs"),
+    [
+        ("sd", "StableDiffusionImg2ImgPipeline", Inputs(image=IMAGE)),
+        ("flux", "FluxImg2ImgPipeline", Inputs(image=IMAGE)),
+        ("flux", "FluxInpaintPipeline", PAINTED),
+    ],
+)
+def test_a_pipeline_that_runs_whole_begins_from_a_picture_as_in_diffusers(
+    folders: Folders, tmp_path: Path, name: str, kind: str, inputs: Inputs
+) -> None:
+    """And counts the steps that it computes, not those that were asked for."""
+    model: Any = family(changed(folders(name), tmp_path, "model_index.json", _class_name=kind))
+    assert model.info.family == "whole" and model.info.inputs == (("image",) if inputs.mask is None else ("image", "mask"))
+    state = begun(model, inputs, num_steps=6, strength=0.5)
+    seen: list[tuple[int, int]] = []
+    state.between = lambda: bool(seen.append((state.step, len(state.timesteps))))
+    (prediction,) = model.denoise([state])
+    model.step(state, prediction)
+    assert seen == [(1, 3), (2, 3), (2, 3)] and (state.step, len(state.timesteps)) == (3, 3)
+
+    told = {"image": Image.fromarray(IMAGE), "strength": 0.5, "guidance_scale": model.info.guidance}
+    if inputs.mask is not None:
+        told["mask_image"] = Image.fromarray(MASK)
+    if name == "flux":
+        told |= {"width": SIDE, "height": SIDE}
+    pipe = getattr(diffusers, kind)(
+        **{part: loaded for part, loaded in pipeline(folders(name)).components.items() if part in model.pipe.components}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert np.array_equal(model.decode([state])[0], pixels_by_diffusers(pipe, num_inference_steps=6, **told))
+
+
+def test_a_pipeline_that_was_stopped_on_the_way_paints_the_next_as_if_it_had_not_been(folders: Folders) -> None:
+    model = load_family(folders("whole"), DiffusionSpec(width=SIDE, height=SIDE))
+
+    def painted() -> torch.Tensor:
+        return model.denoise([begun(model)])[0]
+
+    before, stopped = painted(), begun(model, seed=3)
+    stopped.between = lambda: stopped.step == 3
+    with pytest.raises(Cancelled):
+        model.denoise([stopped])
+    assert torch.equal(painted(), before)

@@ -11,9 +11,11 @@ WIDTH = 32
 """Of embeddings."""
 WORDS = ("zero", "one", "two", "three", "a", "red", "blue", "big", "small", "seven")
 MAX_TOKENS = 16
-NAMES = ("sd", "sd_inpaint", "sdxl", "sd3", "flux", "flux_plain", "pixels", "whole")
-SCALE = 0.4
+NAMES = ("sd", "sd_inpaint", "sdxl", "sd3", "sd3_t5", "flux", "flux_plain", "pixels", "whole")
+SCALE = 0.8
 """Of weights: large enough that pictures of different texts and seeds differ."""
+TIME_SCALE = 0.02
+"""Of what a transformer makes of the timestep: as in a trained one, neighbouring steps are much alike."""
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -54,8 +56,8 @@ def clip(cls: Any = CLIPTextModel, **changes: Any) -> Any:
     return cls(CLIPTextConfig(**{**config, **changes}))
 
 
-def t5() -> T5EncoderModel:
-    return T5EncoderModel(T5Config(vocab_size=64, d_model=WIDTH, d_kv=8, d_ff=37, num_layers=2, num_heads=4, is_encoder_decoder=False))
+def t5(width: int = WIDTH) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=64, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4, is_encoder_decoder=False))
 
 
 def unet(**changes: Any) -> Any:
@@ -129,7 +131,7 @@ def sdxl() -> Any:
     )
 
 
-def sd3() -> Any:
+def sd3(*, t5_too: bool = False) -> Any:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -151,8 +153,8 @@ def sd3() -> Any:
         tokenizer=clip_tokenizer(),
         text_encoder_2=clip(CLIPTextModelWithProjection),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5(2 * WIDTH) if t5_too else None,
+        tokenizer_3=t5_tokenizer() if t5_too else None,
     )
 
 
@@ -200,6 +202,7 @@ MAKERS = {
     ),
     "sdxl": sdxl,
     "sd3": sd3,
+    "sd3_t5": lambda: sd3(t5_too=True),
     "flux": flux,
     "flux_plain": lambda: flux(guidance=False),
     "pixels": pixels,
@@ -213,8 +216,9 @@ def save(name: str, folder: Path) -> Path:
     pipe = MAKERS[name]()
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
-            for parameter in component.parameters():
+            for path, parameter in component.named_parameters():
                 if parameter.ndim > 1:
-                    torch.nn.init.normal_(parameter, std=SCALE / parameter[0].numel() ** 0.5 * 2)
+                    scale = TIME_SCALE if "timestep_embedder" in path else SCALE
+                    torch.nn.init.normal_(parameter, std=scale / parameter[0].numel() ** 0.5)
     pipe.save_pretrained(folder)
     return folder

@@ -1,5 +1,6 @@
 """`fairlead demo`: real models trained on the data that scikit-learn brings along, served, and asked."""
 
+import base64
 import hashlib
 import http.client
 import importlib.util
@@ -31,21 +32,26 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fairlead.cli.demo_models import confidence, moderation, moderation_sentences, search
+from fairlead.cli.demo_models import confidence, digits, moderation, moderation_sentences, search
 from fairlead.cli.demo_models.tiny import checks
+from fairlead.cli.image import drawn
 from fairlead.core.errors import ConfigError, LoadError, ModelError
 from fairlead.core.generation import Chat, Delta, Message, Sampling
 from fairlead.core.tensors import DTYPES, Tensors, canonical, datatype_of, decode_bytes, encode_bytes, object_array
 
 MANIFEST = ".demo.json"
 LOG = ".demo.log"
+PICTURE = "blue-seven.png"
 USUAL_PORTS = (8000, 8001, 8002)
-NUM_TIMED = 20
+NUM_TIMED, NUM_PAINTED = 20, 3
+"""Requests for the latency; the second of those for pictures."""
 START_SECONDS = 180.0
 STOP_SECONDS = 40.0
 HELD_OUT = 0.25
 NUM_EXAMINED = 6
 """Held-out examples of each of the language model's tasks."""
+NUM_JUDGED = 2
+"""Pictures of each digit."""
 TEXTS = (
     "How do I reset my password?",
     "I forgot the secret word for my account.",
@@ -74,7 +80,7 @@ class DemoModel(Struct, frozen=True, kw_only=True):
     labels: tuple[str, ...] = ()
     """Names of the classes by index."""
     streams: bool = False
-    speaks: Literal["", "chat", "embeddings"] = ""
+    speaks: Literal["", "chat", "embeddings", "pictures"] = ""
     """Asked through the OpenAI API; "" through KServe's."""
 
 
@@ -87,8 +93,10 @@ class Answered(Struct, frozen=True, kw_only=True):
     answer: str
     truth: str
     latency: float
-    """Seconds, the median of NUM_TIMED requests."""
+    """Seconds, the median of some requests."""
     score: str
+    picture: str = ""
+    """A file."""
 
 
 # Build
@@ -398,6 +406,45 @@ def _embedder(folder: Path) -> DemoModel:
     )
 
 
+def _digits(folder: Path) -> DemoModel:
+    from fairlead.cli.demo_models.digits.judge import train_judge
+    from fairlead.cli.demo_models.digits.paint import paint
+
+    shutil.copytree(digits.FOLDER, folder.parent, dirs_exist_ok=True)
+    asked = [digit for digit in range(10) for _ in range(NUM_JUDGED)]
+    shown = train_judge().digits(paint([f"the digit {digit}" for digit in asked], folder=folder))
+    parameters = (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 2
+    return DemoModel(
+        name="digits",
+        kind=f"image model, {parameters / 1e6:.1f}M",
+        data="digits, in ink",
+        score=f"{_accuracy(shown, np.array(asked))} of {len(asked)} pictures",
+        question="a picture of a blue seven",
+        truth="",
+        values={"prompt": "a blue seven", "seed": SEED},
+        speaks="pictures",
+    )
+
+
+def _picture_moderation(folder: Path) -> DemoModel:
+    from fairlead.cli.demo_models.digits.moderation import LABELS, example, export, train
+
+    trained = train()
+    export(trained.network, folder / "model.onnx")
+    labels = ", ".join(LABELS)
+    _declare(folder, f"outputs:\n  - {{name: probability, datatype: FP32, shape: [-1, {len(LABELS)}], labels: [{labels}]}}\n")
+    return DemoModel(
+        name="picture_moderation",
+        kind="ONNX, a classifier of pictures",
+        data="digits, in ink",
+        score=f"{trained.accuracy:.1%} right",
+        question="is there a four, or red ink: a blue four",
+        truth="four",
+        values=example(4, "blue").round(3).tolist(),
+        labels=LABELS,
+    )
+
+
 def _train(
     network: Any, x: Any, loss: Callable[[Any, Any, Any], Any], *, epochs: int, rate: float, spoil: Callable[[Any], Any] | None = None
 ) -> None:
@@ -431,8 +478,10 @@ RECIPES: dict[str, Callable[[Path], DemoModel]] = {
     "search_python": _search,
     "confidence_python": _confidence,
     "moderation": _moderation,
+    "picture_moderation": _picture_moderation,
     "assistant_llm": _assistant,
     "embed_minilm": _embedder,
+    "digits": _digits,
 }
 
 
@@ -481,8 +530,9 @@ def _recipe() -> str:
     """Changes when what would be built does."""
     digest = hashlib.sha256()
     own = (__file__, search.__file__, confidence.__file__, moderation.__file__, moderation_sentences.__file__, checks.__file__)
-    for file in (*own, checks.CHAT / "model.safetensors"):
-        digest.update(Path(file).read_bytes())
+    pictures = sorted(file for file in digits.FOLDER.parent.rglob("*.*") if file.is_file() and file.suffix != ".pyc")
+    for file in (*map(Path, own), checks.CHAT / "model.safetensors", *pictures):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -662,20 +712,25 @@ def _request_of(model: DemoModel, metadata: dict[str, Any]) -> Tensors:
     return {tensor["name"]: np.array(model.values, DTYPES[tensor["datatype"]])}
 
 
-def ask(client: Client, model: DemoModel) -> Answered:
-    """One question, then more of the same for the time it takes."""
+def ask(client: Client, model: DemoModel, folder: Path) -> Answered:
+    """One question, then more of the same for the time it takes; a picture lies in `folder` then."""
     once = _question(client, model)
-    answer = once()
+    answer, picture = once(), ""
     seconds = []
-    for _ in range(NUM_TIMED):
+    for _ in range(NUM_PAINTED if model.speaks == "pictures" else NUM_TIMED):
         start = time.perf_counter()
         once()
         seconds.append(time.perf_counter() - start)
+    if model.speaks == "pictures":
+        file = folder / PICTURE
+        file.write_bytes(base64.b64decode(answer))
+        answer = picture = str(file)
     return Answered(
         name=model.name,
         kind=model.kind,
         question=model.question,
         answer=answer,
+        picture=picture,
         truth=model.truth,
         latency=statistics.median(seconds),
         score=model.score,
@@ -689,6 +744,9 @@ def _question(client: Client, model: DemoModel) -> Callable[[], str]:
         return lambda: str(client.openai("chat/completions", chat)["choices"][0]["message"]["content"])
     if model.speaks == "embeddings":
         return lambda: _nearest(client.openai("embeddings", {"model": model.name, "input": model.values})["data"], model.values)
+    if model.speaks == "pictures":
+        body = {"model": model.name, "response_format": "b64_json", **model.values}
+        return lambda: str(client.openai("images/generations", body)["data"][0]["b64_json"])
     request = _request_of(model, client.metadata(model.name))
     if model.streams:
         return lambda: in_words(model, list(client.stream(model.name, request)))
@@ -765,6 +823,7 @@ question = "Sort these numbers: 42, 7, 19, 3"
 print(client.chat.completions.create(model="assistant_llm", messages=[{{"role": "user", "content": question}}]).choices[0].message.content)
 END"""
     return {
+        "image": f"{_python()} -m fairlead image 'a large red three' --model digits --url {url} -o three.png",
         "chat": f"{_python()} -m fairlead chat assistant_llm --url {url} --prompt 'What is 123 + 456?'",
         "curl, a chat": f"curl -sN {url}/v1/chat/completions -d {shlex.quote(json.dumps(chat))}",
         "OpenAI's SDK": sdk,
@@ -799,6 +858,9 @@ def show(console: Console, answers: list[Answered]) -> None:
             escape(row.score),
         )
     console.print(table)
+    for row in answers:
+        if row.picture and console.color_system:
+            console.print(f"\n{escape(row.question)}, by [bold]{row.name}[/]:", drawn(Path(row.picture).read_bytes()), sep="\n")
 
 
 def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, console: Console) -> None:
@@ -810,7 +872,7 @@ def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, con
     try:
         server.wait()
         with closing(Client(server.http)) as client:
-            answers = [ask(client, model) for model in models]
+            answers = [ask(client, model, folder) for model in models]
             # Once this server has ended, the lines are for one at its usual ports
             http, grpc = ("127.0.0.1:8000", "127.0.0.1:8001") if once and not as_json else (server.http, server.grpc)
             lines = things_to_try(client, http, grpc, {model.name: model for model in models})

@@ -119,7 +119,7 @@ class DiffusionEngine:
         goes first. Raises QueueFull."""
         assert paint.width is not None and paint.height is not None and paint.guidance is not None
         work = _Work(id, paint, inputs)
-        guided = self.family.info.has_guidance and paint.guidance > 1
+        guided = self.family.info.has_negative and paint.guidance > 1  # by a second row: some models take guidance as an input
         num_tokens = (1 + guided) * -(-paint.width // TOKEN_SIZE) * -(-paint.height // TOKEN_SIZE)
         for index in range(paint.n):
             row = Row(

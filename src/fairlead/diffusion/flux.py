@@ -1,6 +1,7 @@
 """FLUX.1: a transformer over packed latents, flow matching, guidance as an input of the model."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from fairlead.core.generation import Paint
 from fairlead.diffusion.family import State
 from fairlead.diffusion.schedulers import FLOW
 from fairlead.diffusion.sd3 import Flow
-from fairlead.diffusion.stepped import Conditioning, Traits
+from fairlead.diffusion.stepped import Conditioning, Parts, Traits
 from fairlead.diffusion.vae import Vae
 
 T5_TOKENS = 512
@@ -19,6 +20,8 @@ LATENTS = 128
 """A side: what FLUX.1 was trained for, and its configuration does not tell."""
 FEW_STEPS = 4
 """Usual for a checkpoint without guidance, which was distilled to need no more."""
+KEPT_SIZES = 64
+"""Of pictures whose tokens' places are kept."""
 
 
 class Flux(Flow):
@@ -36,6 +39,16 @@ class Flux(Flow):
             has_guidance=guidance,
             has_negative=False,
         )
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.positions = lru_cache(KEPT_SIZES)(self._positions)
+        """Made once: to copy them to a device waits for what it computes."""
+
+    def _positions(self, height: int, width: int) -> torch.Tensor:
+        side = 2 * self.parts.vae.factor
+        found: torch.Tensor = self.parts.pipe._prepare_latent_image_ids(1, height // side, width // side, self.device, self.dtype)
+        return found
 
     def guided(self, request: Paint) -> bool:
         return False
@@ -66,9 +79,8 @@ class Flux(Flow):
         return self.parts.pipe._unpack_latents(latents, request.height, request.width, self.parts.vae.factor)
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, states: Sequence[State]) -> torch.Tensor:
-        request, side = states[0].request, 2 * self.parts.vae.factor
+        request = states[0].request
         assert request.width is not None and request.height is not None
-        where = self.parts.pipe._prepare_latent_image_ids(1, request.height // side, request.width // side, self.device, self.dtype)
         return self.parts.model(
             hidden_states=latents,
             timestep=timesteps.to(self.dtype) / 1000,
@@ -76,6 +88,6 @@ class Flux(Flow):
             pooled_projections=conditioning["pooled"],
             encoder_hidden_states=conditioning["text"],
             txt_ids=torch.zeros(conditioning["text"].shape[1], 3, device=self.device, dtype=self.dtype),
-            img_ids=where,
+            img_ids=self.positions(request.height, request.width),
             return_dict=False,
         )[0]

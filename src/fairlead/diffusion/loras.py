@@ -1,5 +1,6 @@
 """Low-rank weights beside a pipeline's own: all loaded at the start, of which each request lays its choice over the model."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ def load_loras(pipe: Any, folder: Path) -> Loras:
     if files and not hasattr(pipe, "load_lora_weights"):
         raise LoadError(f"{folder.name}/{files[0].name}: {type(pipe).__name__} takes no LoRAs")
     adapters = {path.stem: f"lora_{number}" for number, path in enumerate(files)}
-    for path in files:
-        _load(pipe, path, adapters[path.stem])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        for path in files:
+            _load(pipe, path, adapters[path.stem])
     components = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)] if files else []
     return Loras(adapters, [layer for component in components for layer in component.modules() if isinstance(layer, BaseTunerLayer)])
 

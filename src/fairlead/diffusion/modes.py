@@ -13,6 +13,8 @@ from fairlead.core.specs import DiffusionSpec
 
 TURBO_THRESHOLD = 0.08
 COMPILE_CACHE = Path("~/.cache/fairlead/inductor")
+MAX_KERNELS = 64
+"""Of each kind of block: other shapes, other LoRAs and other neighbours need others. Beyond it, what is new runs as it is written."""
 
 
 class Modes:
@@ -22,6 +24,8 @@ class Modes:
         self, spec: DiffusionSpec, *, reduced: torch.dtype | None, compiled: list[tuple[Any, Any]], caches: bool, device: str
     ) -> None:
         self.device = torch.device(device)
+        self.vain = spec.compile and not compiled
+        """`compile` is asked for, and has no effect."""
         self.reduced = reduced
         """What `balanced` multiplies in, where the weights are float32 and the device is faster with less."""
         self.compiled = compiled
@@ -40,8 +44,9 @@ class Modes:
 
     @property
     def explain(self) -> str:
+        vain = f"; `compile` has no effect on this model on {self.device.type}" if self.vain else ""
         if self.offered == ("exact",):
-            return f"modes: exact only; nothing that is faster differs for this model on {self.device.type}"
+            return f"modes: exact only; nothing that is faster differs for this model on {self.device.type}{vain}"
         ways = [
             *([f"multiplication in {str(self.reduced).removeprefix('torch.')}"] if self.reduced is not None else []),
             *(["compiled blocks"] if self.compiled else []),
@@ -51,6 +56,7 @@ class Modes:
             f"modes: {', '.join(self.offered)}"
             + (f"; faster by {' and '.join(ways)}" if ways else "")
             + "".join(f"; {one}" for one in caches)
+            + vain
         )
 
     @contextmanager
@@ -68,12 +74,17 @@ class Modes:
 def choose_modes(spec: DiffusionSpec, model: Any, *, device: str, caches: bool) -> Modes:
     cuda = device.startswith("cuda")
     reduced = torch.bfloat16 if cuda and model.dtype == torch.float32 else None
-    compiled = compile_blocks(model) if cuda and spec.compile and getattr(model, "_repeated_blocks", None) else []
+    compiled = compile_blocks(model) if cuda and spec.compile else []
     return Modes(spec, reduced=reduced, compiled=compiled, caches=caches, device=device)
 
 
-def compile_blocks(model: Any) -> list[tuple[Any, Any]]:
+def compile_blocks(model: Any, backend: Any = "inductor") -> list[tuple[Any, Any]]:
     """Block by block: as fast as the whole model, and ready in a fraction of the time. Each is compiled at its first call."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILE_CACHE.expanduser()))
-    model.compile_repeated_blocks(fullgraph=True)
-    return [(block, block._compiled_call_impl) for block in model.modules() if block._compiled_call_impl is not None]
+    names = getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None) or ()
+    blocks = [block for block in model.modules() if type(block).__name__ in names]
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_KERNELS)
+    for block in blocks:
+        block.compile(backend=backend)  # no `fullgraph`, which fails a request where there are too many kernels
+    return [(block, block._compiled_call_impl) for block in blocks]

@@ -225,7 +225,10 @@ class Stepped:
         guided = self.guided(states[0].request)
         now = [state.timesteps[state.step] for state in states]
         latents = torch.cat([scaled(state.scheduler, state.latents, at) for state, at in zip(states, now, strict=True)])
-        timesteps = torch.stack(now).float().to(self.device, non_blocking=True)
+        timesteps = torch.stack(now).float()
+        if self.device.type == "cuda":  # from other memory the copy would wait for the step before
+            timesteps = timesteps.pin_memory()
+        timesteps = timesteps.to(self.device, non_blocking=True)
         conditioning = _stacked([state.conditioning for state in states])
         if guided:
             latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])

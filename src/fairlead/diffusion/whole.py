@@ -75,7 +75,14 @@ class Whole:
             "callback_on_step_end": lambda pipe, step, timestep, tensors: self._between(state, step, tensors),
         }
 
+    def _count(self, state: State) -> None:
+        """The pipeline knows better how many steps it computes: fewer where it begins from a picture."""
+        num_steps = getattr(self.pipe, "num_timesteps", None)
+        if isinstance(num_steps, int) and num_steps > 0:
+            state.timesteps = torch.arange(num_steps)
+
     def _between(self, state: State, step: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        self._count(state)
         state.step = min(step + 1, len(state.timesteps) - 1)
         if state.between is not None and state.between():
             raise Cancelled("the picture was stopped")
@@ -83,6 +90,7 @@ class Whole:
 
     def step(self, state: State, prediction: torch.Tensor) -> None:
         state.latents = prediction
+        self._count(state)
         state.step = len(state.timesteps)
 
     def decode(self, states: Sequence[State]) -> list[np.ndarray]:
