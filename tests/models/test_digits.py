@@ -74,7 +74,7 @@ def test_learning_brings_the_loss_down_and_gives_a_mean_of_the_last_weights(caps
     mean = learn(line, lambda: torch.nn.functional.mse_loss(line(x), 3 * x), name="a line", num_steps=200, rate=0.2)
     assert isinstance(mean, torch.nn.Linear)
     assert not torch.equal(mean.weight, line.weight)
-    assert abs(line.weight.item() - 3) < 0.01
+    assert abs(line.weight.item() - 3) < 0.1
     assert "step 200" in capsys.readouterr().out
 
 
