@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ RESTART_SECONDS = 1.0
 """Before what should never end is begun again."""
 YOUNG_OBJECTS = 20_000
 """Between two looks of the garbage collector: what requests leave is mostly freed without it, and each look costs some of them time."""
+
+NUM_THREADS = 32
+"""That call what blocks: stores, mostly, where those that wait together share a transaction. Python's own number goes by the cores."""
 
 
 class Server:
@@ -354,6 +358,7 @@ class Server:
 async def serve(settings: Settings, path: Path | None = None, text: str = "") -> None:
     """Run until SIGTERM or SIGINT, then drain; SIGHUP reads the policies again. A second signal ends at once."""
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="fairlead"))
     asked = asyncio.Event()
     server = Server(settings, path, text)
     reloads: set[asyncio.Task[None]] = set()

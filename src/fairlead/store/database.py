@@ -1,5 +1,6 @@
 """A database by its URL, with today's tables: SQLite, or PostgreSQL by psycopg."""
 
+import math
 import os
 import sqlite3
 import time
@@ -18,6 +19,8 @@ VERSION_TABLE = "fairlead_version"
 BUSY_SECONDS = 10.0
 """How long a writer waits for another one."""
 CONNECT_SECONDS = 5
+PING_SECONDS = 5.0
+"""A connection that was not used for so long is tried before it is."""
 MIGRATION_SECONDS = 300
 """How long a process waits for another one that brings the tables up to date."""
 MIGRATION_LOCK = 0x6661_6972
@@ -156,7 +159,6 @@ def _postgresql(url: URL) -> Engine:
         engine = sa.create_engine(
             url,
             hide_parameters=True,
-            pool_pre_ping=True,
             # A host that is gone without a word is noticed within seconds, not in the kernel's quarter of an hour.
             connect_args={"connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": 10_000, "keepalives_idle": 10},
         )
@@ -168,6 +170,20 @@ def _postgresql(url: URL) -> Engine:
         # As long as SQLite's writers wait.
         connection.execute(f"SET lock_timeout = {int(BUSY_SECONDS * 1000)}")
         connection.commit()
+
+    @sa.event.listens_for(engine, "checkin")
+    def leave(_: Any, record: Any) -> None:
+        record.info["left"] = time.monotonic()
+
+    @sa.event.listens_for(engine, "checkout")
+    def ping(connection: Any, record: Any, _: Any) -> None:
+        # Each time would cost each transaction a round trip.
+        if time.monotonic() - record.info.get("left", math.inf) > PING_SECONDS:
+            try:
+                connection.execute("SELECT 1")
+                connection.rollback()
+            except connection.Error:
+                raise sa.exc.DisconnectionError from None  # which makes the pool open another
 
     return engine
 

@@ -81,6 +81,7 @@ class JobStore:
         self._sql = Sql(transactions.engine)
         self._submits = Grouped[_Wish, tuple[JobRow, bool]](self._submit, most=GROUP_CALLS, seconds=GROUP_SECONDS)
         self._ends = Grouped[_End, JobRow | None](self._end, most=GROUP_CALLS, seconds=GROUP_SECONDS)
+        self._positions = Grouped[JobRow, int](self._position, most=GROUP_CALLS, seconds=GROUP_SECONDS)
 
     # Submitting and asking
 
@@ -193,14 +194,16 @@ class JobStore:
             return dict(tuple(row) for row in self._sql.run(connection, statement, self._sql.within(ids)).fetchall())
 
     def position(self, row: JobRow) -> int:
-        """How many queued jobs of its model go before it, by priority and age; MAX_POSITION stands for as many or more."""
-        if row.status != JobStatus.QUEUED:
-            return 0
+        """How many queued jobs of its model go before it, by priority and age; MAX_POSITION stands for as many or more. Calls at the same
+        time share a connection."""
+        return self._positions(row) if row.status == JobStatus.QUEUED else 0
+
+    def _position(self, rows: Sequence[JobRow]) -> Sequence[int]:
         ours = "SELECT 1 FROM jobs WHERE status = 'queued' AND model = ? AND priority"
         statement = f"SELECT count(*) FROM (SELECT * FROM ({ours} > ? UNION ALL {ours} = ? AND id < ?) AS a LIMIT {MAX_POSITION}) AS b"
-        parameters = (row.model, row.priority, row.model, row.priority, row.id)
         with self._transactions.reads() as connection:
-            return int(self._sql.run(connection, statement, *parameters).scalar())
+            found = [self._sql.run(connection, statement, row.model, row.priority, row.model, row.priority, row.id) for row in rows]
+            return [int(each.scalar()) for each in found]
 
     def cancel(self, id: str, tenant: str | None, now: float) -> JobRow | None:
         """queued -> aborted, active -> aborting; others are returned as they are. None: unknown, or another tenant's."""
