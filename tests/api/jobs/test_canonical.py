@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from typing import Any
 
 import httpx2
@@ -201,7 +202,8 @@ async def test_events_tell_of_each_change_until_the_end(home: Studio) -> None:
     assert events[-1][0] == "complete" and events[-1][1]["result"]["pictures"]
     assert all(kind == data["status"] for kind, data in events)
     steps = [data["progress"]["step"] for kind, data in events if kind == "active" and data["progress"]]
-    assert steps == sorted(set(steps)) and set(steps) - {0, 40}
+    assert steps == sorted(steps) and set(steps) - {0, 40}
+    assert all(one != other for one, other in pairwise(events))
     previews = [data["progress"]["preview"] for _, data in events if data["progress"] and data["progress"].get("preview")]
     assert previews and previews[0].startswith("data:image/jpeg;base64,")
     assert [kind for kind, _ in await events_of(home, job["id"])] == ["complete"]

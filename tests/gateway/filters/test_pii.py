@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from zlib import crc32
 
 import pytest
 
@@ -40,7 +41,9 @@ def test_recall_and_precision_on_the_labelled_texts_are_as_the_docs_say() -> Non
     assert len(wrong) <= 1, wrong  # a group of digits within a bank account that is a telephone number, too
 
 
-@pytest.mark.parametrize("case", [case for case in cases() if case.kind], ids=lambda case: f"{case.kind}-{hash(case.value) % 1000:03}")
+@pytest.mark.parametrize(
+    "case", [case for case in cases() if case.kind], ids=lambda case: f"{case.kind}-{crc32(case.value.encode()) % 1000:03}"
+)
 def test_nothing_of_the_value_is_left(case) -> None:
     left = redacted(case.text)
     secret = case.value.rpartition(" ")[2] if case.value.startswith("Authorization") else case.value
