@@ -50,6 +50,8 @@ STOP_SECONDS = 40.0
 HELD_OUT = 0.25
 NUM_EXAMINED = 6
 """Held-out examples of each of the language model's tasks."""
+FILE_COLUMNS = 130
+"""Of the table, where it goes into no terminal."""
 NUM_JUDGED = 2
 """Pictures of each digit."""
 TEXTS = (
@@ -924,7 +926,13 @@ def demo(build_in: Path | None, folder: Path, once: bool, as_json: bool) -> None
             build_in or folder, lambda name, done, total: bar.update(task, description=f"training {name}", completed=done, total=total)
         )
     if build_in is None:
-        run(folder, models, once=once or as_json or not sys.stdout.isatty(), as_json=as_json, console=Console())
+        run(
+            folder,
+            models,
+            once=once or as_json or not sys.stdout.isatty(),
+            as_json=as_json,
+            console=Console(width=None if sys.stdout.isatty() else FILE_COLUMNS),
+        )
     elif as_json:
         click.echo(msgspec.json.encode({"folder": str(build_in), "models": models}).decode())
     else:
