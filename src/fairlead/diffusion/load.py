@@ -1,7 +1,6 @@
 """A folder as a family: checked file by file, then loaded through diffusers, from safetensors only and without its code."""
 
 import inspect
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from msgspec import structs
 
 from fairlead.core.errors import LoadError
 from fairlead.core.generation import ImageInfo
+from fairlead.core.json_files import read_json
 from fairlead.core.specs import DiffusionSpec
 from fairlead.diffusion.family import Family
 from fairlead.diffusion.first_block import FirstBlockCache
@@ -33,6 +33,7 @@ from fairlead.diffusion.vae import PixelSpace, Vae
 from fairlead.diffusion.whole import load_whole
 
 INDEX = "model_index.json"
+NO_PIPELINE = "it is no pipeline of diffusers"
 FAMILIES: dict[str, tuple[str, type[Stepped]]] = {
     "StableDiffusionPipeline": ("sd", StableDiffusion),
     "StableDiffusionInpaintPipeline": ("sd", StableDiffusion),
@@ -73,7 +74,7 @@ def load_family(folder: Path, spec: DiffusionSpec, *, device: str = "cpu", threa
 
 def read_index(folder: Path) -> dict[str, str]:
     """Of model_index.json: the pipeline's class under `_class_name`, and the class of every component that is to be loaded."""
-    index = read_json(folder / INDEX)
+    index = read_json(folder / INDEX, otherwise=NO_PIPELINE)
     name = index.get("_class_name")
     if not isinstance(name, str) or not hasattr(diffusers, name):
         custom = "; Python code of a checkpoint's own is never run" if isinstance(name, list) else ""
@@ -104,7 +105,7 @@ def check_component(folder: Path, component: str) -> str | None:
     if not home.is_dir():
         raise LoadError(f"{folder.name} has no {component}, which {INDEX} names")
     for path in sorted(home.glob("*.json")):
-        config = read_json(path)
+        config = read_json(path, otherwise=NO_PIPELINE)
         if config.get("auto_map"):
             raise LoadError(f"{component}/{path.name} has an `auto_map`: Python code of a checkpoint's own is never run")
     weights = sorted(home.glob("*.safetensors"))
@@ -223,22 +224,6 @@ def checked(info: ImageInfo) -> ImageInfo:
             f"diffusion.max_steps: {info.max_steps} are fewer than the usual {info.num_steps}; raise it, or set diffusion.num_steps"
         )
     return info
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises LoadError that names the file, also where it is no object."""
-    where = f"{path.parent.name}/{path.name}"
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise LoadError(f"{path.parent.name} has no {path.name}: it is no pipeline of diffusers") from None
-    except OSError as error:
-        raise LoadError(f"{where} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise LoadError(f"{where} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise LoadError(f"{where} must hold a JSON object, not {type(found).__name__}")
-    return found
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fairlead.core.errors import LoadError
+from fairlead.core.json_files import read_json
 from fairlead.core.specs import LlmSpec
 
 WEIGHTS = "model.safetensors"
@@ -127,21 +128,6 @@ def read_config(folder: Path) -> Any:
             return CONFIG_MAPPING[model_type].from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each of some 500 configurations raises what it likes
         raise LoadError(f"{folder.name}/config.json is not a valid {model_type!r} configuration: {_first_line(error)}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises LoadError that names the file, also where it is no object."""
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise LoadError(f"{path.parent.name} has no {path.name}") from None
-    except OSError as error:
-        raise LoadError(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise LoadError(f"{path.parent.name}/{path.name} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise LoadError(f"{path.parent.name}/{path.name} must hold a JSON object, not {type(found).__name__}")
-    return found
 
 
 def _read_generation_config(folder: Path) -> _GenerationConfig:

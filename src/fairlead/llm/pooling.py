@@ -17,8 +17,9 @@ import transformers
 from msgspec import Struct
 
 from fairlead.core.errors import ContextExceeded, InvalidRequest, LoadError
+from fairlead.core.json_files import read_json
 from fairlead.core.specs import LlmSpec
-from fairlead.llm.checkpoint import Checkpoint, choose_dtype, load_model, open_checkpoint, quiet, read_json
+from fairlead.llm.checkpoint import Checkpoint, choose_dtype, load_model, open_checkpoint, quiet
 
 Mode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 
