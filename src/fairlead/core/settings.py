@@ -18,6 +18,7 @@ from fairlead.core.policy import (
     TlsSettings,
     WebhookSettings,
 )
+from fairlead.core.rollout import ControlSettings
 from fairlead.core.specs import Positive, Seconds
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -81,6 +82,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     jobs: JobSettings = JobSettings()
     artifacts: ArtifactSettings = ArtifactSettings()
     webhooks: WebhookSettings = WebhookSettings()
+    control: ControlSettings = ControlSettings()
 
 
 def read_settings(path: Path) -> Settings:
