@@ -14,12 +14,15 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """Of an empty database, of each kind."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/fairlead.db"
+        yield f"sqlite:///{tmp_path}/fairlead.db"
+        return
     postgres: Postgres = request.getfixturevalue("postgres")
-    return postgres.new_database()
+    new = postgres.new_database()
+    yield new
+    postgres.drop(new)
 
 
 @pytest.fixture

@@ -1,26 +1,15 @@
-"""Statements about jobs, for both databases, and how rows become Structs.
+"""Statements about jobs, of which thousands pass in a second, and how rows become Structs."""
 
-Thousands of them pass here in a second, so that statements are the driver's own and each writes many rows. Databases keep what they have
-prepared, so that texts are constant: rows go to PostgreSQL as one parameter, in JSON, and to SQLite in statements of few lengths. `?` stands
-for a parameter; a list of texts is one parameter.
-"""
-
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from secrets import token_hex
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 
 from fairlead.core.jobs import JobResult, JobStatus
-from fairlead.store import tables
 from fairlead.store.job_rows import DeliveryRow, DeliveryState, JobRow, SecretRow
 from fairlead.store.job_rules import Group
-
-CHANNEL = "fairlead_jobs"
-STATEMENT_ROWS = (64, 16, 4, 1)
-"""Rows of one statement."""
+from fairlead.store.sql import Sql, marks, parts
 
 JOB = JobRow.__struct_fields__
 LARGE = ("preview", "result")
@@ -39,87 +28,19 @@ _result = msgspec.msgpack.Decoder(JobResult)
 _statuses = {status.value: status for status in JobStatus}
 
 
-class Sql:
-    """Statements in the words of one database."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.is_sqlite = engine.dialect.name == "sqlite"
-        self.origin = token_hex(8)
-        """By which a process knows its own notices."""
-        self._types = {
-            (table.name, column.name): column.type.compile(dialect=engine.dialect)
-            for table in tables.metadata.tables.values()
-            for column in table.c
-        }
-
-    def run(self, connection: Connection, statement: str, *parameters: Any) -> Any:
-        return connection.exec_driver_sql(statement if self.is_sqlite else statement.replace("?", "%s"), parameters)
-
-    def within(self, texts: Iterable[str]) -> str | list[str]:
-        """The parameter of `among`."""
-        return json.dumps(list(texts)) if self.is_sqlite else list(texts)
-
-    @property
-    def among(self) -> str:
-        return "IN (SELECT value FROM json_each(?))" if self.is_sqlite else "= ANY(?)"
-
-    @property
-    def for_update(self) -> str:
-        """Everybody locks in the order of the ids, so that no two wait for each other in a circle. SQLite's writers are alone anyway."""
-        return "ORDER BY id" if self.is_sqlite else "ORDER BY id FOR UPDATE"
-
-    @property
-    def skip_locked(self) -> str:
-        return "" if self.is_sqlite else "FOR UPDATE SKIP LOCKED"
-
-    def lock(self, connection: Connection, *numbers: int) -> None:
-        """Until the transaction ends, nobody else holds one of these numbers."""
-        if not self.is_sqlite:
-            self.run(connection, "SELECT pg_advisory_xact_lock(n) FROM unnest(CAST(? AS bigint[])) AS n", sorted(set(numbers)))
-
-    def notify(self, connection: Connection, ids: Sequence[str]) -> None:
-        if ids and not self.is_sqlite:
-            notices = [f"{self.origin} {id}" for id in ids]
-            self.run(connection, f"SELECT pg_notify('{CHANNEL}', notice) FROM unnest(CAST(? AS text[])) AS notice", notices)
-
-    # Writing
-
-    def insert(self, connection: Connection, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], rest: str = "") -> None:
-        if self.is_sqlite:
-            for part in _parts(rows):
-                values = ", ".join([f"({_marks(columns)})"] * len(part))
-                statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {values} {rest}"
-                self.run(connection, statement, *(value for row in part for value in row))
-        elif rows:
-            statement = f"INSERT INTO {table} ({', '.join(columns)}) SELECT {{values}} FROM {{rows}} {rest}"
-            self._run_json(connection, statement, table, columns, rows)
-
+class JobSql(Sql):
     def update(self, connection: Connection, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], changes: dict[str, str]) -> None:
         """Jobs by their ids, which are the first of `columns`; `changes`: column to be set -> what to, where others than `columns` are."""
         if self.is_sqlite:
             said = {name: f"v.column{number}" for number, name in enumerate(columns, 1)}
-            for part in _parts(rows):
-                values = ", ".join([f"({_marks(columns)})"] * len(part))
+            for part in parts(rows):
+                values = ", ".join([f"({marks(columns)})"] * len(part))
                 statement = f"UPDATE jobs SET {_assigned(columns, changes, said)} FROM (VALUES {values}) AS v WHERE jobs.id = v.column1"
                 self.run(connection, statement, *(value for row in part for value in row))
         elif rows:
-            said = {name: self._decoded("jobs", name) for name in columns}
+            said = {name: self.decoded("jobs", name) for name in columns}
             statement = f"UPDATE jobs SET {_assigned(columns, changes, said)} FROM {{rows}} WHERE jobs.id = v.id"
-            self._run_json(connection, statement, "jobs", columns, rows)
-
-    def _run_json(
-        self, connection: Connection, statement: str, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]
-    ) -> None:
-        types = ", ".join(f"{name} {'text' if self._is_binary(table, name) else self._types[table, name]}" for name in columns)
-        values = ", ".join(self._decoded(table, name) for name in columns)
-        said = statement.format(values=values, rows=f"json_to_recordset(CAST(? AS json)) AS v({types})")
-        self.run(connection, said, msgspec.json.encode([dict(zip(columns, row, strict=True)) for row in rows]).decode())
-
-    def _decoded(self, table: str, column: str) -> str:
-        return f"decode(v.{column}, 'base64')" if self._is_binary(table, column) else f"v.{column}"
-
-    def _is_binary(self, table: str, column: str) -> bool:
-        return self._types[table, column] == "BYTEA"
+            self.run_json(connection, statement, "jobs", columns, rows)
 
     def add_jobs(self, connection: Connection, jobs: Sequence[tuple[JobRow, bytes]]) -> None:
         self.insert(connection, "jobs", JOB, [job_values(row) for row, _ in jobs])
@@ -142,7 +63,7 @@ class Sql:
 
     def put_steps(self, connection: Connection, rows: Sequence[tuple[str, int, int, bytes | None]]) -> None:
         """Id, step, number of steps, preview or None for the last one."""
-        preview = "v.column4" if self.is_sqlite else self._decoded("jobs", "preview")
+        preview = "v.column4" if self.is_sqlite else self.decoded("jobs", "preview")
         newer = {"preview": f"COALESCE({preview}, jobs.preview)", "revision": "jobs.revision + 1"}
         self.update(connection, ("id", "step", "num_steps", "preview"), rows, newer)
 
@@ -188,24 +109,12 @@ class Sql:
         one = """SELECT * FROM (SELECT CAST(? AS INTEGER) AS at, id FROM jobs WHERE status = 'queued' AND model = ? AND priority = ? AND tenant = ?
             AND not_before <= ? ORDER BY id LIMIT ?) AS g"""
         ids: list[list[str]] = [[] for _ in groups]
-        for part in _parts(list(enumerate(groups))):
+        for part in parts(list(enumerate(groups))):
             parameters = [(at, group.model, group.priority, group.tenant, now, limit) for at, (group, limit) in part]
             found = self.run(connection, " UNION ALL ".join([one] * len(part)), *(value for row in parameters for value in row))
             for at, id in found.fetchall():
                 ids[at].append(id)
         return [(group, found) for (group, _), found in zip(groups, ids, strict=True)]
-
-
-def _parts(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    at = 0
-    for length in STATEMENT_ROWS:
-        while len(rows) - at >= length:
-            yield rows[at : at + length]
-            at += length
-
-
-def _marks(columns: Sequence[str]) -> str:
-    return ", ".join("?" * len(columns))
 
 
 def _assigned(columns: Sequence[str], changes: Mapping[str, str], said: Mapping[str, str]) -> str:

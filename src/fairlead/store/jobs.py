@@ -33,9 +33,10 @@ from fairlead.store import job_rules
 from fairlead.store.grouped import Grouped
 from fairlead.store.job_rows import DeliveryRow, DeliveryState, JobQuery, JobRow, SecretRow
 from fairlead.store.job_rules import Ending
-from fairlead.store.job_sql import CHANNEL, DELIVERY, SECRET, Sql, delivery, secret
+from fairlead.store.job_sql import DELIVERY, SECRET, JobSql, delivery, secret
 from fairlead.store.rows import UsageRow
 from fairlead.store.spent import insert_usage
+from fairlead.store.sql import plain
 from fairlead.store.transactions import Conflict, Transactions
 
 NUL = "\0"
@@ -47,8 +48,6 @@ GROUP_CALLS = 64
 """That share a transaction."""
 GROUP_SECONDS = 15.0
 """How long a call waits for the transactions before."""
-LISTEN_SECONDS = 0.5
-"""How soon a listener sees that it is to stop."""
 LEASE_LOCK = 0x6661_6973
 """PostgreSQL's advisory lock: leases come one after the other, so that two runners together never exceed a tenant's share, nor look at the
 same jobs."""
@@ -78,7 +77,7 @@ class _End(Struct, frozen=True):
 class JobStore:
     def __init__(self, transactions: Transactions) -> None:
         self._transactions = transactions
-        self._sql = Sql(transactions.engine)
+        self._sql = JobSql(transactions.engine, "fairlead_jobs")
         self._submits = Grouped[_Wish, tuple[JobRow, bool]](self._submit, most=GROUP_CALLS, seconds=GROUP_SECONDS)
         self._ends = Grouped[_End, JobRow | None](self._end, most=GROUP_CALLS, seconds=GROUP_SECONDS)
         self._positions = Grouped[JobRow, int](self._position, most=GROUP_CALLS, seconds=GROUP_SECONDS)
@@ -292,7 +291,7 @@ class JobStore:
     ) -> JobRow | None:
         """In one transaction: the job's end, its usage, its webhook deliveries. None, and nothing written, where it is this runner's no longer.
         Calls at the same time share a transaction."""
-        ending = Ending(status=status, reason=reason, message=_plain(message), result=result, cost=cost)
+        ending = Ending(status=status, reason=reason, message=plain(message), result=result, cost=cost)
         return self._ends(_End(id, runner, ending, usage, now))
 
     def _end(self, ends: Sequence[_End]) -> Sequence[JobRow | Exception | None]:
@@ -320,7 +319,7 @@ class JobStore:
             row = self._sql.locked(connection, [id]).get(id)
             if row is None or row.runner != runner or row.status not in RUNNING:
                 return None
-            row = job_rules.put_back(row, not_before, _plain(message), now, counted=counted)
+            row = job_rules.put_back(row, not_before, plain(message), now, counted=counted)
             self._put(connection, [row], now)
             return row
 
@@ -385,21 +384,8 @@ class JobStore:
 
         Raises Unavailable when the connection is lost: listen again, and look at everything that matters.
         """
-        assert self.notifies
         with self._transactions.reads() as connection:
-            connection.execution_options(isolation_level="AUTOCOMMIT")
-            driver: Any = connection.connection.driver_connection
-            # It hears until it is closed, so that nobody else gets it from the pool.
-            connection.detach()
-            driver.execute(f"LISTEN {CHANNEL}")
-            on_change("")
-            while not stop.is_set():
-                for note in driver.notifies(timeout=LISTEN_SECONDS):
-                    origin, _, id = note.payload.partition(" ")
-                    if origin != self._sql.origin:
-                        on_change(id)
-                    if stop.is_set():
-                        break
+            self._sql.listen(connection, on_change, stop)
 
     # Webhook deliveries
 
@@ -437,7 +423,7 @@ class JobStore:
         """Try again at `next_at`. `counted` False: nobody was called, which takes the try back and leaves `last_...` and the body as they were.
         False: another runner's meanwhile."""
         if counted:
-            return self._tried(id, runner, next_at=next_at, last_status=status, last_error=_plain(error), body=body)
+            return self._tried(id, runner, next_at=next_at, last_status=status, last_error=plain(error), body=body)
         statement = """UPDATE deliveries SET next_at = ?, tries = tries - 1, runner = '', lease_until = 0
             WHERE id = ? AND runner = ? AND state = 'pending'"""
         with self._transactions.writes() as connection:
@@ -445,7 +431,7 @@ class JobStore:
 
     def gave_up(self, id: str, runner: str, *, status: int | None, error: str, body: str | None, now: float) -> bool:
         """False: another runner's meanwhile."""
-        return self._tried(id, runner, state=DeliveryState.FAILED, last_status=status, last_error=_plain(error), body=body, ended=now)
+        return self._tried(id, runner, state=DeliveryState.FAILED, last_status=status, last_error=plain(error), body=body, ended=now)
 
     def _tried(self, id: str, runner: str, *, body: str | None, **changes: Any) -> bool:
         said = ", ".join(f"{name} = ?" for name in changes)
@@ -528,8 +514,3 @@ def _admitted(
 def _number(name: str) -> int:
     """Of an advisory lock."""
     return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
-
-
-def _plain(text: str) -> str:
-    """As PostgreSQL can keep it: what models say of their failures may hold anything."""
-    return text.replace("\0", "").encode("utf-8", "replace").decode()

@@ -146,13 +146,14 @@ class UsageQuery(Struct, frozen=True, kw_only=True):
 
 
 class AuditQuery(Struct, frozen=True, kw_only=True):
-    """Which entries: `since` <= time < `until`, by whom, what, to what."""
+    """Which entries: `since` <= time < `until`, by whom, what, to what; or to a model and any of its versions."""
 
     since: float = 0.0
     until: float | None = None
     actor: str | None = None
     action: str | None = None
     subject: str | None = None
+    model: str | None = None
 
 
 class UsageSum(Struct, frozen=True, kw_only=True):

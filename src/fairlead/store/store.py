@@ -14,8 +14,10 @@ from sqlalchemy import ColumnElement, Connection, Engine, Select, Table
 from fairlead.core.errors import NotFound
 from fairlead.core.policy import DEFAULT_TENANT, Scope
 from fairlead.store import tables
+from fairlead.store.control import ControlStore
 from fairlead.store.database import open_database
 from fairlead.store.jobs import JobStore
+from fairlead.store.registry import RegistryStore
 from fairlead.store.rows import (
     AuditQuery,
     AuditRow,
@@ -29,6 +31,7 @@ from fairlead.store.rows import (
     UsageSum,
 )
 from fairlead.store.spent import SUMS, insert_usage, widened
+from fairlead.store.sql import Sql, find, select, write_audit
 from fairlead.store.transactions import Conflict, Transactions
 
 R = TypeVar("R")
@@ -45,6 +48,9 @@ class Store:
         self._engine = engine
         self._writing = self._transactions.writing
         self.jobs = JobStore(self._transactions)
+        control = Sql(engine, "fairlead_control")
+        self.registry = RegistryStore(self._transactions, control)
+        self.control = ControlStore(self._transactions, control)
 
     @classmethod
     def open(cls, url: str) -> "Store":
@@ -82,7 +88,7 @@ class Store:
     def add_tenant(self, row: TenantRow, audit: AuditRow) -> None:
         """Raises Conflict where there is one of that name."""
         with self._changes(audit) as connection:
-            if _find(connection, tables.tenants, TenantRow, name=row.name) is not None:
+            if find(connection, tables.tenants, TenantRow, name=row.name) is not None:
                 raise Conflict(f"there is a tenant `{row.name}` already")
             connection.execute(tables.tenants.insert(), _columns(row))
 
@@ -99,7 +105,7 @@ class Store:
             raise Conflict("the tenant `default` cannot be deleted, because callers without a tenant are its: disable it instead")
         with self._changes(audit) as connection:
             _tenant(connection, name)
-            live = [row.id for row in _select(connection, sa.select(tables.keys).filter_by(tenant=name), KeyRow) if row.live(audit.time)]
+            live = [row.id for row in select(connection, sa.select(tables.keys).filter_by(tenant=name), KeyRow) if row.live(audit.time)]
             if live and not force:
                 raise Conflict(f"tenant `{name}` has {len(live)} keys that work: revoke them first, or force it")
             for table in (tables.keys, tables.projects):
@@ -113,14 +119,14 @@ class Store:
             if tenant is not None:
                 _tenant(connection, tenant)
                 query = query.where(tables.projects.c.tenant == tenant)
-            return _select(connection, query, ProjectRow)
+            return select(connection, query, ProjectRow)
 
     def put_project(self, row: ProjectRow, audit: AuditRow) -> ProjectRow:
         """Make it, or change its limits. Raises NotFound for an unknown tenant."""
         table = tables.projects
         with self._changes(audit) as connection:
             _tenant(connection, row.tenant)
-            old = _find(connection, table, ProjectRow, tenant=row.tenant, name=row.name)
+            old = find(connection, table, ProjectRow, tenant=row.tenant, name=row.name)
             if old is None:
                 connection.execute(table.insert(), _columns(row))
             else:
@@ -132,9 +138,9 @@ class Store:
         """Raises NotFound, and Conflict while it has keys that live."""
         table = tables.projects
         with self._changes(audit) as connection:
-            if _find(connection, table, ProjectRow, tenant=tenant, name=name) is None:
+            if find(connection, table, ProjectRow, tenant=tenant, name=name) is None:
                 raise NotFound(f"tenant `{tenant}` has no project `{name}`")
-            keys = _select(connection, sa.select(tables.keys).filter_by(tenant=tenant, project=name), KeyRow)
+            keys = select(connection, sa.select(tables.keys).filter_by(tenant=tenant, project=name), KeyRow)
             if name != DEFAULT and any(row.live(audit.time) for row in keys):
                 raise Conflict(f"project `{name}` of tenant `{tenant}` has keys that work: revoke them first")
             connection.execute(table.delete().where(table.c.tenant == tenant, table.c.name == name))
@@ -159,7 +165,7 @@ class Store:
         """Raises NotFound for an unknown tenant or project."""
         with self._changes(audit) as connection:
             _tenant(connection, row.tenant)
-            if row.project != DEFAULT and _find(connection, tables.projects, ProjectRow, tenant=row.tenant, name=row.project) is None:
+            if row.project != DEFAULT and find(connection, tables.projects, ProjectRow, tenant=row.tenant, name=row.project) is None:
                 raise NotFound(f"tenant `{row.tenant}` has no project `{row.project}`")
             connection.execute(tables.keys.insert(), _columns(row))
 
@@ -169,7 +175,7 @@ class Store:
             old = _key(connection, id)
             if not old.live(audit.time):
                 raise Conflict(f"key {id} is {'revoked' if old.revoked is not None else 'expired'}: create another one")
-            later = _find(connection, tables.keys, KeyRow, replaces=id)
+            later = find(connection, tables.keys, KeyRow, replaces=id)
             if later is not None:
                 raise Conflict(f"key {id} was already rotated: {later.id} came after it")
             new = successor(old)
@@ -194,8 +200,7 @@ class Store:
         with self._transactions.writes() as connection:
             if usage:
                 insert_usage(connection, usage)
-            if audit:
-                connection.execute(tables.audit.insert(), list(map(_entry, audit)))
+            write_audit(connection, audit)
 
     def usage(self, query: UsageQuery, by: Sequence[Dimension] = (), limit: int | None = None) -> tuple[UsageSum, ...]:
         """Sums over whole hours: the range is widened to them. One row for each group, in the order of the groups."""
@@ -228,7 +233,7 @@ class Store:
         """Delete the records of requests that ended before; their sums by the hour stay. Returns how many there were."""
         with self._transactions.writes() as connection:
             deleted = connection.execute(tables.usage.delete().where(tables.usage.c.time < before)).rowcount
-            connection.execute(tables.audit.insert(), _entry(structs.replace(audit, details={**audit.details, "records": deleted})))
+            write_audit(connection, [structs.replace(audit, details={**audit.details, "records": deleted})])
             return deleted
 
     # Audit
@@ -239,6 +244,8 @@ class Store:
         equal = {"actor": query.actor, "action": query.action, "subject": query.subject}
         statement = sa.select(table).where(*_within(table, query.since, query.until))
         statement = statement.where(*(table.c[name] == value for name, value in equal.items() if value is not None))
+        if query.model is not None:
+            statement = statement.where(sa.or_(table.c.subject == query.model, self._begins(table.c.subject, f"{query.model}@")))
         if after is not None:
             statement = statement.where(table.c.id < after)
         return self._all(statement.order_by(table.c.id.desc()).limit(limit), AuditRow)
@@ -266,36 +273,31 @@ class Store:
         with self._transactions.writes() as connection:
             connection.exec_driver_sql("UPDATE revision SET number = number + 1")
             yield connection
-            connection.execute(tables.audit.insert(), _entry(audit))
+            write_audit(connection, [audit])
+
+    def _begins(self, column: ColumnElement[str], beginning: str) -> ColumnElement[bool]:
+        """Byte by byte, so that the index serves: LIKE takes capitals for small letters in SQLite."""
+        at_least, below = (">=", "<") if self._transactions.is_sqlite else ("~>=~", "~<~")
+        after = beginning[:-1] + chr(ord(beginning[-1]) + 1)
+        return sa.and_(column.bool_op(at_least)(beginning), column.bool_op(below)(after))
 
     def _all(self, query: Select[Any], type_: type[R]) -> tuple[R, ...]:
         with self._transactions.reads() as connection:
-            return _select(connection, query, type_)
+            return select(connection, query, type_)
 
 
 # Rows
 
 
-def _select(connection: Connection, query: Select[Any], type_: type[R]) -> tuple[R, ...]:
-    found = connection.execute(query)
-    names = [str(name) for name in found.keys()]  # noqa: SIM118, a result is no mapping; SQLAlchemy's names are a kind of str of their own
-    return tuple(msgspec.convert(dict(zip(names, row, strict=True)), type_) for row in found)
-
-
-def _find(connection: Connection, table: Table, type_: type[R], **equal: Any) -> R | None:
-    found = _select(connection, sa.select(table).filter_by(**equal).limit(1), type_)
-    return found[0] if found else None
-
-
 def _tenant(connection: Connection, name: str) -> TenantRow:
-    row = _find(connection, tables.tenants, TenantRow, name=name)
+    row = find(connection, tables.tenants, TenantRow, name=name)
     if row is None:
         raise NotFound(f"there is no tenant `{name}`")
     return row
 
 
 def _key(connection: Connection, id: str) -> KeyRow:
-    row = _find(connection, tables.keys, KeyRow, id=id)
+    row = find(connection, tables.keys, KeyRow, id=id)
     if row is None:
         raise NotFound(f"there is no key {id}")
     return row
@@ -315,12 +317,6 @@ def said(policy: msgspec.Struct, default: msgspec.Struct) -> dict[str, Any]:
     return {name: value for name, value in msgspec.to_builtins(policy).items() if value != unsaid[name]}
 
 
-def _entry(row: AuditRow) -> dict[str, Any]:
-    entry: dict[str, Any] = msgspec.to_builtins(row)
-    del entry["id"]
-    return entry
-
-
 @contextmanager
 def _an_admin_stays(connection: Connection, now: float, force: bool) -> Iterator[None]:
     before = _admins(connection, now)
@@ -332,7 +328,7 @@ def _an_admin_stays(connection: Connection, now: float, force: bool) -> Iterator
 def _admins(connection: Connection, now: float) -> list[str]:
     """Keys with which somebody may still administer: not those that were rotated and live on for a while."""
     enabled = sa.select(tables.tenants.c.name).where(~tables.tenants.c.disabled)
-    keys = _select(connection, sa.select(tables.keys).where(tables.keys.c.revoked.is_(None), tables.keys.c.tenant.in_(enabled)), KeyRow)
+    keys = select(connection, sa.select(tables.keys).where(tables.keys.c.revoked.is_(None), tables.keys.c.tenant.in_(enabled)), KeyRow)
     rotated = set(connection.execute(sa.select(tables.keys.c.replaces)).scalars())
     return [row.id for row in keys if Scope.ADMIN in row.scopes and row.live(now) and row.id not in rotated]
 

@@ -140,7 +140,8 @@ audit = Table(
     Column("details", Json, nullable=False),
     Column("address", String, nullable=False),
     Index("audit_time", "time"),
-    Index("audit_subject", "subject"),
+    # That it also finds what begins with a text.
+    Index("audit_subject", "subject", postgresql_ops={"subject": "text_pattern_ops"}),
 )
 """Triggers refuse to change or delete its rows."""
 
@@ -268,3 +269,190 @@ secrets = Table(
     Column("expires", Double),
     PrimaryKeyConstraint("name", "tenant", "value"),
 )
+
+models = Table(
+    "models",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("created", Double, nullable=False),
+    Column("description", Text, nullable=False),
+    Column("tags", Json, nullable=False),
+    Column("checks", Json, nullable=False),
+    Column("next_version", Integer, nullable=False),
+)
+
+reservations = Table(
+    "reservations",
+    metadata,
+    Column("model", String, nullable=False),
+    Column("number", Integer, nullable=False),
+    PrimaryKeyConstraint("model", "number"),
+    ForeignKeyConstraint(["model"], ["models.name"]),
+)
+"""Numbers that were given to versions which are not there yet."""
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("model", String, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("digest", String, nullable=False),
+    Column("spec", Text, nullable=False),
+    Column("files", Json, nullable=False),
+    Column("location", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("backend", String, nullable=False),
+    Column("signature", Json, nullable=False),
+    Column("stage", String, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("provenance", Json, nullable=False),
+    Column("tags", Json, nullable=False),
+    Column("signed_by", String, nullable=False),
+    Column("signature_text", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("moved", Double, nullable=False),
+    PrimaryKeyConstraint("model", "number"),
+    ForeignKeyConstraint(["model"], ["models.name"]),
+    Index("versions_digest", "model", "digest", unique=True),
+)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("model", String, nullable=False),
+    Column("alias", String, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("updated", Double, nullable=False),
+    Column("actor", String, nullable=False),
+    PrimaryKeyConstraint("model", "alias"),
+    ForeignKeyConstraint(["model", "number"], ["versions.model", "versions.number"]),
+)
+
+gates = Table(
+    "gates",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("model", String, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("run", String, nullable=False),
+    Column("gate", String, nullable=False),
+    Column("outcome", String, nullable=False),
+    Column("seconds", Double, nullable=False),
+    Column("details", Json, nullable=False),
+    Column("time", Double, nullable=False),
+    ForeignKeyConstraint(["model", "number"], ["versions.model", "versions.number"]),
+    Index("gates_version", "model", "number"),
+)
+
+deployments = Table(
+    "deployments",
+    metadata,
+    Column("model", String, primary_key=True),
+    Column("state", Json, nullable=False),
+    Column("versions", Json, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("updated", Double, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("reason", Text, nullable=False),
+)
+
+rollouts = Table(
+    "rollouts",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("model", String, nullable=False),
+    Column("status", String, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("updated", Double, nullable=False),
+    Column("ended", Double),
+    Column("revision", BigInteger, nullable=False),
+    Index("rollouts_created", "created", "id"),
+    _part("rollouts_running", "created", "id", where=NOT_ENDED),
+)
+
+rollout_members = Table(
+    "rollout_members",
+    metadata,
+    Column("model", String, nullable=False),
+    Column("rollout", String, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("running", Boolean, nullable=False),
+    PrimaryKeyConstraint("model", "rollout"),
+    ForeignKeyConstraint(["rollout"], ["rollouts.id"]),
+    Index("rollout_members_running", "model", unique=True, sqlite_where=text("running"), postgresql_where=text("running")),
+    Index("rollout_members_rollout", "rollout"),
+)
+"""A model is in one rollout at a time."""
+
+reports = Table("reports", metadata, Column("rollout", String, primary_key=True), Column("data", Text, nullable=False))
+"""What shadows found."""
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("holder", String, nullable=False),
+    Column("until", Double, nullable=False),
+)
+
+servers = Table(
+    "servers",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("seen", Double, nullable=False),
+    Column("state", Json, nullable=False),
+)
+
+windows = Table(
+    "windows",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("server", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("time", Double, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)
+"""On their way from the servers to the one that decides."""
+
+exposures = Table(
+    "exposures",
+    metadata,
+    Column("request_id", String, primary_key=True),
+    Column("model", String, nullable=False),
+    Column("version", String, nullable=False),
+    Column("rollout", String, nullable=False),
+    Column("time", Double, nullable=False),
+    Index("exposures_time", "time"),
+)
+
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("request_id", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("value", Double, nullable=False),
+    Column("time", Double, nullable=False),
+    Column("model", String, nullable=False),
+    Column("version", String, nullable=False),
+    Column("rollout", String, nullable=False),
+    Column("actor", String, nullable=False),
+    Index("feedback_request", "request_id", "name", unique=True),
+    Index("feedback_rollout", "rollout", "id"),
+    Index("feedback_time", "time"),
+)
+
+feedback_sums = Table(
+    "feedback_sums",
+    metadata,
+    Column("rollout", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("version", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("num", BigInteger, nullable=False),
+    Column("sum", Double, nullable=False),
+    Column("squares", Double, nullable=False),
+    PrimaryKeyConstraint("rollout", "model", "version", "name"),
+)
+"""The same feedback added up: what is asked at every decision, and what purging leaves."""
