@@ -157,6 +157,8 @@ class DataProtocol(HttpToolsProtocol):
         self.heard = self.began = self.idle_since = perf_counter()
         self.linger_until = 0.0
         self.num_cycle_bytes = 0
+        self.max_bytes = http.max_body_bytes
+        """Of the body that comes in."""
         self.num_bytes = 0
         """Of the message that comes in, beyond its first read."""
         self.num_read = 0
@@ -181,7 +183,8 @@ class DataProtocol(HttpToolsProtocol):
         self.num_read = len(data)
         if self.stage:
             self.num_bytes += len(data)
-            if self.num_bytes > (MAX_HEAD_BYTES if self.stage == HEAD else self.http.max_wire_bytes):
+            # a body comes with the frames of its chunks
+            if self.num_bytes > (MAX_HEAD_BYTES if self.stage == HEAD else 2 * self.max_bytes + MAX_HEAD_BYTES):
                 self._too_long()
                 return
         try:
@@ -273,6 +276,7 @@ class DataProtocol(HttpToolsProtocol):
         self.stage = HEAD
         self.began = self.heard
         self.num_bytes = 0
+        self.max_bytes = self.http.max_body_bytes
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.stage == HEAD:  # else it trails a chunked body
@@ -312,9 +316,10 @@ class DataProtocol(HttpToolsProtocol):
                 return
             if exchange.continue_expected and not exchange.waiting:
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        elif num_body_bytes > http.max_body_bytes:
-            self._exchange_error(http.too_large())
+        elif num_body_bytes > (bound := http.body_bound(parser.get_method(), self.url)):
+            self._exchange_error(http.too_large(bound))
         else:
+            self.max_bytes = bound
             self._begin_cycle(headers)
 
     def _fits(self, route: "Route", headers: dict[bytes, bytes]) -> bool:
@@ -435,8 +440,8 @@ class DataProtocol(HttpToolsProtocol):
 
     def _cycle_body(self, body: bytes) -> None:
         self.num_cycle_bytes += len(body)
-        if self.num_cycle_bytes > self.http.max_body_bytes:
-            self.reject(self.http.too_large())
+        if self.num_cycle_bytes > self.max_bytes:
+            self.reject(self.http.too_large(self.max_bytes))
         else:
             super().on_body(body)
 
@@ -486,7 +491,7 @@ class DataProtocol(HttpToolsProtocol):
         if self.stage == HEAD:
             self.reject(LongHead(f"request line and headers are longer than {MAX_HEAD_BYTES} bytes"))
         else:
-            self.reject(self.http.too_large())
+            self.reject(self.http.too_large(self.max_bytes))
 
     def _num_head_bytes(self) -> int:
         return len(self.url) + sum([len(name) + len(value) + 4 for name, value in self.headers])

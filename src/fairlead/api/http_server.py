@@ -3,6 +3,7 @@
 import asyncio
 import re
 import ssl as tls
+from collections.abc import Callable
 from email.utils import formatdate
 from socket import socket
 from time import perf_counter, time
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from fairlead.api.doorkeeper import Doorkeeper
-from fairlead.api.http1 import MAX_HEAD_BYTES, DataProtocol
+from fairlead.api.http1 import DataProtocol
 from fairlead.api.offload import Offload
 from fairlead.api.status import INTERNAL
 from fairlead.api.web import JSON, Shape, Shapes, shape_of
@@ -31,6 +32,8 @@ log = structlog.get_logger("fairlead.http")
 PASSED_ON = frozenset((b"/v1/chat/completions", b"/v1/completions", b"/v1/embeddings"))
 """What goes on to other servers without the app, where one of them computes the model."""
 INFER = re.compile(rb"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
+Larger = Callable[[bytes, bytes], int]
+"""Method and path → how many bytes its body may have; 0: no more than others."""
 MAX_ROUTES = 4096
 SWEEP_SECONDS = 1.0
 
@@ -75,6 +78,7 @@ class HttpServer:
         elsewhere: Elsewhere | None = None,
         shapes: Shapes | None = None,
         max_body_bytes: int = 64 << 20,
+        larger: Larger | None = None,
         max_receiving_bytes: int = 512 << 20,
         max_connections: int = 10_000,
         keep_alive: float = 300.0,
@@ -95,8 +99,8 @@ class HttpServer:
         self.max_body_bytes = max_body_bytes
         self.max_receiving_bytes = max_receiving_bytes
         """Bodies being received over all connections."""
-        self.max_wire_bytes = 2 * max_body_bytes + MAX_HEAD_BYTES
-        """A body with the frames of its chunks."""
+        self.larger = larger
+        """Bodies that may be larger than that, because the app reads them as they come."""
         self.max_connections = max_connections
         self.keep_alive = keep_alive
         self.head_timeout = head_timeout
@@ -201,8 +205,12 @@ class HttpServer:
             path = url
         return shape_of(self.shapes, path.decode("latin-1"))
 
-    def too_large(self) -> TooLarge:
-        return TooLarge(f"request body exceeds the limit of {self.max_body_bytes} bytes")
+    def body_bound(self, method: bytes, url: bytes) -> int:
+        """Bytes that a body for the app may have."""
+        return (self.larger and self.larger(method, url.partition(b"?")[0])) or self.max_body_bytes
+
+    def too_large(self, bound: int = 0) -> TooLarge:
+        return TooLarge(f"request body exceeds the limit of {bound or self.max_body_bytes} bytes")
 
     def too_much(self) -> Unavailable:
         return Unavailable(f"bodies of {self.max_receiving_bytes} bytes are being received already")

@@ -38,7 +38,7 @@ TAGS = {
     "openai": "The OpenAI API: language models and embedders.",
     "images": "Pictures, in the shapes of other services: jobs beneath.",
     "jobs": "Requests that are answered later, their files, and the calls that tell of them.",
-    "admin": "Tenants, keys, usage, audit, configuration.",
+    "admin": "Tenants, keys, usage, audit, configuration, models and their versions.",
     "not offered": "Parts of Triton's protocol that this server answers with 501.",
     "document": "This document.",
 }
@@ -51,6 +51,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "tenant": {"description": "The tenant's name.", "schema": {"type": "string", "minLength": 1}},
     "project": {"description": "The project's name.", "schema": {"type": "string", "minLength": 1}},
     "key": {"description": "The key's id, which is public.", "schema": {"type": "string", "minLength": 1}},
+    "ref": {"description": "A version's number, or an alias.", "schema": {"type": "string", "minLength": 1}},
+    "alias": {"description": "The alias's name.", "schema": {"type": "string", "minLength": 1}},
     "prediction": {"description": "The job's id.", "schema": {"type": "string", "minLength": 1}},
     "owner": {"description": "Always `fairlead`.", "schema": {"type": "string", "minLength": 1}},
     "version_id": {"description": "`NAME@VERSION`.", "schema": {"type": "string", "minLength": 1}},
@@ -126,6 +128,8 @@ class Operation(Struct, frozen=True, kw_only=True):
     """Statuses of an answer that is none of `errors`."""
     form: bool = False
     """Whether the body is multipart/form-data in place of JSON."""
+    uploads: tuple[str, ...] = ()
+    """Content types of a file that may be the body in place of it."""
     scope: Scope | None = Scope.INFER
     """What the caller's key must be for; None: anyone may ask, without one too."""
     events: str = ""
@@ -250,6 +254,7 @@ def _request_body(operation: Operation, schema_of: dict[str, Any], examples: dic
                 "description": f"JSON of {HEADER_LENGTH} bytes, then the tensors, little-endian and row-major, in the order of the inputs."
             }
         }
+    content |= {media: {} for media in operation.uploads}
     return {"required": operation.body_required, "content": content}
 
 

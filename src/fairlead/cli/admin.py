@@ -1,4 +1,4 @@
-"""What `keys`, `tenants`, `usage` and `audit` share: one way to ask the administration, of a running server or of the store itself.
+"""What `keys`, `tenants`, `usage`, `audit` and `models` share: one way to ask the administration, of a running server or of the store itself.
 
 Both are asked the same HTTP: a server over the network, or the same operations called in this process.
 """
@@ -10,13 +10,13 @@ import re
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import wraps
+from functools import cached_property, wraps
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 import msgspec
@@ -29,9 +29,16 @@ from fairlead.core.errors import ConfigError, FairleadError, InvalidRequest, Una
 from fairlead.core.settings import Settings, read_settings
 from fairlead.gateway.identity.keys import ID_CHARS, PREFIX
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from fairlead.api.openapi import Operation
+
 T = TypeVar("T")
 
 TIMEOUT = 60.0
+CONTROL = ("/admin/models", "/admin/rollouts", "/admin/deployments", "/admin/feedback")
+"""Where the operations of the registry and of rollouts begin."""
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -50,7 +57,8 @@ class Asks(Protocol):
     def place(self) -> str:
         """For people to read."""
 
-    def ask(self, method: str, target: str, body: bytes) -> Answer: ...
+    def ask(self, method: str, target: str, body: bytes, *, timeout: float = TIMEOUT) -> Answer:
+        """`timeout`: how long a server may take."""
 
 
 class Remote:
@@ -61,12 +69,23 @@ class Remote:
         self._parsed = parsed_url(url, "http://127.0.0.1:8002")
         self._headers = {"Content-Type": "application/json", **bearer(key, "FAIRLEAD_ADMIN_KEY or --key")}
 
-    def ask(self, method: str, target: str, body: bytes) -> Answer:
+    def ask(self, method: str, target: str, body: bytes, *, timeout: float = TIMEOUT) -> Answer:
+        return self._ask(method, target, body, self._headers, timeout)
+
+    def upload(self, target: str, content_type: str, chunks: Iterator[bytes], *, timeout: float) -> Answer:
+        """POST what comes in chunks, nobody knows how many."""
+        return self._ask("POST", target, chunks, {**self._headers, "Content-Type": content_type}, timeout)
+
+    def _ask(self, method: str, target: str, body: bytes | Iterator[bytes], headers: dict[str, str], timeout: float) -> Answer:
         parsed = self._parsed
         connect = http.client.HTTPSConnection if parsed.scheme == "https" else http.client.HTTPConnection
-        connection = connect(str(parsed.hostname), parsed.port, timeout=TIMEOUT)
+        connection = connect(str(parsed.hostname), parsed.port, timeout=timeout)
         try:
-            connection.request(method, parsed.path.rstrip("/") + target, body, self._headers)
+            try:
+                connection.request(method, parsed.path.rstrip("/") + target, body, headers, encode_chunked=not isinstance(body, bytes))
+            except (BrokenPipeError, ConnectionResetError):
+                if isinstance(body, bytes):
+                    raise  # else it was refused while it was sent, and the answer says why
             response = connection.getresponse()
             return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
         except (OSError, http.client.HTTPException) as error:
@@ -105,25 +124,45 @@ class Local:
         from fairlead.store.database import default_url
         from fairlead.store.store import Store
 
+        self._settings = settings
         self._store = Store.open(settings.store.url or default_url())
         classes = settings.gateway.classes if classes_known else None
-        caller = Caller(key=f"cli:{_user()}")
-        operations = Admin(self._store, classes=None if classes is None else lambda: classes).operations
+        caller = Caller(key=f"cli:{user()}")
+        admin = Admin(self._store, classes=None if classes is None else lambda: classes)
 
         async def admit(request: Any, _: Any) -> None:
             request.scope[CALLER] = (caller, "")
 
-        self._app = json_app([(each.method, each.path, each.serve, each.scope) for each in operations], {"/admin": Problems()}, admit)
+        def app(operations: "Iterable[Operation]") -> "ASGIApp":
+            return json_app([(each.method, each.path, each.serve, each.scope) for each in operations], {"/admin": Problems()}, admit)
+
+        self._make = app
+        self._admin = app(admin.operations)
 
     @property
     def place(self) -> str:
         return self._store.url
 
-    def ask(self, method: str, target: str, body: bytes) -> Answer:
+    @cached_property
+    def _control(self) -> "ASGIApp":
+        """Imported and made here: most commands need no registry, whose artefacts may lie on a file system of their own."""
+        from fairlead.api.registry import RegistryRoutes
+        from fairlead.api.rollouts import RolloutOperations
+        from fairlead.control.registry import Registry
+        from fairlead.control.rollouts import Rollouts
+
+        control = self._settings.control
+        registry = Registry(self._store, control.registry)
+        rollouts = RolloutOperations(Rollouts(self._store, registry, control))
+        return self._make((*RegistryRoutes(registry).operations, *rollouts.operations))
+
+    def ask(self, method: str, target: str, body: bytes, *, timeout: float = TIMEOUT) -> Answer:
+        """Here it takes as long as it takes."""
         return asyncio.run(self._ask(method, target, body))
 
     async def _ask(self, method: str, target: str, body: bytes) -> Answer:
         path, _, query = target.partition("?")
+        app = self._control if path.startswith(CONTROL) else self._admin
         scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -146,7 +185,7 @@ class Local:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await self._app(scope, receive, send)
+        await app(scope, receive, send)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in sent[0]["headers"]}
         return Answer(sent[0]["status"], headers, b"".join(message.get("body", b"") for message in sent[1:]))
 
@@ -154,7 +193,8 @@ class Local:
         self._store.close()
 
 
-def _user() -> str:
+def user() -> str:
+    """Who acts here, for the audit log."""
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
@@ -255,11 +295,11 @@ def _utf8() -> Iterator[None]:
         raise click.UsageError(f"{error.object!a} is not UTF-8") from None
 
 
-def ask(asks: Asks, method: str, target: str, body: Any = None) -> Any:
+def ask(asks: Asks, method: str, target: str, body: Any = None, *, timeout: float = TIMEOUT) -> Any:
     """The JSON of a good answer. Raises FairleadError with what went wrong."""
     with _utf8():
         sent = b"" if body is None else msgspec.json.encode(body)
-    answer = checked(asks.ask(method, target, sent), asks)
+    answer = checked(asks.ask(method, target, sent, timeout=timeout), asks)
     return msgspec.json.decode(answer.body)
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +22,11 @@ from fairlead.runtime.triton_config import CONFIG_FILE, spec_from_pbtxt
 SPEC_FILE = "model.yaml"
 VERSION = re.compile(r"[1-9][0-9]*")
 _ARTEFACT_SUFFIXES = frozenset((".onnx", ".ubj", ".json", ".txt", ".cbm", ".skops", ".joblib", ".pkl", ".pickle", ".pt", ".pth", ".pt2"))
+
+
+def default_cache() -> Path:
+    """Where versions are copied to from elsewhere."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fairlead" / "models"
 
 
 class Listing(Struct, frozen=True):
@@ -94,7 +100,7 @@ class Source:
             relative = path[len(self.root) :].lstrip("/")
             if not any(part.startswith(".") or part == "__pycache__" for part in relative.split("/")):
                 files[relative] = self._stamp(info)
-        if _is_one_model(files):
+        if is_one_model(files):
             name = PurePosixPath(self.root.rstrip("/")).name
             return {name: Listing(name=name, files=files, root=self.root)}
         grouped: dict[str, dict[str, str]] = {}
@@ -113,22 +119,27 @@ class Source:
         }
 
     def spec(self, listing: Listing) -> ModelSpec:
+        """As `own_spec`, with the model's name. Raises ConfigError where it names itself otherwise."""
+        spec = self.own_spec(listing)
+        if spec.name and spec.name != listing.name:
+            where = f"{listing.root}/{SPEC_FILE if SPEC_FILE in listing.files else CONFIG_FILE}"
+            raise ConfigError(
+                f"{where}: the model is named '{spec.name}' but its folder '{listing.name}'; they must agree (or leave `name` out)"
+            )
+        return spec.replace(name=listing.name)
+
+    def own_spec(self, listing: Listing) -> ModelSpec:
         """The model's own `model.yaml` or Triton's `config.pbtxt`, empty where it has none. Raises ConfigError, naming the line."""
         found = [name for name in (SPEC_FILE, CONFIG_FILE) if name in listing.files]
         if not found:
-            return ModelSpec(name=listing.name)
+            return ModelSpec()
         if len(found) > 1:
             raise ConfigError(
                 f"{listing.root} holds both {SPEC_FILE} and {CONFIG_FILE}; keep {SPEC_FILE}, or remove it to serve by Triton's configuration"
             )
         path = f"{listing.root}/{found[0]}"
         text = self.text(listing, found[0])
-        spec = read_yaml(text, ModelSpec, path) if found[0] == SPEC_FILE else spec_from_pbtxt(text, path, partial(self.text, listing))
-        if spec.name and spec.name != listing.name:
-            raise ConfigError(
-                f"{path}: the model is named '{spec.name}' but its folder '{listing.name}'; they must agree (or leave `name` out)"
-            )
-        return spec.replace(name=listing.name)
+        return read_yaml(text, ModelSpec, path) if found[0] == SPEC_FILE else spec_from_pbtxt(text, path, partial(self.text, listing))
 
     def text(self, listing: Listing, name: str) -> str:
         """One of the model's own files. Raises ConfigError."""
@@ -213,7 +224,7 @@ def _intact(folder: Path) -> bool:
     return True
 
 
-def _is_one_model(files: dict[str, str]) -> bool:
+def is_one_model(files: Collection[str]) -> bool:
     """Whether a folder is a model rather than a repository of models."""
     for path in files:
         first, _, rest = path.partition("/")
