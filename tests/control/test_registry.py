@@ -531,3 +531,12 @@ def test_what_is_said_of_a_version_can_be_kept_by_every_store(registry: Registry
 def test_the_registrys_folder_is_known_in_words(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read s4://bucket"):
         registry_of(store, tmp_path, url="s4://bucket")
+
+
+def test_checks_beside_a_model_are_no_part_of_its_versions(registry, tmp_path):
+    plain = add(registry, write(tmp_path / "plain", {"model.py": PYTHON}))
+    source = write(tmp_path / "checked", {"model.py": PYTHON, "checks/checks.yaml": "golden: {rtol: 0.1}\n"})
+    assert add(registry, source).ref == plain.ref
+    stays = add(registry, source, "other", in_place=True)
+    assert set(stays.files) == {"model.py"}
+    assert registry.fetch(stays).is_dir()

@@ -25,6 +25,10 @@ MAX_FILES = 10_000
 """Of one version: their names and digests are a row of the store."""
 
 
+CHECKS_FOLDER = "checks"
+"""In a model's folder: what its versions are held against is no part of them."""
+
+
 class Part(Struct, frozen=True):
     """One file, in its file system; or made here."""
 
@@ -209,7 +213,7 @@ def _version(source: Source, found: _Found, *, told: bool) -> Artefacts:
     if not found.folder:
         return Artefacts(spec=ModelSpec(), parts=found.parts, source=source)
     parents = _parents_spec(source, found)
-    own_files = [path for path in found.parts if path not in (SPEC_FILE, CONFIG_FILE)]
+    own_files = [path for path in found.parts if path not in (SPEC_FILE, CONFIG_FILE) and not path.startswith(f"{CHECKS_FOLDER}/")]
     if not (told or parents or is_one_model(found.parts)):
         models = sorted({path.partition("/")[0] for path in own_files if "/" in path})
         raise InvalidRequest(

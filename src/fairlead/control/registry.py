@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import Meta, Struct, structs
 
 from fairlead.backends import detect
-from fairlead.control.artefacts import Artefacts, Progress, find, open_plain
+from fairlead.control.artefacts import CHECKS_FOLDER, Artefacts, Progress, find, open_plain
 from fairlead.control.digest import CHUNK_BYTES, Files, digest_of, said, sha256_of, spec_text
 from fairlead.control.signing import fingerprint, public_key, signer, trusted
 from fairlead.core.config import read_yaml
@@ -38,6 +38,7 @@ from fairlead.store.store import Store
 
 Label = Annotated[str, Meta(max_length=1000)]
 Tags = dict[Annotated[str, Meta(min_length=1, max_length=128)], Label]
+NOT_OF_THE_VERSION = (SPEC_FILE, CONFIG_FILE, CHECKS_FOLDER)
 UNFINISHED = ".adding-"
 """How the folders of what is being added begin."""
 UNFINISHED_SECONDS = 86_400.0
@@ -521,7 +522,7 @@ def _verified(folder: Path, row: VersionRow) -> Path:
     for each in folder.rglob("*"):
         inside = each.relative_to(folder)
         # what is hidden, and what Python compiled, is read by nobody here; a spec is the row's
-        if any(part.startswith(".") or part == "__pycache__" for part in inside.parts) or str(inside) in (SPEC_FILE, CONFIG_FILE):
+        if any(part.startswith(".") or part == "__pycache__" for part in inside.parts) or inside.parts[0] in NOT_OF_THE_VERSION:
             continue
         if (each.is_symlink() or not each.is_dir()) and inside.as_posix() not in row.files:
             raise LoadError(f"{row.ref} is not what was added: {inside} in {folder} was not there")

@@ -23,6 +23,10 @@ from fairlead.runtime.warmup import samples_of
 log = structlog.get_logger("fairlead.runtime")
 
 
+class WarmUpFailed(LoadError):
+    """It was loaded, and did not answer its first requests."""
+
+
 async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: ForkServer) -> Version:
     """Load every instance and warm it up. Raises LoadError (or ConfigError) with one readable sentence."""
     kind, artefact = await asyncio.to_thread(detect, folder, spec)
@@ -55,6 +59,7 @@ async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: 
         complete = complete_spec(spec, kind, told.inputs, told.outputs, batches=told.batches, streams=told.streams)
         loaded = ModelVersion(complete, version, told.platform or kind.name, instances)
         served.append(loaded)
+        loaded.example = told.example
         await _warm_up(loaded, told.example)
     except BaseException:
         await asyncio.gather(*(instance.close() for instance in instances))
@@ -118,9 +123,9 @@ async def _warm_up(version: ModelVersion | EngineVersion, example: Tensors | Non
     try:
         await version.warm_up(samples_of(version.spec, example))
     except FairleadError as error:
-        raise LoadError(f"warm-up failed: {error.message}") from None
+        raise WarmUpFailed(f"warm-up failed: {error.message}") from None
     except TimeoutError:
-        raise LoadError("warm-up did not answer in time") from None
+        raise WarmUpFailed("warm-up did not answer in time") from None
 
 
 def _threads_of_each(count: int) -> int:

@@ -104,6 +104,8 @@ class ModelVersion:
         self.batcher = Batcher(spec.batching)
         self.check = InputCheck(spec)
         self.slots = [_Slot(instance) for instance in instances]
+        self.example: Tensors | None = None
+        """Inputs that work, where the artefact tells some."""
         self.draining = False
         self._variable = spec.batches and any(-1 in item for item in self.check.items.values())
         self._optional = any(s.optional for s in spec.inputs)
