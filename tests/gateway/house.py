@@ -493,6 +493,7 @@ class House:
     async def close(self) -> None:
         await self.upstreams.close()
         await self.gateway.recalls.close()
+        await self.gateway.shadows.stop()
         if self.usage is not None:
             self.usage._rows.clear()
             self.usage._audit.clear()

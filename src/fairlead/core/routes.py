@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 from hashlib import blake2b
+from typing import Literal
 
 from msgspec import Struct
 
 Shares = tuple[tuple[str, float], ...]
 """(version, share), in an order that stays: where it does, few sessions move when shares change."""
+
+Sticky = Literal["session", "tenant", "request"]
+"""What keeps to one version while the shares stay: a session (a request that names none is by itself), a tenant, or nothing."""
 
 
 class Routes(Struct, frozen=True):
@@ -14,6 +18,8 @@ class Routes(Struct, frozen=True):
 
     shares: Mapping[str, Shares] = {}
     """By model. A model that is not here: its version policy's default."""
+    sticky: Mapping[str, Sticky] = {}
+    """By model. One that is not here: `session`. The same key is given the same side of all models whose shares are alike."""
 
     def __post_init__(self) -> None:
         for model, shares in self.shares.items():

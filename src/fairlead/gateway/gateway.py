@@ -59,9 +59,11 @@ from fairlead.gateway.recall import Answer, Recall, Recalled
 from fairlead.gateway.reuse.keys import CHOOSES
 from fairlead.gateway.reuse.response_cache import Stored
 from fairlead.gateway.routing.dispatch import Dispatch
+from fairlead.gateway.shadow import Shadows
 from fairlead.gateway.upstream.registry import Upstreams
 from fairlead.gateway.usage import UsageLog
 from fairlead.gateway.visit import NO_WORK, Turn, Visit, come
+from fairlead.gateway.watch import Watches
 from fairlead.observe.counts import Counts
 from fairlead.runtime.repository import ModelRepository
 from fairlead.runtime.version import Version
@@ -105,6 +107,8 @@ class Gateway:
         self.counts = counts
         self.note = Books(counts, abuse, usage, audit).note
         self.recalls = Recall(settings, repository, self.embed, counts)
+        self.watches = Watches(dispatch)
+        self.shadows = Shadows(dispatch, repository, counts, busy=self._busy)
         self._subjects: dict[tuple[str, str, str], tuple[Caller, tuple[Subject, ...]]] = {}
         self._timers: dict[FairQueue, asyncio.TimerHandle] = {}
         self.stopping = False
@@ -338,7 +342,7 @@ class Gateway:
 
     async def recall(self, visit: Visit) -> Answer | None:
         policy, request = visit.course.policy, visit.request
-        fixed = bool(request.version) or not (policy.traffic or self.dispatch.routes.shares.get(request.model))
+        fixed = bool(request.version) or not self.dispatch.splits(request.model)
         found = visit.recalled = Recalled()
         await self.recalls.look(found, request, policy.cache, policy.queue.max_wait, visit.in_task, fixed=fixed)
         visit.headers.update(found.headers)
@@ -525,6 +529,11 @@ class Gateway:
             assert offered.turn
 
     # The waiting lines
+
+    def _busy(self, model: str) -> bool:
+        """Requests wait for it, or will not be answered much longer."""
+        queue = self.courses.queues.get(model)
+        return self.stopping or (queue is not None and bool(queue.num_waiting))
 
     def _wait(self, visit: Visit, queue: FairQueue, now: float) -> float:
         """As it seems."""

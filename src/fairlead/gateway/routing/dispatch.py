@@ -9,14 +9,15 @@ from functools import partial
 from typing import Protocol
 
 import structlog
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from fairlead.core.caller import Caller
-from fairlead.core.errors import Cancelled, FairleadError, Unavailable
+from fairlead.core.errors import Cancelled, FairleadError, ModelError, Unavailable
 from fairlead.core.policy import GatewaySettings
 from fairlead.core.request import Pausable, Request, Response, Sink, Ticket
 from fairlead.core.routes import Routes, Shares
 from fairlead.gateway.routing.balance import Size
+from fairlead.gateway.routing.onlooker import Look, Onlooker
 from fairlead.gateway.routing.places import Attempt, Candidate, Place, places_of
 from fairlead.gateway.routing.trip import Choices, Instead, Trip
 from fairlead.gateway.routing.verdicts import verdict_of_status
@@ -65,6 +66,12 @@ class Dispatch:
         self._known: dict[str, _Known] = {}
         self.routes = Routes()
         """Traffic that control publishes, by assigning it anew; it goes before `traffic` of the settings."""
+        self.looks_of: list[Callable[[str], Look | None]] = []
+        """Who looks at a model's requests. Whoever gives other answers than before calls `look_again`."""
+
+    def splits(self, model: str) -> bool:
+        """Several versions may answer a request that names none."""
+        return bool(self._look(model).choices.shares)
 
     def knows(self, model: str) -> bool:
         return self._repository.known(model) or bool(self._upstreams(model))
@@ -85,7 +92,23 @@ class Dispatch:
             known = self._learn(request.model)
         if known.direct or repository.stopping:
             return repository.submit(request, sink)
+        if known.looks:
+            return self._submit_looked_at(known, request, sink, instead)
         flight = _Flight(self, Trip(self, known.choices, request, self.clock(), instead), sink)
+        flight.send()
+        return flight
+
+    def _submit_looked_at(self, known: "_Known", request: Request, sink: Sink, instead: Instead | None) -> Ticket:
+        trip = None if known.choices.direct else Trip(self, known.choices, request, self.clock(), instead)
+        if not request.version:  # no chance gave it that one
+            version = (trip is not None and trip.version) or known.choices.default
+            for look in known.looks:
+                onlooker = look.begin(request, version, trip)
+                if onlooker is not None:
+                    onlooker.sink, sink = sink, onlooker
+        if trip is None:
+            return self._repository.submit(request, sink)
+        flight = _Flight(self, trip, sink)
         flight.send()
         return flight
 
@@ -94,7 +117,13 @@ class Dispatch:
         known = self._look(request.model)
         if known.direct or self._repository.stopping:
             return self._repository.infer(request)
-        return self._stream(Trip(self, known.choices, request, self.clock(), instead))
+        trip = None if known.choices.direct else Trip(self, known.choices, request, self.clock(), instead)
+        responses = self._repository.infer(request) if trip is None else self._stream(trip)
+        if not known.looks or request.version:
+            return responses
+        version = (trip is not None and trip.version) or known.choices.default
+        onlookers = [onlooker for look in known.looks if (onlooker := look.begin(request, version, trip)) is not None]
+        return _looked_at(responses, onlookers) if onlookers else responses
 
     async def _stream(self, trip: Trip) -> AsyncGenerator[Response, None]:
         while True:
@@ -142,6 +171,10 @@ class Dispatch:
     def call_later(self, seconds: float, then: Callable[[], object]) -> Timer:
         return (self._later or asyncio.get_running_loop().call_later)(seconds, then)
 
+    def look_again(self) -> None:
+        """`looks_of` is asked anew, for each model on its next request."""
+        self.routes = structs.replace(self.routes)
+
     # What a trip asks
 
     def fallback(self, request: Request, name: str) -> Choices | None:
@@ -181,10 +214,14 @@ class Dispatch:
         choices.versions = {each: choices.adopt(places_of(repository.find(name, each))) for each in loaded}
         choices.default = repository.find(name).version if loaded else ""
         choices.remotes = choices.adopt(self._upstreams(name))
-        choices.shares = _shares_of(name, self.routes.shares.get(name) or tuple(policy.traffic.items()), loaded)
+        shares = _shares_of(name, self.routes.shares.get(name) or tuple(policy.traffic.items()), loaded)
+        # One version that gets everything, and would without being named: nothing is split.
+        choices.shares = () if [version for version, share in shares if share] == [choices.default] else shares
+        choices.sticky = self.routes.sticky.get(name, "session")
         choices.fallback = tuple(each for each in policy.routing.fallback if each != name)
         choices.settle()
-        known = _Known(choices, choices.direct, repository.readiness_changed, settings, self.routes)
+        looks = tuple(look for each in self.looks_of if (look := each(name)) is not None)
+        known = _Known(choices, choices.direct and not looks, looks, repository.readiness_changed, settings, self.routes)
         if repository.known(name) or choices.remotes:
             if len(self._known) >= MAX_MODELS:
                 del self._known[next(iter(self._known))]
@@ -199,10 +236,32 @@ class _Known(Struct, frozen=True, eq=False):
 
     choices: Choices
     direct: bool
+    """There is nothing to choose, and nobody looks."""
+    looks: tuple[Look, ...]
     changed: asyncio.Event
     """The repository replaces it when something is loaded or unloaded."""
     settings: GatewaySettings
     routes: Routes
+
+
+async def _looked_at(responses: AsyncGenerator[Response, None], onlookers: Sequence[Onlooker]) -> AsyncGenerator[Response, None]:
+    error: FairleadError | None = Cancelled("the client left")
+    try:
+        async with aclosing(responses):
+            async for response in responses:
+                for onlooker in onlookers:
+                    onlooker.saw(response)
+                yield response
+        error = None
+    except FairleadError as failure:
+        error = failure
+        raise
+    except Exception:
+        error = ModelError("internal error")
+        raise
+    finally:
+        for onlooker in onlookers:
+            onlooker.ended(error)
 
 
 def _shares_of(name: str, shares: Shares, loaded: Sequence[str]) -> Shares:

@@ -11,7 +11,7 @@ from msgspec import structs
 from fairlead.core.errors import FairleadError, Unavailable
 from fairlead.core.policy import RoutingSettings
 from fairlead.core.request import Request, Response
-from fairlead.core.routes import Shares, pick_version
+from fairlead.core.routes import Shares, Sticky, pick_version
 from fairlead.gateway.routing.balance import Prefixes, Size, blocks_of, cost, overlap_of, pick, rendezvous, size_of
 from fairlead.gateway.routing.breaker import Circuit
 from fairlead.gateway.routing.budget import Budget
@@ -44,6 +44,8 @@ class Choices:
         """Of the metrics: "" for a model that nobody knows, of which there may be any number."""
         self.policy = policy
         self.shares: Shares = ()
+        self.sticky: Sticky = "session"
+        """What keeps to one of `shares`."""
         self.versions: dict[str, tuple[Candidate, ...]] = {}
         """Loaded here."""
         self.default = ""
@@ -94,7 +96,7 @@ class Choices:
         """The version that it names, or is given by the traffic; "" for the default."""
         if request.version or not self.shares:
             return request.version
-        return pick_version(self.shares, session_of(request), random)
+        return pick_version(self.shares, key_of(request, self.sticky), random)
 
     def candidates(self, version: str) -> tuple[Candidate, ...]:
         """Other servers compete with the places here where nothing says which version, and stand in for one that is not here."""
@@ -134,6 +136,7 @@ class Trip:
         "choices",
         "num_attempts",
         "request",
+        "version",
     )
 
     def __init__(self, guide: Guide, choices: Choices, request: Request, now: float, instead: Instead | None = None) -> None:
@@ -154,7 +157,7 @@ class Trip:
     def _enter(self, choices: Choices, request: Request) -> None:
         """Go to a model: the one asked for, or a fallback."""
         self.choices = choices
-        version = choices.version_of(request, self._guide.random() if choices.shares else 0.0)
+        version = self.version = choices.version_of(request, self._guide.random() if choices.shares else 0.0)
         candidates = choices.candidates(version)
         if len(candidates) > 1:  # where none of them can read it, one of them says so
             candidates = tuple([each for each in candidates if takes(each.place, request)]) or candidates
@@ -165,6 +168,11 @@ class Trip:
         """As it is sent."""
         self._tried: list[Candidate] = []
         self._tries = 0
+
+    @property
+    def fell_back(self) -> bool:
+        """It was, or is, with another model than the one asked for."""
+        return self.choices.name != self._asked.model
 
     # Sending
 
@@ -236,7 +244,7 @@ class Trip:
         self._asked.num_rows = self.request.num_rows
         if self.num_attempts > 1:
             response.headers["x-fairlead-attempts"] = str(self.num_attempts)
-        if self.choices.name != self._asked.model:
+        if self.fell_back:
             response.headers["x-fairlead-fallback"] = self.choices.name
         return None
 
@@ -341,6 +349,13 @@ class Trip:
         if circuit.opened > opened:
             self._guide.counts.add("fairlead_gateway_breaker_opened_total", self.choices.label, candidate.place.id, circuit.why)
             log.warning("place_left_out", model=self.choices.name, place=candidate.place.id, reason=circuit.why)
+
+
+def key_of(request: Request, sticky: Sticky) -> bytes | None:
+    """What is given the same version again and again: of several models, too. None: nothing, chance decides."""
+    if sticky == "session":
+        return session_of(request)
+    return request.caller.tenant.encode() if sticky == "tenant" else None
 
 
 def session_of(request: Request) -> bytes | None:
