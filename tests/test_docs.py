@@ -17,10 +17,14 @@ from fairlead.api.admin import Admin
 from fairlead.api.openai.bodies import ChatBody, CompletionBody
 from fairlead.api.openai.errors import OpenAIErrors, openai_status
 from fairlead.api.openapi import document
+from fairlead.api.registry import RegistryRoutes
 from fairlead.api.status import grpc_status, http_status
 from fairlead.cli import COMMANDS
 from fairlead.cli.serve import serve
+from fairlead.control.checks import Rules
+from fairlead.control.registry import Registry
 from fairlead.core.errors import FairleadError, LimitExceeded, Unavailable
+from fairlead.core.rollout import RegistrySettings
 from fairlead.core.settings import Settings, parse_settings
 from fairlead.core.specs import BatchingSpec, DiffusionSpec, InstancesSpec, LlmSpec, ModelSpec, QueuePolicy, TensorSpec
 from fairlead.gateway.configuration import FIXED
@@ -114,7 +118,7 @@ def settings_of(type_: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
         yield key, field
         if isinstance(kind, UnionType):
             kind = kind.types[0]
-        elif isinstance(kind, (VarTupleType, ListType)):
+        if isinstance(kind, (VarTupleType, ListType)):
             kind, below = kind.item_type, "[]."
         elif isinstance(kind, DictType):
             kind, below = kind.value_type, ".NAME."
@@ -134,6 +138,8 @@ def shown(field: Field) -> str:
             return "null"
         case dict():
             return ", ".join(f"{name}: {each}" if isinstance(each, int) else name for name, each in value.items())
+        case (msgspec.Struct(), *_):
+            return f"{len(value)} {field.name}"
         case tuple() | list():
             return ", ".join(each if isinstance(each, str) else f"{each:g}" for each in value)
         case int() if value >= 1 << 20:
@@ -146,22 +152,36 @@ def shown(field: Field) -> str:
 
 
 def documented_settings(text: str) -> dict[str, str]:
-    """Key → default, of all tables; those under a heading "Each of `KEY`" leave that out."""
+    """Key → default, of all tables with these columns; those under a heading "Each of `KEY`" leave that out."""
     found: dict[str, str] = {}
-    prefixes, column = [""], 1
+    prefixes, column = [""], 0
     for line in text.splitlines():
         if line.startswith("#"):
             prefixes = [f"{key}." for key in re.findall(r"`(.+?)`", line)] if re.match(r"#+ (Each of|Of) ", line) else [""]
+        elif not line.startswith("|"):
+            column = 0
         elif line.startswith("| key |"):
             column = [cell.strip() for cell in line.split("|")].index("default")
-        elif match := re.match(r"\| `(.+?)` \|", line):
+        elif column and (match := re.match(r"\| `(.+?)` \|", line)):
             found |= {prefix + match[1]: line.split("|")[column].strip() for prefix in prefixes}
     return found
 
 
 def test_every_setting_is_documented_with_its_default():
     expected = {key: shown(field) for key, field in settings_of(Settings)}
-    assert documented_settings(page("configuration.md")) == expected
+    assert documented_settings(page("configuration.md")) | documented_settings(page("rollouts.md")) == expected
+
+
+def test_every_rule_of_checks_is_documented_with_its_default():
+    expected = {}
+    for field in type_info(Rules).fields:  # type: ignore[attr-defined]
+        kind = next((each for each in getattr(field.type, "types", (field.type,)) if isinstance(each, StructType)), None)
+        prefix = "" if kind is None else f"{field.name}."
+        for each in (field,) if kind is None else kind.fields:
+            expected[prefix + each.name] = shown(each)
+    expected["safety.refusals"] = "English"
+    expected["memory.growth_bytes"] = "1048576"
+    assert documented_settings(page("validation.md").partition("### checks.yaml")[2]) == expected
 
 
 def test_what_changes_with_a_restart_only_is_said():
@@ -260,18 +280,18 @@ def test_every_kind_of_refused_credentials_is_documented():
 
 
 @pytest.fixture
-def admin(tmp_path):
+def operations(tmp_path):
     store = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
-    yield Admin(store)
+    yield *Admin(store).operations, *RegistryRoutes(Registry(store, RegistrySettings())).operations
     store.close()
 
 
-def test_every_operation_of_the_administration_is_documented_and_described_in_openapi(admin):
+def test_every_operation_of_the_administration_is_documented_and_described_in_openapi(operations):
     text = "".join(path.read_text() for path in PAGES)
-    assert [each.path for each in admin.operations if f"{each.path}`" not in text and f"{each.path}?" not in text] == []
-    described = document(admin.operations, {})
+    assert [each.path for each in operations if f"{each.path}`" not in text and f"{each.path}?" not in text] == []
+    described = document(operations, {})
     assert {method.upper() + " " + path for path, methods in described["paths"].items() for method in methods} == {
-        f"{each.method} {each.path}" for each in admin.operations
+        f"{each.method} {each.path}" for each in operations
     }
     assert [tag["name"] for tag in described["tags"]] == ["admin"]
 

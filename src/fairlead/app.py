@@ -21,6 +21,7 @@ from fairlead.api.grpc.server import GrpcServer
 from fairlead.api.http_server import HttpServer
 from fairlead.api.ops import OPS_SHAPES, ops_app
 from fairlead.api.tls import server_context
+from fairlead.app_control import ControlPlane
 from fairlead.app_jobs import Jobs
 from fairlead.core.errors import ConfigError, FairleadError
 from fairlead.core.policy import CALENDAR, GatewaySettings, Unit, rules_of
@@ -125,24 +126,35 @@ class Server:
         )
         self.metrics.lines = self._lines
 
-    def _build_jobs(self) -> Jobs | None:
-        """None where they are turned off, or there is nowhere to keep them. Raises ConfigError."""
+    def _shared_store(self) -> Store | None:
+        """Of jobs and rollouts, which need one: a server that keeps nothing else uses the default one. None where that cannot be had."""
         settings = self.settings
         self.own_store: Store | None = None
-        """Of the jobs alone."""
-        if not settings.jobs.enabled:
+        """Where there is no other."""
+        if self.store is not None or not (settings.jobs.enabled or settings.control.enabled):
+            return self.store
+        try:
+            self.own_store = Store.open(default_url())
+        except ConfigError as error:
+            log.warning(
+                "no_store",
+                error=error.message,
+                note="this server takes no jobs, makes no pictures and has no registry; `store.url` says where to keep them",
+            )
+        return self.own_store
+
+    def _build_control(self, store: Store | None) -> ControlPlane | None:
+        """Raises ConfigError."""
+        settings = self.settings.control
+        if store is None or not settings.enabled:
             return None
-        store = self.store
-        if store is None:
-            try:
-                store = self.own_store = Store.open(default_url())
-            except ConfigError as error:
-                log.warning(
-                    "no_jobs",
-                    error=error.message,
-                    note="this server takes no jobs and makes no pictures; `store.url` says where to keep them",
-                )
-                return None
+        return ControlPlane(settings, store=store, gateway=self.gateway, repository=self.repository, counts=self.metrics.counts)
+
+    def _build_jobs(self, store: Store | None) -> Jobs | None:
+        """None where they are turned off, or there is nowhere to keep them. Raises ConfigError."""
+        settings = self.settings
+        if store is None or not settings.jobs.enabled:
+            return None
         return Jobs(
             settings,
             store=store,
@@ -162,7 +174,9 @@ class Server:
         self.doorkeeper = Doorkeeper(
             self.identity, settings.auth, self.nonces, self.metrics.counts, recorded=recorded, max_body_bytes=limit
         )
-        self.jobs = self._build_jobs()
+        store = self._shared_store()
+        self.jobs = self._build_jobs(store)
+        self.control = self._build_control(store)
         self.http = HttpServer(
             gateway,
             data_app(
@@ -182,12 +196,14 @@ class Server:
         )
         self.grpc = GrpcServer(repository, access_log, gateway=gateway, doorkeeper=self.doorkeeper, max_message_bytes=limit)
         admin = None if self.store is None else Admin(self.store, self.configuration, lambda: self.policies.classes, abuse=self.abuse)
+        operations = (*(() if admin is None else admin.operations), *(() if self.control is None else self.control.operations))
         self.ops = HttpServer(
             None,
-            ops_app(repository, self.metrics.text, () if admin is None else admin.operations, self.doorkeeper),
+            ops_app(repository, self.metrics.text, operations, self.doorkeeper),
             AccessLog(None),
             shapes=OPS_SHAPES,
             max_body_bytes=1 << 20,
+            larger=None if self.control is None else self.control.registry_routes.body_bound,
         )
 
     def _nonces(self) -> Nonces | SharedNonces:
@@ -216,7 +232,9 @@ class Server:
         self._begin("access-log", self._flush_access_log)
         self._begin("identity", self.identity.follow)
         self._begin("upstreams", self.upstreams.check)
-        await self.repository.start()
+        await self.repository.start(None if self.control is None else self.control.load)
+        if self.control is not None:
+            self.control.start(self._begin)
         self._warn_of_fallbacks()
         gc.set_threshold(YOUNG_OBJECTS, 20, 20)
         log.info(
@@ -261,6 +279,8 @@ class Server:
             await asyncio.gather(self._drain_doors(timeout), self.jobs.stop(timeout / 2))
         else:
             await self._drain_doors(timeout)
+        if self.control is not None:
+            await self.control.stop()
         await self.repository.stop(max(deadline - time.monotonic(), 0.0))
         if self.ops in self._open:
             await self.ops.drain(1.0)

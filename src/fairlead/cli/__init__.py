@@ -15,6 +15,7 @@ COMMANDS = {
     "image": "fairlead.cli.image:image",
     "jobs": "fairlead.cli.jobs:jobs",
     "models": "fairlead.cli.models:models",
+    "rollout": "fairlead.cli.rollout:rollout",
     "keys": "fairlead.cli.keys:keys",
     "tenants": "fairlead.cli.tenants:tenants",
     "usage": "fairlead.cli.usage:usage",

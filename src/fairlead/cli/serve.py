@@ -62,9 +62,11 @@ FLAGS = {
 def serve(paths: tuple[str, ...], config: Path | None, **flags: Any) -> None:
     text = read_text(config) if config else ""
     settings = with_flags(parse_settings(text, str(config)), paths, flags)
-    if not settings.models.repositories and not any(policy.upstreams for policy in settings.gateway.models.values()):
+    elsewhere = any(policy.upstreams for policy in settings.gateway.models.values())
+    if not settings.models.repositories and not elsewhere and not _has_registry(settings):
         raise ConfigError(
-            "nothing to serve: name a model repository or a model, e.g. `fairlead serve ./models` (`fairlead demo` builds one)"
+            "nothing to serve: name a model repository or a model, e.g. `fairlead serve ./models` (`fairlead demo` builds one),"
+            " or add a version to the registry: `fairlead models add PATH --name NAME`"
         )
     from fairlead.observe.logs import configure_logs
 
@@ -77,6 +79,20 @@ def serve(paths: tuple[str, ...], config: Path | None, **flags: Any) -> None:
         asyncio.run(run(settings, config, text))
     else:
         uvloop.run(run(settings, config, text))
+
+
+def _has_registry(settings: Settings) -> bool:
+    """Whether there is a registry with a model in it. Raises ConfigError for a store that cannot be opened."""
+    from fairlead.store.database import default_folder, default_url
+    from fairlead.store.store import Store
+
+    if not settings.control.enabled or not (settings.store.url or (default_folder() / "fairlead.db").exists()):
+        return False
+    store = Store.open(settings.store.url or default_url())
+    try:
+        return bool(store.registry.models())
+    finally:
+        store.close()
 
 
 def with_flags(settings: Settings, paths: tuple[str, ...], flags: dict[str, Any]) -> Settings:

@@ -32,6 +32,12 @@ COUNTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fairlead_gateway_fallbacks_total": ("requests handed to a fallback model", ("model", "fallback")),
     "fairlead_gateway_hedges_total": ("requests sent to a second place too, whose answer was first (won) or not", ("model", "outcome")),
     "fairlead_gateway_breaker_opened_total": ("times that a place was left out", ("model", "place", "reason")),
+    "fairlead_shadow_copies_total": (
+        "requests of which a shadow was to get a copy: answered, failed, and not compared (busy, full, large, missing, elsewhere, refused, unread)",
+        ("model", "outcome"),
+    ),
+    "fairlead_rollouts_total": ("rollouts that ended, and how (complete, aborted), where this server decided", ("model", "outcome")),
+    "fairlead_control_store_failures_total": ("ticks of control in which the store did not answer", ()),
     "fairlead_jobs_total": ("jobs that ended, by how and why", ("model", "status", "reason")),
     "fairlead_job_retries_total": ("tries of jobs that went wrong and were put off to another one", ("model",)),
     "fairlead_jobs_lost_total": ("jobs that were another runner's before they ended here", ()),

@@ -3,12 +3,11 @@
 import asyncio
 import ctypes
 import gc
-import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from enum import StrEnum
 from functools import partial
@@ -28,7 +27,7 @@ from fairlead.observe.metrics import Metrics
 from fairlead.runtime.engine_version import EngineVersion
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.loading import load_version
-from fairlead.runtime.source import Listing, Source, choose_versions
+from fairlead.runtime.source import Listing, Source, choose_versions, default_cache
 from fairlead.runtime.triton_config import spec_from_triton, triton_config
 from fairlead.runtime.version import Ticket, Version
 
@@ -60,6 +59,17 @@ class IndexEntry(Struct, frozen=True):
     reason: str = ""
 
 
+class Hosted(Struct, frozen=True, eq=False):
+    """A version that comes from no source: who hosts it says what it is."""
+
+    spec: ModelSpec
+    """With the model's name."""
+    fetch: Callable[[], Path]
+    """Its folder (or bare file) on this machine. Blocks. Raises LoadError."""
+    edition: str
+    """As ModelRepository.edition."""
+
+
 class RepositorySettings(Struct, frozen=True, kw_only=True):
     sources: tuple[str, ...]
     control: Control = Control.NONE
@@ -70,9 +80,7 @@ class RepositorySettings(Struct, frozen=True, kw_only=True):
     """Ready only while every model that should be loaded is, and answers: none is being started again."""
     drain_timeout: float = 30.0
     load_concurrency: int = 4
-    cache_folder: Path = field(
-        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fairlead" / "models"
-    )
+    cache_folder: Path = field(default_factory=default_cache)
 
 
 class _Model:
@@ -93,6 +101,10 @@ class _Model:
         self.seen: str | None = None
         self.given: list[Path] = []
         """Folders of files that came with explicit loads; a replica that is started again reads its artefact anew."""
+        self.hosted = False
+        """Its versions are loaded and unloaded by `host` and `release`, and by nobody else."""
+        self.default = 0
+        """The version that answers where none is named; 0, and where that is not loaded: the highest."""
 
 
 class _Served(Struct):
@@ -143,8 +155,14 @@ class ModelRepository:
             return False
         if not self.settings.strict_readiness:
             return True
-        served = [version for each in self._served.values() for version in each.by_version.values()]
-        return not self.failures() and all(version.ready for version in served)
+        for name, model in self._models.items():
+            served = self._served.get(name)
+            if model.hosted:  # a candidate, and what is kept, is nobody's to wait for
+                if served is None or not served.default.ready:
+                    return False
+            elif served is not None and not all(version.ready for version in served.by_version.values()):
+                return False
+        return not any(not self._models[name.partition("@")[0]].hosted for name in self.failures())
 
     def failures(self) -> dict[str, str]:
         """What should be loaded and is not: `name` or `name@version` → why."""
@@ -238,8 +256,9 @@ class ModelRepository:
 
     # Life
 
-    async def start(self) -> None:
-        """Load what the control mode asks for. Raises ConfigError where a source cannot be read at all."""
+    async def start(self, then: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Load what the control mode asks for; `then` hosts what else there is, before the server is ready. Raises ConfigError where a
+        source cannot be read at all."""
         settings = self.settings
         if settings.load and settings.control is not Control.EXPLICIT:
             raise ConfigError(f"models to load are named ({', '.join(settings.load)}), which only `--control explicit` heeds")
@@ -254,6 +273,8 @@ class ModelRepository:
                 )
             wanted = list(settings.load)
         await asyncio.gather(*(self._load_quietly(name) for name in wanted))
+        if then is not None:
+            await then()
         _settle_memory()
         self.started = True
         self._note_readiness()
@@ -298,6 +319,7 @@ class ModelRepository:
         else:
             raise NotFound(f"failed to load '{name}', failed to poll from model repository")
         model = self._models.setdefault(name, _Model())
+        _check_not_hosted(name, model)
         if given is not None:
             model.given.append(given)
         spec = None
@@ -322,8 +344,84 @@ class ModelRepository:
         model = self._models.get(name)
         if model is None:
             raise NotFound(f"Request for unknown model: '{name}' is not found")
+        _check_not_hosted(name, model)
         async with model.lock:
             await self._unload(name, model)
+
+    # Versions that are hosted
+
+    async def host(self, name: str, number: int, hosted: Hosted, timeout: float) -> None:
+        """Load a version beside those that serve, within so many seconds. Raises LoadError; Unavailable while the server stops."""
+        model = self._models.get(name)
+        if name in self._listings or (model is not None and not model.hosted):
+            raise LoadError(f"a model repository of this server has a model '{name}', too: rename one of the two")
+        if self.stopping:
+            raise ShuttingDown("Server is stopping")
+        if model is None:
+            model = self._models[name] = _Model()
+            model.hosted = True
+        if number in model.versions:
+            return
+
+        async def load() -> Version:
+            return await load_version(hosted.spec, str(number), await asyncio.to_thread(hosted.fetch), self._forkserver)
+
+        try:
+            async with asyncio.timeout(timeout):
+                version = await self._load_version(name, model, number, load)
+        except TimeoutError:
+            model.states[number] = (State.UNAVAILABLE, f"it was not loaded within {timeout:g} s")
+            self.metrics.loads[name, "failure"] += 1
+            version = None
+        except BaseException:
+            model.states.pop(number, None)
+            self._forget_hosted(name)
+            raise
+        if version is None:
+            raise LoadError(model.states[number][1])
+        if number in model.versions or self.stopping:  # somebody was faster
+            self._retire(version)
+            return
+        model.versions[number] = version
+        model.editions[number] = hosted.edition
+        self._publish(name, model)
+
+    def release(self, name: str, number: int) -> None:
+        """Unload a hosted version, as soon as its requests are answered."""
+        model = self._models.get(name)
+        if model is None or not model.hosted:
+            return
+        version = model.versions.pop(number, None)
+        model.states.pop(number, None)
+        model.editions.pop(number, None)
+        if version is not None:
+            self._publish(name, model)
+            self._retire(version)
+        self._forget_hosted(name)
+
+    def prefer(self, name: str, number: int) -> None:
+        """The version of a hosted model that answers where none is named, and no traffic share says otherwise."""
+        model = self._models.get(name)
+        if model is not None and model.hosted and model.default != number:
+            model.default = number
+            self._publish(name, model)
+
+    def hosted(self) -> dict[str, dict[int, IndexEntry]]:
+        """What is known of the hosted versions: loading, ready, or why not."""
+        return {
+            name: {
+                number: IndexEntry(name=name, version=str(number), state=state, reason=reason)
+                for number, (state, reason) in model.states.items()
+            }
+            for name, model in self._models.items()
+            if model.hosted
+        }
+
+    def _forget_hosted(self, name: str) -> None:
+        model = self._models.get(name)
+        if model is not None and model.hosted and not model.versions and not model.states:
+            del self._models[name]
+            self._note_readiness()
 
     def _must_be_explicit(self) -> None:
         if self.stopping:
@@ -362,11 +460,17 @@ class ModelRepository:
         changed = []
         for name, (_, listing) in self._listings.items():
             model = self._models.setdefault(name, _Model())
+            if model.hosted:
+                continue
             stamp = _stamp(listing.files)
             if stamp != model.attempted and stamp == model.seen:
                 changed.append(name)
             model.seen = stamp
-        gone = [name for name in self._models if name not in self._listings and (self._models[name].versions or self._models[name].states)]
+        gone = [
+            name
+            for name, model in self._models.items()
+            if name not in self._listings and not model.hosted and (model.versions or model.states)
+        ]
         await asyncio.gather(*(self._load_quietly(name) for name in changed), *(self._unload_gone(name) for name in gone))
 
     async def _unload_gone(self, name: str) -> None:
@@ -408,7 +512,12 @@ class ModelRepository:
         for number in list(model.states):
             if number not in wanted and number not in model.versions:
                 del model.states[number]
-        loaded = await asyncio.gather(*(self._load_version(name, model, source, listing, number, spec) for number in fresh))
+
+        async def load(number: int) -> Version:
+            folder = await asyncio.to_thread(source.fetch, listing, number)
+            return await load_version(spec, str(number), folder, self._forkserver)
+
+        loaded = await asyncio.gather(*(self._load_version(name, model, number, partial(load, number)) for number in fresh))
         retired: list[Version] = []
         for number, version in zip(fresh, loaded, strict=True):
             if version is not None:
@@ -428,15 +537,14 @@ class ModelRepository:
             self._retire(version)
 
     async def _load_version(
-        self, name: str, model: _Model, source: Source, listing: Listing, number: int, spec: ModelSpec
+        self, name: str, model: _Model, number: int, load: Callable[[], Coroutine[Any, Any, Version]]
     ) -> Version | None:
         if number not in model.versions:
             model.states[number] = (State.LOADING, "")
         began = time.perf_counter()
         try:
             async with self._loading:
-                folder = await asyncio.to_thread(source.fetch, listing, number)
-                version = await load_version(spec, str(number), folder, self._forkserver)
+                version = await load()
         except FairleadError as error:
             reason = error.message
         except Exception as error:
@@ -474,7 +582,8 @@ class ModelRepository:
             by_version = {str(number): model.versions[number] for number in sorted(model.versions)}
             for number, version in by_version.items():
                 self.metrics.models[name, number] = version.metrics
-            self._served[name] = _Served(by_version=by_version, default=model.versions[max(model.versions)])
+            default = model.default if model.default in model.versions else max(model.versions)
+            self._served[name] = _Served(by_version=by_version, default=model.versions[default])
         else:
             self._served.pop(name, None)
         self._note_readiness()
@@ -510,6 +619,12 @@ class _Refused:
 def _refused(request: Request, sink: Sink, error: FairleadError) -> Ticket:
     sink.close(error)
     return _Refused()
+
+
+def _check_not_hosted(name: str, model: _Model) -> None:
+    """Raises InvalidRequest."""
+    if model.hosted:
+        raise InvalidRequest(f"model '{name}' is deployed from the registry: `fairlead rollout` changes what serves")
 
 
 def _spec_from_triton(config: dict[str, Any], source: Source, listing: Listing) -> ModelSpec:

@@ -1,0 +1,253 @@
+"""Rollouts as people ask for them: start one, tell it something, look at it. What becomes of it is decided by the leader."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from msgspec import Struct, structs
+
+from fairlead.control.acts import changes_of, deployment_row, deployments_of, rollout_of, rollout_row
+from fairlead.control.deployments import Deployment, Follower
+from fairlead.control.leader import commit, told
+from fairlead.control.registry import Registry
+from fairlead.control.rollout import (
+    Action,
+    Command,
+    Kind,
+    Member,
+    Note,
+    Phase,
+    Reject,
+    Return,
+    Rollout,
+    advance,
+    begin,
+    default_metrics,
+    describe,
+)
+from fairlead.core.errors import InvalidRequest, NotFound
+from fairlead.core.rollout import ControlSettings, MetricRule, RolloutPolicy, Step
+from fairlead.core.versions import CHAMPION, Ref, Stage, parse_ref
+from fairlead.store.registry_rows import Move, RolloutRow, VersionRow
+from fairlead.store.rows import AuditRow
+from fairlead.store.store import Store
+from fairlead.store.transactions import Conflict
+
+TRIES = 5
+"""Of a command, where the rollout moves on between reading and writing it."""
+
+
+class Wish(Struct, frozen=True, kw_only=True):
+    """What somebody asks for."""
+
+    candidates: tuple[str, ...]
+    """`fraud@7`, or a bare name for its newest version; several go together."""
+    kind: Kind = "canary"
+    policy: str = ""
+    """A name of `control.policies`; "": the model's."""
+    inline: RolloutPolicy | None = None
+    """In place of a named one."""
+    share: float | None = None
+    """Of a shadow or an experiment."""
+    metrics: tuple[MetricRule, ...] | None = None
+    """In place of the policy's."""
+    reason: str = ""
+
+
+class Rollouts:
+    def __init__(
+        self,
+        store: Store,
+        registry: Registry,
+        settings: ControlSettings,
+        follower: Follower | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`follower`: this server's, which acts at once; None where no server runs."""
+        self.store = store
+        self.registry = registry
+        self.settings = settings
+        self.follower = follower
+        self.clock = clock
+
+    # Asking
+
+    async def start(self, wish: Wish, actor: str, address: str = "") -> Rollout:
+        """Raises InvalidRequest, NotFound, Conflict, Unavailable."""
+        return await asyncio.to_thread(self._start, wish, actor, address)
+
+    def _start(self, wish: Wish, actor: str, address: str) -> Rollout:
+        now = self.clock()
+        refs = [parse_ref(text) for text in wish.candidates]
+        if not refs:
+            raise InvalidRequest("`candidates` names no version: write fraud@7")
+        if len({ref.model for ref in refs}) < len(refs):
+            raise InvalidRequest("`candidates` names a model twice")
+        rows = [self._candidate(ref) for ref in refs]
+        policy, name = self._policy(wish, rows[0].model)
+        deployments = deployments_of(self.store.control.deployments())
+        members = [self._member(row, deployments.get(row.model, Deployment()), policy, wish) for row in rows]
+        rollout, actions = begin(
+            f"ro_{int(now * 1000):012x}{os.urandom(4).hex()}",
+            kind=wish.kind,
+            members=members,
+            policy=policy,
+            policy_name=name,
+            actor=actor,
+            now=now,
+            reason=wish.reason,
+        )
+        (note,) = (action for action in actions if isinstance(action, Note))
+        if rollout.phase is not Phase.VALIDATING:
+            for row in rows:
+                if row.stage is not Stage.VALIDATED:
+                    self._skip_gates(row, actor, now)
+        details = {"rollout": rollout.id, "reason": wish.reason, **note.details}
+        audit = AuditRow(time=now, actor=actor, action=note.action, subject=rows[0].ref, details=details, address=address)
+        self.store.control.start_rollout(
+            rollout_row(rollout, revision=0, now=now), {member.model: member.candidate for member in members}, audit
+        )
+        return rollout
+
+    def _skip_gates(self, row: VersionRow, actor: str, now: float) -> None:
+        reason = "the rollout's policy asks for no gates"
+        audit = AuditRow(
+            time=now, actor=actor, action="version.stage", subject=row.ref, details={"stage": Stage.VALIDATED, "reason": reason}
+        )
+        self.store.registry.move(row.model, row.number, Stage.VALIDATED, reason, audit)
+
+    def _candidate(self, ref: Ref) -> VersionRow:
+        store = self.store.registry
+        if ref.version or ref.alias:
+            row = store.resolve(ref)
+        else:
+            usable = [row for row in store.versions(ref.model) if row.stage not in (Stage.RETIRED, Stage.REJECTED)]
+            if not usable:
+                raise NotFound(f"model `{ref.model}` has no version that is neither retired nor rejected")
+            row = usable[0]
+        if row.stage is Stage.RETIRED:
+            raise Conflict(f"{row.ref} is retired")
+        if row.stage is Stage.SERVING:
+            raise Conflict(f"{row.ref} serves already")
+        self.registry.check_signature(row)
+        return row
+
+    def _policy(self, wish: Wish, model: str) -> tuple[RolloutPolicy, str]:
+        name = wish.policy or self.settings.policy_of(model)
+        policy = wish.inline or self.settings.policy(name)
+        if policy is None:
+            known = sorted({"standard", "quick", "direct", *self.settings.policies})
+            raise InvalidRequest(f"there is no policy `{name}`: {', '.join(known)}")
+        if wish.metrics is not None:
+            policy = structs.replace(policy, metrics=wish.metrics)
+        if wish.kind == "canary":
+            if wish.share is not None:
+                raise InvalidRequest("`share` is for shadows and experiments: a canary's shares are its policy's steps")
+        elif wish.kind == "experiment":
+            policy = structs.replace(policy, steps=(Step(share=0.5 if wish.share is None else wish.share, hold=True),))
+        elif wish.share is not None or not any(step.shadow for step in policy.steps):
+            step = Step(shadow=0.1 if wish.share is None else wish.share, seconds=60.0, min_requests=200)
+            policy = structs.replace(policy, steps=(step,))
+        return policy, "" if wish.inline is not None else name
+
+    def _member(self, row: VersionRow, deployment: Deployment, policy: RolloutPolicy, wish: Wish) -> Member:
+        if deployment.champion == row.number:
+            raise Conflict(f"{row.ref} serves already")
+        if not deployment.champion and wish.kind != "canary":
+            raise Conflict(f"`{row.model}` has no champion that {row.ref} could be compared with: roll one out first")
+        metrics = default_metrics(row.backend == "llm") if policy.metrics is None else policy.metrics
+        return Member(model=row.model, champion=deployment.champion, candidate=row.number, metrics=metrics)
+
+    async def command(self, id: str, command: Command) -> Rollout:
+        """`id`: a rollout's, or a model's for the one that runs. Raises NotFound, Conflict, Unavailable."""
+        for attempt in range(TRIES):
+            row = await asyncio.to_thread(self._running, id)
+            try:
+                return await self._command(row, command)
+            except Conflict:
+                again = await asyncio.to_thread(self.store.control.rollout, row.id)
+                if attempt == TRIES - 1 or again.revision == row.revision:
+                    raise
+        raise AssertionError
+
+    async def _command(self, row: RolloutRow, command: Command) -> Rollout:
+        now = self.clock()
+        old = rollout_of(row)
+        new, actions = advance(old, command, now)
+        if command.kind == "rollback":  # somebody found it worse
+            reason = command.reason or "rolled back by hand"
+            actions = (*actions, *(Reject(member.model, member.candidate, reason) for member in old.members))
+        changes = changes_of(new, actions, old.phase is Phase.PROMOTED, now)
+        saving = asyncio.to_thread(commit, self.store.control, rollout_row(new, revision=row.revision, now=now), changes, now)
+        follower = self.follower
+        if follower is None or not changes.deployments:
+            await saving
+            return new
+        if _returns(actions):
+            follower.assume(changes.deployments)
+        async with follower.reading:
+            try:
+                await saving
+            except BaseException:
+                follower.forget(changes.deployments)
+                raise
+            follower.settle(changes.deployments)
+        told(new, actions)
+        return new
+
+    async def undeploy(self, model: str, actor: str, reason: str, address: str = "") -> None:
+        """No version of it serves any more. Raises NotFound, Conflict, Unavailable."""
+        await asyncio.to_thread(self._undeploy, model, actor, reason, address)
+        if self.follower is not None:
+            self.follower.wake()
+
+    def _undeploy(self, model: str, actor: str, reason: str, address: str) -> None:
+        now, control = self.clock(), self.store.control
+        row = control.deployment(model)
+        champion = Deployment() if row is None else deployments_of([row])[model]
+        if row is None or not champion.champion:
+            raise NotFound(f"no version of `{model}` is deployed")
+        running = control.rollouts(model, running=True, limit=1)
+        if running:
+            raise Conflict(f"a rollout of `{model}` runs: abort {running[0].id} first")
+        audit = AuditRow(
+            time=now,
+            actor=actor,
+            action="model.undeploy",
+            subject=f"{model}@{champion.champion}",
+            details={"reason": reason},
+            address=address,
+        )
+        control.commit(
+            deployments=[deployment_row(model, Deployment(), revision=row.revision, actor=actor, reason=reason, now=now)],
+            moves=[Move(model, champion.champion, Stage.VALIDATED, reason or "undeployed")],
+            aliases={(model, CHAMPION): None},
+            audits=[audit],
+        )
+
+    # Looking
+
+    def find(self, id: str) -> RolloutRow:
+        """By its id, or a model's name for its latest. Blocks. Raises NotFound."""
+        if id.startswith("ro_"):
+            return self.store.control.rollout(id)
+        latest = self.store.control.rollouts(id, limit=1)
+        if not latest:
+            raise NotFound(f"there was no rollout of `{id}`")
+        return latest[0]
+
+    def _running(self, id: str) -> RolloutRow:
+        row = self.find(id)
+        if row.ended is not None:
+            raise Conflict(f"rollout {row.id} has ended: {row.status}")
+        return row
+
+    def shown(self, row: RolloutRow) -> dict[str, Any]:
+        """For people, as JSON."""
+        return describe(rollout_of(row), self.clock() if row.ended is None else row.ended)
+
+
+def _returns(actions: Iterable[Action]) -> bool:
+    return any(isinstance(action, Return) for action in actions)
