@@ -4,8 +4,9 @@ import asyncio
 import sqlite3
 
 import pytest
+from msgspec import structs
 
-from fairlead.control.rollout import Phase, Validated
+from fairlead.control.rollout import Outcome, Phase, Validated
 from fairlead.core.rollout import Breakers, RolloutPolicy, Step
 from fairlead.core.versions import Ref, Stage
 from fairlead.core.window import Tally
@@ -181,7 +182,7 @@ async def test_who_decides_is_killed_and_another_one_goes_on_where_it_was(house,
         await second.tick(6.0)
         assert second.leader.leads
         assert second.rollout(rollout.id).counted["add"].requests == counted
-        for _ in range(12):
+        for _ in range(25):  # for a while the first one may be answering requests of which nobody hears
             well(second)
             await second.tick()
         assert second.rollout(rollout.id).phase is Phase.PROMOTED
@@ -213,6 +214,44 @@ async def test_windows_of_all_servers_are_decided_upon_together(house, clock):
         assert second.shares == {"add": {"1": 1.0}}
     finally:
         await second.close()
+
+
+async def test_while_a_server_is_silent_nothing_goes_forward(house, clock):
+    await serve(house, "add", 1)
+    house.add("add", 2)
+    second = House(house.store, house.folder, clock, {"short": SHORT}, name="b")
+    await second.repository.start()
+    try:
+        house.settings.policies["longer"] = structs.replace(SHORT, steps=(Step(share=0.1, seconds=20.0, min_requests=10),))
+        rollout = await house.start("add@2", policy="longer")
+        for _ in range(10):
+            await house.tick(0.5)
+            await second.tick(0.5)
+        assert house.rollout(rollout.id).phase is Phase.PROGRESSING
+        outcomes = []
+        for _ in range(40):  # the second one says nothing any more
+            well(house)
+            await house.tick()
+            outcomes.append(house.rollout(rollout.id).last)
+        silent = outcomes.index(Outcome.INCONCLUSIVE)
+        assert house.rollout(rollout.id).phase is Phase.PROMOTED, "taken for dead, at last"
+        assert outcomes[silent : silent + 10] == [Outcome.INCONCLUSIVE] * 10
+    finally:
+        await second.close()
+
+
+async def test_windows_that_cannot_be_read_are_no_success(house, clock):
+    await serve(house, "add", 1)
+    house.add("add", 2)
+    rollout = await house.start("add@2", policy="short")
+    await house.until(rollout.id, Phase.PROGRESSING)
+    for _ in range(8):
+        well(house)
+        house.store.control.add_windows("of another release", [("add", b"\x93\x01\x02")], clock())
+        await house.tick()
+    ended = house.rollout(rollout.id)
+    assert ended.phase is Phase.ABORTED and "measure" in ended.reason
+    assert house.shares == {"add": {"1": 1.0}}
 
 
 async def test_without_the_store_traffic_goes_on_nothing_goes_forward_and_a_broken_candidate_still_loses_it(house, monkeypatch, tmp_path):

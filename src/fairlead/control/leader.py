@@ -9,7 +9,7 @@ but whoever held the lease last still takes traffic from a candidate that breaks
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
 import msgspec
@@ -52,6 +52,8 @@ REPORT_SECONDS = 5.0
 KEPT_SECONDS = 3600.0
 """How long a server that says nothing is remembered, and a window that nobody took."""
 PURGE_SECONDS = 60.0
+SILENT = 4
+"""Times the span after which a server counts as silent: then it is taken for dead."""
 MAX_SENT = 10_000
 """Windows of other servers that are taken at once."""
 MAX_EXPOSURES = 100_000
@@ -113,7 +115,11 @@ class _Heard(Struct, frozen=True):
     rollouts: Sequence[RolloutRow]
     deployments: Deployments
     servers: Sequence[ServerRow]
+    silent: Sequence[ServerRow]
+    """Said nothing for a while, and may be answering requests all the same."""
     sent: Sequence[tuple[str, Sent]]
+    unread: Set[str]
+    """Models of which a window could not be read."""
     feedback: Mapping[str, Mapping[str, Sequence[FeedbackSum]]]
     """Rollout → model."""
 
@@ -232,12 +238,27 @@ class Leader:
             )
             if deleted < PURGE_ROWS:  # else there is more
                 self._purged_at = now
-        sent = [(row.model, msgspec.msgpack.decode(row.data, type=Sent)) for row in store.take_windows(MAX_SENT)]
+        sent, unread = [], set()
+        for window in store.take_windows(MAX_SENT):
+            try:
+                sent.append((window.model, msgspec.msgpack.decode(window.data, type=Sent)))
+            except msgspec.DecodeError as error:
+                log.error("window_not_read", model=window.model, server=window.server, error=str(error), note="is it of another release?")
+                unread.add(window.model)
         feedback = {}
         for row in rollouts:
             if any(rule.name.startswith("feedback:") for member in rollout_of(row).members for rule in member.metrics):
                 feedback[row.id] = _by_model(store.feedback_sums(row.id))
-        return _Heard(rollouts, read_deployments(store), store.servers(now - self._alive_seconds), sent, feedback)
+        alive, known = now - self._alive_seconds, store.servers(now - SILENT * self._alive_seconds)
+        return _Heard(
+            rollouts=rollouts,
+            deployments=read_deployments(store),
+            servers=[row for row in known if row.seen >= alive],
+            silent=[row for row in known if row.seen < alive],
+            sent=sent,
+            unread=unread,
+            feedback=feedback,
+        )
 
     @property
     def _alive_seconds(self) -> float:
@@ -295,18 +316,19 @@ class Leader:
 
     def _events(self, rollout: Rollout, heard: _Heard, seen: Seen, now: float) -> list[Event]:
         models = [member.model for member in rollout.members]
+        windows = {model: seen.windows[model] for model in models if model in seen.windows}
         match rollout.phase:
             case Phase.VALIDATING:
                 return self._gates(rollout)
             case Phase.LOADING:
-                measured = Measured(windows={model: seen.windows[model] for model in models if model in seen.windows})
-                return [measured, self._loaded(rollout, heard.servers)]
+                return [Measured(windows=windows), self._loaded(rollout, heard.servers)]
         return [
             Measured(
-                windows={model: seen.windows[model] for model in models if model in seen.windows},
+                windows=None if heard.unread & set(models) else windows,
                 restarts={model: self._num_restarts(rollout, model, heard.servers) for model in models},
                 feedback=heard.feedback.get(rollout.id, {}),
                 pairs={model: _pair_count(seen.shadows[model]) for model in models if model in seen.shadows},
+                incomplete=any(model in row.state for row in heard.silent for model in models),
             )
         ]
 
@@ -428,7 +450,7 @@ class Leader:
                 told(new, actions)
 
     async def _report(self, rollout: Rollout, seen: Seen, now: float) -> None:
-        """What its shadow found goes to the store, now and then."""
+        """What its shadow found goes to the store, now and then, and at the end."""
         for member in rollout.members:
             found = seen.shadows.get(member.model)
             if found is None:
@@ -441,7 +463,8 @@ class Leader:
                 reports[member.model].merge(found)
             else:
                 reports[member.model] = found
-        if rollout.id in self._reports and now - self._reported_at.get(rollout.id, 0.0) >= REPORT_SECONDS:
+        has_ended = self._known[rollout.id].status in ENDED
+        if rollout.id in self._reports and (has_ended or now - self._reported_at.get(rollout.id, 0.0) >= REPORT_SECONDS):
             self._reported_at[rollout.id] = now
             await asyncio.to_thread(self.store.put_report, rollout.id, msgspec.json.encode(self._reports[rollout.id]).decode())
 

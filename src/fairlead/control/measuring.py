@@ -62,7 +62,8 @@ def taken_in(rollout: Rollout, event: Measured) -> Rollout:
             compared[member.model] = (old[0] + new[0], old[1] + new[1])
             num_requests += champion.requests + candidate.requests
     seen = rollout.measurement.seen or event.windows is not None
-    measurement = replace(rollout.measurement, compared=compared, requests=num_requests, seen=seen)
+    incomplete = rollout.measurement.incomplete or event.incomplete
+    measurement = replace(rollout.measurement, compared=compared, requests=num_requests, seen=seen, incomplete=incomplete)
     return replace(rollout, counted=counted, tests=tests, measurement=measurement)
 
 
@@ -149,7 +150,9 @@ def outcome_of(rollout: Rollout, worse: tuple[str, str] | None) -> Outcome:
         return Outcome.ERROR
     if worse is not None and rollout.kind != "experiment":
         return Outcome.FAILED
-    if any(not champion or not candidate for champion, candidate in rollout.measurement.compared.values()):
+    if rollout.measurement.incomplete or any(
+        not champion or not candidate for champion, candidate in rollout.measurement.compared.values()
+    ):
         return Outcome.INCONCLUSIVE
     return Outcome.SUCCESSFUL
 

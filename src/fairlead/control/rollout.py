@@ -260,7 +260,7 @@ def _promote(rollout: Rollout, now: float, *, actor: str = "", reason: str) -> t
 
 
 def _complete(rollout: Rollout, now: float) -> tuple[Rollout, tuple[Action, ...]]:
-    reason = "promoted, and not returned" if rollout.policy.rollback_seconds else "promoted"
+    reason = "it serves, and nothing spoke against it" if rollout.policy.rollback_seconds else "it serves"
     return _enter(rollout, Phase.COMPLETE, now, reason), (Release(), Note("rollout.complete", reason))
 
 

@@ -110,6 +110,8 @@ class Measurement(Struct, frozen=True, kw_only=True):
     """All that control could have split."""
     seen: bool = False
     """A window could be had."""
+    incomplete: bool = False
+    """Of some servers none could."""
 
 
 Test = CountTest | QuantileTest | MeanTest
@@ -218,6 +220,8 @@ class Measured(Struct, frozen=True, kw_only=True):
 
     windows: Mapping[str, Window] | None
     """Merged over servers, since the last tick. None: could not be had. A model without a window had no requests."""
+    incomplete: bool = False
+    """A server that answers requests has told nothing: what speaks for the candidate is not enough then."""
     restarts: Mapping[str, int] = {}
     """Deaths of the candidate's replicas since the rollout began: the most on one server."""
     feedback: Mapping[str, Sequence[FeedbackSum]] = {}

@@ -28,7 +28,7 @@ class Step(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     min_requests: Count = 0
     """At least so many answers of the candidate (of a shadow: pairs that were compared)."""
     hold: bool = False
-    """Stay until somebody says `promote` or `abort`: for experiments, and for an approval by hand."""
+    """Stay until somebody says `resume` (the next step), `promote` or `abort`: for experiments, and for an approval by hand."""
 
     def __post_init__(self) -> None:
         if (self.share > 0) == (self.shadow > 0):
@@ -135,8 +135,6 @@ class RolloutPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Gates come first, unless the version has passed them."""
 
     def __post_init__(self) -> None:
-        if not self.steps:
-            return
         shares = [step.share for step in self.steps if step.share]
         if shares != sorted(shares):
             raise ValueError("the `share` of a step is never less than that of the one before")

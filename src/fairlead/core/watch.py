@@ -5,6 +5,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from fairlead.core.request import Request, Response
+from fairlead.core.tensors import nbytes_of
 
 Positive = Annotated[int, Meta(ge=1)]
 
@@ -56,12 +57,14 @@ class Pair(Struct, frozen=True, kw_only=True):
     @property
     def nbytes(self) -> int:
         """In memory, about."""
-        return sum(map(nbytes_of, (*self.champion, *self.candidate))) + sum(array.nbytes for array in self.request.inputs.values())
+        answers = sum(map(response_nbytes, (*self.champion, *self.candidate, *(self.scores or ()))))
+        return answers + sum(map(nbytes_of, self.request.inputs.values()))
 
 
-def nbytes_of(response: Response) -> int:
+def response_nbytes(response: Response) -> int:
+    """In memory, about."""
     delta = response.delta
-    size = 256 + sum(array.nbytes for array in response.outputs.values()) + len(response.raw or b"")
+    size = 256 + sum(map(nbytes_of, response.outputs.values())) + len(response.raw or b"")
     if delta is not None:
         size += len(delta.text) + len(delta.vector) + 36 * len(delta.token_ids)
         size += 200 * (len(delta.logprobs or ()) + len(delta.prompt_logprobs or ()))

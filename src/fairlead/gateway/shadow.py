@@ -21,8 +21,7 @@ from fairlead.core.errors import FairleadError, NotFound, Unavailable
 from fairlead.core.generation import Chat, Generate, Message, Paint, Prompt, Sampling
 from fairlead.core.request import Request, Response
 from fairlead.core.tensors import Tensors, nbytes_of
-from fairlead.core.watch import Pair, ShadowRule
-from fairlead.core.watch import nbytes_of as response_nbytes
+from fairlead.core.watch import Pair, ShadowRule, response_nbytes
 from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.routing.onlooker import Look, Onlooker
 from fairlead.gateway.routing.trip import Trip
