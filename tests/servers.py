@@ -8,6 +8,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +40,14 @@ class Serving:
         self.process = process
         self.lines: queue.Queue[dict[str, Any]] = queue.Queue()
         self.log: list[dict[str, Any]] = []
+        self.said: deque[str] = deque(maxlen=1000)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
+            self.said.append(line)
             try:
                 self.lines.put(json.loads(line))
             except ValueError:
@@ -110,6 +113,9 @@ def serving(*arguments: object) -> Iterator[Serving]:
         server = Serving(process)
         try:
             yield server
+        except BaseException:
+            print(*server.said, sep="")  # shown by pytest where a test fails
+            raise
         finally:
             process.kill()
             process.wait(30)

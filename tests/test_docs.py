@@ -18,13 +18,15 @@ from fairlead.api.openai.bodies import ChatBody, CompletionBody
 from fairlead.api.openai.errors import OpenAIErrors, openai_status
 from fairlead.api.openapi import document
 from fairlead.api.registry import RegistryRoutes
+from fairlead.api.rollouts import RolloutOperations
 from fairlead.api.status import grpc_status, http_status
 from fairlead.cli import COMMANDS
 from fairlead.cli.serve import serve
 from fairlead.control.checks import Rules
 from fairlead.control.registry import Registry
+from fairlead.control.rollouts import Rollouts
 from fairlead.core.errors import FairleadError, LimitExceeded, Unavailable
-from fairlead.core.rollout import RegistrySettings
+from fairlead.core.rollout import ControlSettings, RegistrySettings
 from fairlead.core.settings import Settings, parse_settings
 from fairlead.core.specs import BatchingSpec, DiffusionSpec, InstancesSpec, LlmSpec, ModelSpec, QueuePolicy, TensorSpec
 from fairlead.gateway.configuration import FIXED
@@ -282,7 +284,9 @@ def test_every_kind_of_refused_credentials_is_documented():
 @pytest.fixture
 def operations(tmp_path):
     store = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
-    yield *Admin(store).operations, *RegistryRoutes(Registry(store, RegistrySettings())).operations
+    registry, settings = Registry(store, RegistrySettings()), ControlSettings()
+    rollouts = RolloutOperations(Rollouts(store, registry, settings))
+    yield *Admin(store).operations, *RegistryRoutes(registry).operations, *rollouts.operations
     store.close()
 
 

@@ -26,7 +26,7 @@ from fairlead.control.registry import Registry
 from fairlead.control.rollouts import Rollouts
 from fairlead.control.shadow import Comparer, ShadowReport, withheld
 from fairlead.control.validations import Validations
-from fairlead.core.errors import FairleadError, Unavailable
+from fairlead.core.errors import FairleadError, Unavailable, Unsupported
 from fairlead.core.request import Response
 from fairlead.core.rollout import ControlSettings, ShadowRules
 from fairlead.core.routes import Routes
@@ -63,8 +63,9 @@ class ControlPlane:
         self.counts = counts
         self.id = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
         self.registry = Registry(store, settings.registry)
-        self.redact = redaction() or withheld
-        self.comparer = Comparer(self._rules, self.redact)
+        self.redact = redaction()
+        """None where the extra that finds personal data is missing."""
+        self.comparer = Comparer(self._rules, self.redact or withheld)
         gateway.shadows.on_pair = self.comparer.add
         self.follower = Follower(
             read=lambda: read_deployments(store.control),
@@ -83,7 +84,7 @@ class ControlPlane:
             settings=settings,
             counts=counts,
         )
-        self.rollouts = Rollouts(store, self.registry, settings, self.follower)
+        self.rollouts = Rollouts(store, self.registry, settings, self.follower, counts=counts)
         self._recordings: dict[str, _Recording] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop_listening = Event()
@@ -133,7 +134,10 @@ class ControlPlane:
         def heard(_: str) -> None:
             loop.call_soon_threadsafe(self.follower.wake)
 
-        await asyncio.to_thread(self.store.control.listen, heard, self._stop_listening)
+        try:
+            await asyncio.to_thread(self.store.control.listen, heard, self._stop_listening)
+        except Unavailable as error:
+            log.warning("control_news_lost", error=error.message)
 
     # What the follower asks
 
@@ -184,6 +188,12 @@ class ControlPlane:
     def standing(self) -> tuple[Deployments, str, ServerState]:
         return self.follower.wanted, self.id, self.follower.state()
 
+    def write_exposures(self) -> None:
+        self.leader.write_exposures()
+
+    def label(self, request_id: str, truth: float) -> bool:
+        return self.comparer.label(request_id, truth)
+
     def validate(self, model: str, version: int, actor: str) -> str:
         run = f"run_{os.urandom(6).hex()}"
 
@@ -209,7 +219,9 @@ class ControlPlane:
         known = self._recordings.get(model)
         if known is not None and known.running:
             raise Conflict(f"requests of `{model}` are being recorded already")
-        redact: Callable[[str], str] = self.redact if wanted.redact else _as_it_is
+        redact = self.redact if wanted.redact else _as_it_is
+        if redact is None:
+            raise Unsupported("personal data is found with pip install 'fairlead[filters]' only: install it, or record with `redact: false`")
         recording = Recording(RecordingRules(every=wanted.every, max_examples=wanted.requests), redact)
         loop = asyncio.get_running_loop()
 

@@ -320,6 +320,20 @@ async def test_no_copy_of_what_is_too_large(house):
     assert shadowed.count("large") == 2 and shadowed.pairs == []
 
 
+async def test_texts_in_tensors_are_as_large_as_they_are(house):
+    front = house()
+    front.repository.serve(
+        tensor_model("shout", lambda inputs: {"y": np.array([[b"x" * 5000]], object)}, datatype="BYTES", shape=(-1, 1)),
+        tensor_model("shout", lambda inputs: {"y": inputs["x"]}, datatype="BYTES", shape=(-1, 1), version="2"),
+    )
+    front.dispatch.routes = Routes({"shout": (("1", 1.0), ("2", 0.0))})
+    shadows = front.gateway.shadows
+    shadows.set({"shout": ShadowRule(version="2", share=1.0, max_bytes=4000)})
+    await front.answer(texts("y" * 5000))
+    await front.answer(texts("y"))
+    assert front.counts.get(COPIES, "shout", "large") == 2 and not shadows.num_in_flight
+
+
 async def test_no_copy_for_a_version_that_is_not_there(house):
     front = house()
     shadowed = Shadowed(front, version="9")

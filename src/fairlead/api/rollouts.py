@@ -24,8 +24,11 @@ from fairlead.core.errors import Unavailable, Unsupported
 from fairlead.core.rollout import MetricRule, RolloutPolicy, Share
 from fairlead.core.versions import check_model_name, parse_ref
 from fairlead.store.control import ControlStore
+from fairlead.store.registry_rows import Taken
 
 MAX_FEEDBACK = 1000
+TRUTH = "truth"
+"""The feedback that says what was true: the index of a class, or a number. A shadow's report tells which version was nearer to it."""
 ALIVE_SECONDS = 30.0
 """A server that said nothing for so long is not shown."""
 
@@ -142,6 +145,12 @@ class Acting(Protocol):
 
     def standing(self) -> tuple[Deployments, str, ServerState]:
         """What this server does without the store: what is wanted as it was read last, its own id, and how it stands."""
+
+    def write_exposures(self) -> None:
+        """Which versions answered the latest requests goes to the store. Blocks. Raises Unavailable."""
+
+    def label(self, request_id: str, truth: float) -> bool:
+        """What was true of a request: whether a shadow of this server has a copy of it."""
 
     def validate(self, model: str, version: int, actor: str) -> str:
         """Begins. Returns the id of the run."""
@@ -290,8 +299,19 @@ class RolloutOperations:
     async def feedback(self, http: Request) -> Response:
         body = decoded(await body_of(http), Feedback)
         rows = [(each.request_id, each.name, _value(each, n)) for n, each in enumerate(body.feedback)]
-        taken = await asyncio.to_thread(self.rollouts.store.control.give_feedback, rows, actor_of(http), self.now())
-        return json_response({"taken": list(taken)})
+        acting = self.acting
+
+        def give() -> list[Taken]:
+            if acting is not None:
+                acting.write_exposures()
+            return list(self.rollouts.store.control.give_feedback(rows, actor_of(http), self.now()))
+
+        taken = await asyncio.to_thread(give)
+        if acting is not None:
+            for n, (id, name, value) in enumerate(rows):
+                if name == TRUTH and acting.label(id, value) and taken[n] is Taken.UNKNOWN:
+                    taken[n] = Taken.TAKEN
+        return json_response({"taken": taken})
 
     def _acting(self) -> Acting:
         """Raises Unsupported."""

@@ -190,7 +190,9 @@ def show(asks: Asks, ref: Ref, as_json: bool) -> None:
             show_json(version)
             return
         gates = {each["gate"]: each["outcome"] for each in version["gates"]}
-        show_fields({**{name: value for name, value in version.items() if name not in ("files", "gates", "spec")}, "gates": gates})
+        shown = {name: value for name, value in version.items() if name not in ("files", "gates", "spec", "schema", "loaded")}
+        schema = {part: [_tensor(each) for each in version["schema"].get(part, ())] for part in ("inputs", "outputs")}
+        show_fields({**shown, **schema, "loaded": _states(version.get("loaded")), "gates": gates})
         show_table(fields("path", "bytes", "sha256"), version["files"], "")
         if version["spec"].strip() != "{}":
             click.echo(f"\n{version['spec'].rstrip()}")
@@ -200,7 +202,9 @@ def show(asks: Asks, ref: Ref, as_json: bool) -> None:
     if as_json:
         show_json({**model, "versions": versions})
         return
-    show_fields({name: value for name, value in model.items() if name not in ("registered", "versions") and value not in (None, {}, "")})
+    told = {name: value for name, value in model.items() if name not in ("registered", "versions", "loaded")}
+    told["loaded"] = _states(model.get("loaded"))
+    show_fields({name: value for name, value in told.items() if value not in (None, {}, "", [])})
     columns = {
         **fields("version", "stage", "aliases", "backend"),
         "metrics": lambda version: version["provenance"].get("metrics", {}),
@@ -229,6 +233,17 @@ def diff(asks: Asks, old: Ref, new: Ref, as_json: bool) -> None:
         click.echo("the same files and spec", err=True)
     rows = [{"of": "files", "what": each["path"], "old": each["bytes"][0], "new": each["bytes"][1]} for each in found["files"]]
     for part in ("spec", "schema", "metrics", "provenance", "gates"):
+        changes = found[part].items()
+        if part in ("schema", "gates") and changes and any(all(pair[side] is None for _, pair in changes) for side in (0, 1)):
+            unknown = [all(pair[side] is None for _, pair in changes) for side in (0, 1)]
+            rows.append(
+                {
+                    "of": part,
+                    "what": "",
+                    **{name: "not validated" if each else "" for name, each in zip(("old", "new"), unknown, strict=True)},
+                }
+            )
+            continue
         rows += [{"of": part, "what": place, "old": before, "new": after} for place, (before, after) in found[part].items()]
     first, second = found["versions"]
     columns = {**fields("of", "what"), first: lambda row: row["old"], second: lambda row: row["new"]}
@@ -324,8 +339,28 @@ def events(asks: Asks, name: str, limit: int, as_json: bool) -> None:
     if as_json:
         show_json(found)
         return
-    columns = {"time": lambda entry: short_time(entry["time"]), **fields("actor", "action", "subject", "details")}
+    columns = {
+        "time": lambda entry: entry["time"][:19].replace("T", " "),
+        **fields("actor", "action", "subject"),
+        "details": lambda entry: {
+            name: str(value)[:12] if name == "digest" else value
+            for name, value in entry["details"].items()
+            if value not in ("", {}, [], None)
+        },
+    }
     show_table(columns, found, f"nothing happened to {name} yet")
+
+
+def _tensor(told: dict[str, Any]) -> str:
+    """`X FP32 [-1, 8]`."""
+    return f"{told['name']} {told['datatype']} {told['shape']}"
+
+
+def _states(loaded: Any) -> Any:
+    """Of what a server has loaded; None where none was asked."""
+    if isinstance(loaded, list):
+        return [f"@{each['version']} {each['state']} {each['reason']}".rstrip() for each in loaded]
+    return loaded if loaded is None else f"{loaded['state']} {loaded['reason']}".rstrip()
 
 
 def _end(ref: Ref) -> str:

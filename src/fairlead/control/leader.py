@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from threading import Lock
 from typing import Protocol
 
 import msgspec
@@ -52,6 +53,8 @@ REPORT_SECONDS = 5.0
 KEPT_SECONDS = 3600.0
 """How long a server that says nothing is remembered, and a window that nobody took."""
 PURGE_SECONDS = 60.0
+IDLE_PURGE_SECONDS = 3600.0
+"""While no rollout is under way."""
 SILENT = 4
 """Times the span after which a server counts as silent: then it is taken for dead."""
 MAX_SENT = 10_000
@@ -85,6 +88,15 @@ class Seen(Struct):
 
     windows: dict[str, Window] = field(default_factory=dict)
     shadows: dict[str, ShadowReport] = field(default_factory=dict)
+
+    def take(self, models: Set[str]) -> "Seen":
+        """What was seen of these, which is here no more."""
+        windows = {model: self.windows.pop(model) for model in models if model in self.windows}
+        return Seen(windows, {model: self.shadows.pop(model) for model in models if model in self.shadows})
+
+    def merge(self, other: "Seen") -> None:
+        for model in other.windows.keys() | other.shadows.keys():
+            self.add(model, Sent(window=other.windows.get(model), shadow=other.shadows.get(model)))
 
     def add(self, model: str, sent: Sent) -> None:
         if sent.window is not None:
@@ -157,6 +169,7 @@ class Leader:
         self._alone: dict[str, Rollout] = {}
         """What the breakers counted while the store is gone, by rollout."""
         self._exposures: deque[ExposureRow] = deque(maxlen=MAX_EXPOSURES)
+        self._writing_exposures = Lock()
         self._told: tuple[float, ServerState] = (0.0, {})
         """When this server said how its versions stand, and what it said."""
         self._validating: dict[str, asyncio.Task[Validated]] = {}
@@ -191,7 +204,6 @@ class Leader:
         for model, report in self.eyes.shadows().items():
             self._seen.add(model, Sent(shadow=report))
         try:
-            self._exposures.extend(self.eyes.exposures())
             heard = await asyncio.to_thread(self._turn, now, self.follower.state())
             if heard is None:
                 self.leads = False
@@ -199,7 +211,7 @@ class Leader:
                 return
             self.leads = True
             self._alone.clear()
-            await self._decide(heard, now)
+            await self._decide(heard, self.clock())
         except Unavailable as error:
             self.counts.add("fairlead_control_store_failures_total")
             log.warning("control_without_store", error=error.message, note="nothing goes forward until it answers")
@@ -216,28 +228,18 @@ class Leader:
         if state != told or (state and now - told_at >= self._alive_seconds / 3):
             store.beat(self.server, msgspec.to_builtins(state), now)
             self._told = now, state
-        while self._exposures:
-            some = [self._exposures.popleft() for _ in range(min(len(self._exposures), MAX_ROWS))]
-            try:
-                store.add_exposures(some)
-            except Unavailable:
-                self._exposures.extendleft(reversed(some))
-                raise
+        self.write_exposures()
         rollouts = store.running() if self.settings.decide else ()
         if not rollouts:
             if self.leads:
                 store.drop(LEASE, self.server)
+            if state and now - self._purged_at > IDLE_PURGE_SECONDS:
+                self._purge(now)
             return None
         if not store.take(LEASE, self.server, now, self.settings.lease_seconds):
             return None
         if now - self._purged_at > PURGE_SECONDS:
-            deleted = store.purge(
-                exposures_before=now - self.settings.feedback_seconds,
-                windows_before=now - KEPT_SECONDS,
-                servers_before=now - KEPT_SECONDS,
-            )
-            if deleted < PURGE_ROWS:  # else there is more
-                self._purged_at = now
+            self._purge(now)
         sent, unread = [], set()
         for window in store.take_windows(MAX_SENT):
             try:
@@ -260,6 +262,27 @@ class Leader:
             feedback=feedback,
         )
 
+    def write_exposures(self) -> None:
+        """Which version answered which request, so that feedback on them is known. Blocks. Raises Unavailable."""
+        with self._writing_exposures:
+            self._exposures.extend(self.eyes.exposures())
+            while self._exposures:
+                some = [self._exposures.popleft() for _ in range(min(len(self._exposures), MAX_ROWS))]
+                try:
+                    self.store.add_exposures(some)
+                except Unavailable:
+                    self._exposures.extendleft(reversed(some))
+                    raise
+
+    def _purge(self, now: float) -> None:
+        deleted = self.store.purge(
+            exposures_before=now - self.settings.feedback_seconds,
+            windows_before=now - KEPT_SECONDS,
+            servers_before=now - KEPT_SECONDS,
+        )
+        if deleted < PURGE_ROWS:  # else there is more
+            self._purged_at = now
+
     @property
     def _alive_seconds(self) -> float:
         """A server that said nothing for so long does not count."""
@@ -278,8 +301,7 @@ class Leader:
         try:
             await asyncio.to_thread(self.store.add_windows, self.server, rows, now)
         except Unavailable:
-            for model in {**seen.windows, **seen.shadows}:
-                self._seen.add(model, Sent(window=seen.windows.get(model), shadow=seen.shadows.get(model)))
+            self._seen.merge(seen)
             raise
 
     # Deciding
@@ -287,32 +309,41 @@ class Leader:
     async def _decide(self, heard: _Heard, now: float) -> None:
         for model, sent in heard.sent:
             self._seen.add(model, sent)
-        seen, self._seen = self._seen, Seen()
         self._known = {row.id: row for row in heard.rollouts}
         self._forget_ended()
         for row in heard.rollouts:
             rollout = rollout_of(row)
-            returned = self._returned.pop(row.id, None)
-            if returned is not None and returned.revision == row.revision:
-                await self._commit(row, rollout, returned.rollout, returned.actions, now)
-                continue
-            if returned is not None:  # another server decided meanwhile, and knew more
-                self.follower.forget(returned.deployments)
+            seen = self._seen.take({member.model for member in rollout.members})
             try:
-                if not _stands(rollout, heard.deployments):  # whoever decided before did not come to it
-                    note = Note("rollout.follow", "what it wants was not in force")
-                    await self._commit(row, rollout, rollout, (standing(rollout), note), now)
-                    continue
-                events = self._events(rollout, heard, seen, now)
-                await self._carry_on(row, rollout, events, now)
-            except Conflict as conflict:  # somebody's command came between: the next tick sees what it made of it
-                log.debug("rollout_moved_on", rollout=row.id, error=conflict.message)
-            await self._report(rollout, seen, now)
+                await self._decide_one(row, rollout, heard, seen, now)
+            except (Unavailable, Conflict) as error:
+                self._seen.merge(seen)  # nothing came of it
+                if isinstance(error, Unavailable):
+                    raise
+                # somebody's command came between: the next tick sees what it made of it
+                log.debug("rollout_moved_on", rollout=row.id, error=error.message)
+            except FairleadError as error:  # others go on
+                log.error("rollout_stuck", rollout=row.id, error=error.message)
+        self._seen = Seen()
 
-    async def _carry_on(self, row: RolloutRow, rollout: Rollout, events: Iterable[Event], now: float) -> None:
-        new, actions = _advanced(rollout, events, now)
+    async def _decide_one(self, row: RolloutRow, rollout: Rollout, heard: _Heard, seen: Seen, now: float) -> None:
+        returned = self._returned.pop(row.id, None)
+        if returned is not None and returned.revision == row.revision:
+            await self._commit(row, rollout, returned.rollout, returned.actions, now)
+            return
+        if returned is not None:  # another server decided meanwhile, and knew more
+            self.follower.forget(returned.deployments)
+        if not _stands(rollout, heard.deployments):  # whoever decided before did not come to it
+            note = Note("rollout.follow", "what it wants was not in force")
+            await self._commit(row, rollout, rollout, (standing(rollout), note), now)
+            return
+        new, actions = _advanced(rollout, self._events(rollout, heard, seen, now), now)
         if new != rollout or actions:
             await self._commit(row, rollout, new, actions, now)
+        try:
+            await self._report(rollout, seen, now)
+        except Unavailable as error:  # what was decided stands
+            log.warning("report_not_written", rollout=rollout.id, error=error.message)
 
     def _events(self, rollout: Rollout, heard: _Heard, seen: Seen, now: float) -> list[Event]:
         models = [member.model for member in rollout.members]

@@ -3,16 +3,17 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from msgspec import Struct, structs
 
 from fairlead.control.acts import changes_of, deployment_row, deployments_of, rollout_of, rollout_row
-from fairlead.control.deployments import Deployment, Follower
+from fairlead.control.deployments import Deployment, Deployments, Follower
 from fairlead.control.leader import commit, told
 from fairlead.control.registry import Registry
 from fairlead.control.rollout import (
+    ENDED,
     Action,
     Command,
     Kind,
@@ -27,9 +28,10 @@ from fairlead.control.rollout import (
     default_metrics,
     describe,
 )
-from fairlead.core.errors import InvalidRequest, NotFound
+from fairlead.core.errors import InvalidRequest, LoadError, NotFound
 from fairlead.core.rollout import ControlSettings, MetricRule, RolloutPolicy, Step
 from fairlead.core.versions import CHAMPION, Ref, Stage, parse_ref
+from fairlead.observe.counts import Counts
 from fairlead.store.registry_rows import Move, RolloutRow, VersionRow
 from fairlead.store.rows import AuditRow
 from fairlead.store.store import Store
@@ -64,13 +66,15 @@ class Rollouts:
         settings: ControlSettings,
         follower: Follower | None = None,
         clock: Callable[[], float] = time.time,
+        counts: Counts | None = None,
     ) -> None:
-        """`follower`: this server's, which acts at once; None where no server runs."""
+        """`follower`, `counts`: this server's, the one acts at once; None where no server runs."""
         self.store = store
         self.registry = registry
         self.settings = settings
         self.follower = follower
         self.clock = clock
+        self.counts = counts or Counts()
 
     # Asking
 
@@ -131,7 +135,10 @@ class Rollouts:
             raise Conflict(f"{row.ref} is retired")
         if row.stage is Stage.SERVING:
             raise Conflict(f"{row.ref} serves already")
-        self.registry.check_signature(row)
+        try:
+            self.registry.check_signature(row)
+        except LoadError as error:
+            raise Conflict(error.message) from None
         return row
 
     def _policy(self, wish: Wish, model: str) -> tuple[RolloutPolicy, str]:
@@ -184,18 +191,24 @@ class Rollouts:
         follower = self.follower
         if follower is None or not changes.deployments:
             await saving
-            return new
-        if _returns(actions):
-            follower.assume(changes.deployments)
+        else:
+            await self._saved(saving, changes.deployments, follower, at_once=_returns(actions))
+        if new.phase in ENDED:
+            self.counts.add("fairlead_rollouts_total", row.model, new.phase)
+        if follower is not None:
+            told(new, actions)
+        return new
+
+    async def _saved(self, saving: Awaitable[object], deployments: Deployments, follower: Follower, *, at_once: bool) -> None:
+        if at_once:
+            follower.assume(deployments)
         async with follower.reading:
             try:
                 await saving
             except BaseException:
-                follower.forget(changes.deployments)
+                follower.forget(deployments)
                 raise
-            follower.settle(changes.deployments)
-        told(new, actions)
-        return new
+            follower.settle(deployments)
 
     async def undeploy(self, model: str, actor: str, reason: str, address: str = "") -> None:
         """No version of it serves any more. Raises NotFound, Conflict, Unavailable."""
