@@ -16,7 +16,7 @@ demo: $(INSTALLED)  ## train small real models, serve them, ask each one
 	$(BIN)/fairlead demo $(ARGS)
 
 test: lint $(INSTALLED)  ## what CI runs
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -221,7 +221,9 @@ class ControlPlane:
             raise Conflict(f"requests of `{model}` are being recorded already")
         redact = self.redact if wanted.redact else _as_it_is
         if redact is None:
-            raise Unsupported("personal data is found with pip install 'fairlead[filters]' only: install it, or record with `redact: false`")
+            raise Unsupported(
+                "personal data is found with pip install 'fairlead[filters]' only: install it, or record with `redact: false`"
+            )
         recording = Recording(RecordingRules(every=wanted.every, max_examples=wanted.requests), redact)
         loop = asyncio.get_running_loop()
 

@@ -156,7 +156,18 @@ def test_without_a_terminal_it_ends_and_leaves_no_server_behind(told: dict[str, 
         assert probe.connect_ex((host, int(port))) != 0
 
 
-TOOLS = ("image", "chat", "curl, a chat", "OpenAI's SDK", "curl", "curl, a stream", "tritonclient, HTTP", "tritonclient, gRPC", "Python")
+TOOLS = (
+    "image",
+    "chat",
+    "curl, a chat",
+    "OpenAI's SDK",
+    "curl",
+    "curl, a stream",
+    "tritonclient, HTTP",
+    "tritonclient, gRPC",
+    "Python",
+    "the gates of a version",
+)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -170,6 +181,8 @@ def test_what_it_says_to_try_works_as_it_stands(terminal: Terminal, tool: str) -
             with Image.open(file) as picture:
                 assert picture.size == (PIXELS, PIXELS)
             file.unlink()
+        case "the gates of a version":
+            assert done.stdout.strip().endswith("diabetes_sklearn@1 may serve")
         case "chat":
             assert done.stdout.strip().endswith("579")
         case "curl, a chat":

@@ -172,9 +172,9 @@ def test_models_are_listed_loaded_and_unloaded_from_the_command_line(root):
             command = [sys.executable, "-m", "fairlead", "models", *words, "--url", server.http]
             return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
-        assert "not loaded" in models("list").stdout
+        assert "not loaded" in models("loaded").stdout
         assert models("load", "identity").stdout == "loaded identity\n"
-        assert '"state":"READY"' in models("list", "--json").stdout
+        assert '"state":"READY"' in models("loaded", "--json").stdout
         assert server.infer("identity", [1, 2, 3, 4])[0] == 200
         assert models("unload", "identity").returncode == 0
         failed = models("load", "nothing")

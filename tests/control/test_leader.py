@@ -26,7 +26,8 @@ def clock():
 
 
 @pytest.fixture
-async def house(tmp_path, clock):
+async def house(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)  # for the one that blocks it
     store = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
     made = House(store, tmp_path, clock, {"short": SHORT})
     await made.repository.start()
@@ -259,9 +260,7 @@ async def test_without_the_store_traffic_goes_on_nothing_goes_forward_and_a_brok
     house.add("add", 2)
     rollout = await house.start("add@2", policy="short")
     await house.until(rollout.id, Phase.PROGRESSING)
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     blocker = sqlite3.connect(tmp_path / "fairlead.db", isolation_level=None)
-    house.store._engine.dispose()  # connections made from now on have the new patience
     blocker.execute("BEGIN EXCLUSIVE")
     try:
         for _ in range(3):

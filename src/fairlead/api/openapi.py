@@ -38,7 +38,7 @@ TAGS = {
     "openai": "The OpenAI API: language models and embedders.",
     "images": "Pictures, in the shapes of other services: jobs beneath.",
     "jobs": "Requests that are answered later, their files, and the calls that tell of them.",
-    "admin": "Tenants, keys, usage, audit, configuration, models and their versions.",
+    "admin": "Tenants, keys, usage, audit, configuration, models, versions, rollouts.",
     "not offered": "Parts of Triton's protocol that this server answers with 501.",
     "document": "This document.",
 }
@@ -52,6 +52,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "project": {"description": "The project's name.", "schema": {"type": "string", "minLength": 1}},
     "key": {"description": "The key's id, which is public.", "schema": {"type": "string", "minLength": 1}},
     "ref": {"description": "A version's number, or an alias.", "schema": {"type": "string", "minLength": 1}},
+    "rollout": {"description": "Its id, or a model's name for the latest one.", "schema": {"type": "string", "minLength": 1}},
     "alias": {"description": "The alias's name.", "schema": {"type": "string", "minLength": 1}},
     "prediction": {"description": "The job's id.", "schema": {"type": "string", "minLength": 1}},
     "owner": {"description": "Always `fairlead`.", "schema": {"type": "string", "minLength": 1}},

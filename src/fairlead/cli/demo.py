@@ -785,7 +785,7 @@ def _first(outputs: Tensors) -> float:
 # Tell
 
 
-def things_to_try(client: Client, http: str, grpc: str, models: dict[str, DemoModel]) -> dict[str, str]:
+def things_to_try(client: Client, http: str, grpc: str, models: dict[str, DemoModel], folder: Path) -> dict[str, str]:
     """Lines for a terminal that work as they stand while a server is at `http` and `grpc` (host:port), by what they use."""
     url = f"http://{http}"
     patient = models["diabetes_sklearn"]
@@ -834,6 +834,7 @@ END"""
         "tritonclient, HTTP": triton.format(python=python, protocol="http", address=http),
         "tritonclient, gRPC": triton.format(python=python, protocol="grpc", address=grpc),
         "Python": plain,
+        "the gates of a version": f"{_python()} -m fairlead models validate {shlex.quote(str(folder.resolve() / patient.name))}",
     }
 
 
@@ -877,7 +878,7 @@ def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, con
             answers = [ask(client, model, folder) for model in models]
             # Once this server has ended, the lines are for one at its usual ports
             http, grpc = ("127.0.0.1:8000", "127.0.0.1:8001") if once and not as_json else (server.http, server.grpc)
-            lines = things_to_try(client, http, grpc, {model.name: model for model in models})
+            lines = things_to_try(client, http, grpc, {model.name: model for model in models}, folder)
         if as_json:
             click.echo(msgspec.json.encode({"http": server.http, "grpc": server.grpc, "models": answers, "try": lines}).decode())
             return
