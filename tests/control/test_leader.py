@@ -6,12 +6,14 @@ import sqlite3
 import pytest
 from msgspec import structs
 
+from fairlead.control.acts import rollout_of, rollout_row
 from fairlead.control.rollout import Outcome, Phase, Validated
+from fairlead.core.errors import LoadError
 from fairlead.core.rollout import Breakers, RolloutPolicy, Step
 from fairlead.core.versions import Ref, Stage
 from fairlead.core.window import Tally
 from fairlead.store import database
-from fairlead.store.rows import AuditQuery
+from fairlead.store.rows import AuditQuery, AuditRow
 from fairlead.store.store import Store
 from fairlead.store.transactions import Conflict
 from tests.control.house import Clock, House
@@ -347,3 +349,113 @@ async def test_undeployed_models_are_gone(house):
     assert stage(house, "add@1") is Stage.VALIDATED
     assert house.store.registry.resolve(Ref("add")).number == 1
     await asyncio.sleep(0)
+
+
+async def test_a_leader_that_was_cut_off_follows_what_another_one_decided_meanwhile(house, clock, tmp_path):
+    await serve(house, "add", 1)
+    house.add("add", 2)
+    rollout = await house.start("add@2", policy="short")
+    await house.until(rollout.id, Phase.PROGRESSING)
+    blocker = sqlite3.connect(tmp_path / "fairlead.db", isolation_level=None)
+    blocker.execute("BEGIN EXCLUSIVE")
+    house.eyes.see("add", clock(), v1=Tally(requests=300), v2=Tally(requests=100, errors=100))
+    await house.tick()
+    assert house.shares == {"add": {"1": 1.0}}, "it took the traffic away by itself"
+    blocker.rollback()
+    blocker.close()
+    second = House(house.store, house.folder, clock, {"short": SHORT}, name="b")
+    await second.repository.start()
+    try:
+        await second.command(rollout.id, "promote")  # somebody knew better
+        await second.tick(40.0)
+        await second.tick(40.0)
+        await second.tick()
+        assert second.rollout(rollout.id).phase is Phase.COMPLETE
+        await house.tick()
+        await house.follow()
+        assert house.shares == second.shares == {"add": {"2": 1.0}}
+        assert house.repository.versions("add") == ["2"]
+    finally:
+        await second.close()
+
+
+async def test_gates_of_a_rollout_that_was_aborted_are_not_waited_for(house):
+    await serve(house, "add", 1)
+    house.add("add", 2)
+    ended = asyncio.Event()
+
+    async def validate(_: object) -> Validated:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        raise AssertionError
+
+    house.leader.validate = validate
+    rollout = await house.start("add@2", policy="short")
+    await house.tick()
+    await asyncio.sleep(0)
+    await house.command(rollout.id, "abort")
+    await house.tick()
+    async with asyncio.timeout(5):
+        await ended.wait()
+    assert stage(house, "add@2") is Stage.STAGED
+
+
+async def test_what_is_not_the_versions_fault_does_not_reject_it(house):
+    await serve(house, "add", 1)
+    house.add("add", 2)
+
+    async def validate(_: object) -> Validated:
+        raise LoadError("add@1 is not what was added")
+
+    house.leader.validate = validate
+    rollout = await house.start("add@2", policy="short")
+    ended = await house.until(rollout.id, Phase.ABORTED)
+    assert "is not what was added" in ended.reason
+    assert stage(house, "add@2") is Stage.STAGED
+
+
+async def test_the_champion_comes_back_even_where_somebody_rejected_it_meanwhile(house):
+    await serve(house, "add", 1)
+    house.add("add", 2)
+    rollout = await house.start("add@2", policy="short")
+    await house.until(rollout.id, Phase.PROGRESSING)
+    await house.command(rollout.id, "promote")
+    audit = AuditRow(time=house.clock(), actor="somebody", action="version.stage", subject="add@1")
+    house.store.registry.move("add", 1, Stage.REJECTED, "by mistake", audit)
+    house.eyes.see("add", house.clock(), v2=Tally(requests=100, errors=100))
+    await house.tick()
+    assert house.shares == {"add": {"1": 1.0}}
+    assert house.rollout(rollout.id).phase is Phase.ABORTED
+
+
+async def test_windows_are_counted_although_a_command_came_between(house, monkeypatch):
+    await serve(house, "add", 1)
+    house.add("add", 2)
+    rollout = await house.start("add@2", policy="short")
+    await house.until(rollout.id, Phase.PROGRESSING)
+    real = house.store.control.running
+
+    def running():
+        rows = real()
+        paused = rollout_row(structs.replace(rollout_of(rows[0]), reason="changed"), revision=rows[0].revision, now=house.clock())
+        house.store.control.commit(rollout=paused, audits=[AuditRow(time=house.clock(), actor="x", action="x", subject="x")])
+        return rows
+
+    monkeypatch.setattr(house.store.control, "running", running)
+    well(house)
+    await house.tick()
+    monkeypatch.undo()
+    await house.tick()
+    assert house.rollout(rollout.id).counted["add"].requests == 40
+
+
+async def test_after_it_has_stopped_it_takes_no_lease(house):
+    await serve(house, "add", 1)
+    house.add("add", 2)
+    await house.start("add@2", policy="short")
+    await house.tick()
+    await house.leader.stop()
+    await house.leader.tick(house.clock() + 60.0)
+    assert house.store.control.lease("control") is None

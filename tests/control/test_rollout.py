@@ -533,7 +533,6 @@ def test_language_models_are_measured_by_their_tokens():
         ("experiment", TWO_STEPS, FRAUD, "an experiment has one step"),
         ("canary", TWO_STEPS, Member(model="m", champion=7, candidate=7), "is the champion already"),
         ("shadow", SHADOW, Member(model="m", candidate=7), "no champion"),
-        ("canary", SHADOW, Member(model="m", candidate=7), "no champion"),
     ],
 )
 def test_a_policy_that_does_not_fit_is_refused(kind, policy, member, words):

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from threading import Lock
 from typing import Protocol
 
@@ -36,7 +37,7 @@ from fairlead.control.rollout import (
     standing,
 )
 from fairlead.control.shadow import ShadowReport
-from fairlead.core.errors import FairleadError, Unavailable
+from fairlead.core.errors import ConfigError, FairleadError, Unavailable
 from fairlead.core.rollout import ControlSettings
 from fairlead.core.window import Window
 from fairlead.observe.counts import Counts
@@ -178,6 +179,8 @@ class Leader:
         self._restarts: dict[tuple[str, str, str], int] = {}
         """(rollout, server, model) → deaths of the candidate's replicas before the rollout saw it."""
         self._purged_at = 0.0
+        self._ticking = asyncio.Lock()
+        self._stopped = False
 
     async def run(self) -> None:
         """For ever."""
@@ -187,6 +190,8 @@ class Leader:
             await asyncio.sleep(max(self.settings.tick_seconds - (time.monotonic() - began), 0.05))
 
     async def stop(self) -> None:
+        async with self._ticking:
+            self._stopped = True
         tasks, self._validating = list(self._validating.values()), {}
         for task in tasks:
             task.cancel()
@@ -198,6 +203,11 @@ class Leader:
                 log.warning("lease_not_dropped", note="another server takes over when it has run out")
 
     async def tick(self, now: float) -> None:
+        async with self._ticking:
+            if not self._stopped:
+                await self._tick(now)
+
+    async def _tick(self, now: float) -> None:
         fresh = {window.model: window for window in self.eyes.windows(now)}
         for model, window in fresh.items():
             self._seen.add(model, Sent(window=window))
@@ -206,7 +216,7 @@ class Leader:
         try:
             heard = await asyncio.to_thread(self._turn, now, self.follower.state())
             if heard is None:
-                self.leads = False
+                self._stand_down()
                 await self._hand_in(now)
                 return
             self.leads = True
@@ -217,6 +227,16 @@ class Leader:
             log.warning("control_without_store", error=error.message, note="nothing goes forward until it answers")
             if self.leads:
                 self._decide_alone(fresh, now)
+
+    def _stand_down(self) -> None:
+        """Another server decides, or there is nothing to decide: what was begun or done here alone is not this server's any more."""
+        self.leads = False
+        for returned in self._returned.values():
+            self.follower.forget(returned.deployments)
+        for task in self._validating.values():
+            task.cancel()
+        for kept in (self._returned, self._validating, self._known, self._alone, self._reports, self._reported_at, self._restarts):
+            kept.clear()
 
     def _turn(self, now: float, state: ServerState) -> _Heard | None:
         """Say how things stand here. Returns what there is to decide upon, where this server is to decide.
@@ -240,21 +260,23 @@ class Leader:
             return None
         if now - self._purged_at > PURGE_SECONDS:
             self._purge(now)
+        feedback = {}
+        for row in rollouts:
+            with suppress(ConfigError):  # one that cannot be read is told of where it is decided upon
+                if any(rule.name.startswith("feedback:") for member in rollout_of(row).members for rule in member.metrics):
+                    feedback[row.id] = _by_model(store.feedback_sums(row.id))
+        alive, known = now - self._alive_seconds, store.servers(now - SILENT * self._alive_seconds)
+        deployments = read_deployments(store)
         sent, unread = [], set()
-        for window in store.take_windows(MAX_SENT):
+        for window in store.take_windows(MAX_SENT):  # last: what was taken is nowhere else
             try:
                 sent.append((window.model, msgspec.msgpack.decode(window.data, type=Sent)))
             except msgspec.DecodeError as error:
                 log.error("window_not_read", model=window.model, server=window.server, error=str(error), note="is it of another release?")
                 unread.add(window.model)
-        feedback = {}
-        for row in rollouts:
-            if any(rule.name.startswith("feedback:") for member in rollout_of(row).members for rule in member.metrics):
-                feedback[row.id] = _by_model(store.feedback_sums(row.id))
-        alive, known = now - self._alive_seconds, store.servers(now - SILENT * self._alive_seconds)
         return _Heard(
             rollouts=rollouts,
-            deployments=read_deployments(store),
+            deployments=deployments,
             servers=[row for row in known if row.seen >= alive],
             silent=[row for row in known if row.seen < alive],
             sent=sent,
@@ -311,20 +333,27 @@ class Leader:
             self._seen.add(model, sent)
         self._known = {row.id: row for row in heard.rollouts}
         self._forget_ended()
+        concerned: set[str] = set()
         for row in heard.rollouts:
-            rollout = rollout_of(row)
-            seen = self._seen.take({member.model for member in rollout.members})
+            seen = Seen()
             try:
+                rollout = rollout_of(row)
+                models = {member.model for member in rollout.members}
+                concerned |= models
+                seen = self._seen.take(models)
                 await self._decide_one(row, rollout, heard, seen, now)
             except (Unavailable, Conflict) as error:
                 self._seen.merge(seen)  # nothing came of it
                 if isinstance(error, Unavailable):
                     raise
-                # somebody's command came between: the next tick sees what it made of it
-                log.debug("rollout_moved_on", rollout=row.id, error=error.message)
+                if (await asyncio.to_thread(self.store.rollout, row.id)).revision == row.revision:
+                    log.error("rollout_stuck", rollout=row.id, error=error.message)
+                else:  # somebody's command came between: the next tick sees what it made of it
+                    log.debug("rollout_moved_on", rollout=row.id, error=error.message)
             except FairleadError as error:  # others go on
                 log.error("rollout_stuck", rollout=row.id, error=error.message)
-        self._seen = Seen()
+        # of models that no rollout is about any more nothing is kept
+        self._seen = self._seen.take(concerned)
 
     async def _decide_one(self, row: RolloutRow, rollout: Rollout, heard: _Heard, seen: Seen, now: float) -> None:
         returned = self._returned.pop(row.id, None)
@@ -348,15 +377,15 @@ class Leader:
     def _events(self, rollout: Rollout, heard: _Heard, seen: Seen, now: float) -> list[Event]:
         models = [member.model for member in rollout.members]
         windows = {model: seen.windows[model] for model in models if model in seen.windows}
-        match rollout.phase:
-            case Phase.VALIDATING:
-                return self._gates(rollout)
-            case Phase.LOADING:
-                return [Measured(windows=windows), self._loaded(rollout, heard.servers)]
+        if rollout.phase is Phase.VALIDATING:
+            return self._gates(rollout)
+        restarts = {model: self._num_restarts(rollout, model, heard.servers) for model in models}
+        if rollout.phase is Phase.LOADING:
+            return [Measured(windows=windows, restarts=restarts), self._loaded(rollout, heard.servers)]
         return [
             Measured(
                 windows=None if heard.unread & set(models) else windows,
-                restarts={model: self._num_restarts(rollout, model, heard.servers) for model in models},
+                restarts=restarts,
                 feedback=heard.feedback.get(rollout.id, {}),
                 pairs={model: _pair_count(seen.shadows[model]) for model in models if model in seen.shadows},
                 incomplete=any(model in row.state for row in heard.silent for model in models),
@@ -378,10 +407,10 @@ class Leader:
         except Unavailable:
             raise
         except FairleadError as error:
-            return [Validated(ok=False, reason=error.message)]
+            return [Validated(ok=False, reason=error.message, at_fault=False)]
         except Exception as error:
             log.exception("validation_failed", rollout=rollout.id)
-            return [Validated(ok=False, reason=f"the gates could not be run: {type(error).__name__}: {error}")]
+            return [Validated(ok=False, reason=f"the gates could not be run: {type(error).__name__}: {error}", at_fault=False)]
 
     def _loaded(self, rollout: Rollout, servers: Sequence[ServerRow]) -> Loaded:
         for member in rollout.members:
@@ -437,6 +466,13 @@ class Leader:
             if _returns(actions):
                 self._returned[row.id] = _Returned(row.revision, new, actions, changes.deployments)
             raise
+        except Conflict as conflict:
+            if not _returns(actions) or (await asyncio.to_thread(self.store.rollout, row.id)).revision != row.revision:
+                raise
+            # Somebody moved a version to where it cannot come back from: traffic goes before order in the registry.
+            log.error("stages_not_moved", rollout=row.id, error=conflict.message)
+            self.follower.assume(changes.deployments)
+            saved = await self._save(row, new, structs.replace(changes, moves=()), now)
         self._known[row.id] = saved
         if new.phase in ENDED:
             self.counts.add("fairlead_rollouts_total", row.model, new.phase)

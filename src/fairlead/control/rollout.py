@@ -150,7 +150,8 @@ def advance(rollout: Rollout, event: Event, now: float) -> tuple[Rollout, tuple[
             if event.ok:
                 loading = _enter(rollout, Phase.LOADING, now, event.reason)
                 return loading, (Publish(), Note("rollout.validated", event.reason))
-            return _back(rollout, now, f"did not pass its gates: {event.reason}", at_fault=event.model)
+            at_fault = event.model if event.at_fault else None
+            return _back(rollout, now, f"did not pass its gates: {event.reason}", at_fault=at_fault)
         case Loaded() if rollout.phase is Phase.LOADING:
             if event.failed:
                 return _back(rollout, now, f"cannot be loaded: {event.failed}", at_fault=event.model)
@@ -190,7 +191,8 @@ def _check(kind: Kind, members: Sequence[Member], policy: RolloutPolicy, name: s
         raise InvalidRequest(f"all steps of a shadow have a `shadow` share: policy `{name}` has others")
     if kind == "experiment" and not (len(policy.steps) == 1 and policy.steps[0].share and policy.steps[0].hold):
         raise InvalidRequest(f"an experiment has one step, with a `share` and `hold`: policy `{name}` has not")
-    if kind != "canary" or has_shadow:
+    # A model's first version is compared with nothing: it takes no steps.
+    if kind != "canary" or (has_shadow and any(member.champion for member in members)):
         for member in members:
             if not member.champion:
                 raise InvalidRequest(f"`{member.model}` has no champion that {member.model}@{member.candidate} could be compared with")

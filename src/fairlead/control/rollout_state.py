@@ -181,6 +181,8 @@ class Validated(Struct, frozen=True):
     reason: str = ""
     model: str = ""
     """The member that did not pass."""
+    at_fault: bool = True
+    """The version is; else its checks, its champion or the machine are, and it is not rejected."""
 
 
 class Loaded(Struct, frozen=True):

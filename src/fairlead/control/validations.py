@@ -6,23 +6,28 @@ import time
 from collections.abc import Callable
 
 import msgspec
+import structlog
 
 from fairlead.control.acts import deployments_of
 from fairlead.control.checks import Checks
 from fairlead.control.deployments import Deployment
 from fairlead.control.gates.plan import Plan, Signature, Subject
-from fairlead.control.gates.report import GateResult, Outcome, Report
+from fairlead.control.gates.report import GATES, GateResult, Outcome, Report
 from fairlead.control.registry import Registry
 from fairlead.control.rollout import Rollout, Validated
 from fairlead.control.validation import validate
-from fairlead.core.errors import LoadError
+from fairlead.core.errors import FairleadError, LoadError, Unavailable
 from fairlead.core.versions import Stage
 from fairlead.store.registry_rows import GateOutcome, GateRow, VersionRow
 from fairlead.store.rows import AuditRow
 from fairlead.store.store import Store
 
+log = structlog.get_logger("fairlead.control")
+
 MAX_AT_ONCE = 1
 """Validations of one server: they measure time and memory."""
+MAX_BEGUN = 8
+"""That somebody asked for, and that run or wait for their turn."""
 
 
 class Validations:
@@ -33,6 +38,47 @@ class Validations:
         self.registry = registry
         self.clock = clock
         self._turns = asyncio.Semaphore(MAX_AT_ONCE)
+        self._begun: set[asyncio.Task[None]] = set()
+
+    def begin(self, model: str, number: int, actor: str) -> str:
+        """The id of a run that goes on by itself, and whose gates say what came of it, were it that it failed. Raises Unavailable."""
+        if len(self._begun) >= MAX_BEGUN:
+            raise Unavailable(f"{MAX_BEGUN} validations run or wait here already")
+        run = _new_run()
+        task = asyncio.create_task(self._told(model, number, actor, run), name=f"validate-{model}@{number}")
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
+        return run
+
+    async def stop(self) -> None:
+        """Give up those that were begun."""
+        for task in self._begun:
+            task.cancel()
+        await asyncio.gather(*self._begun, return_exceptions=True)
+
+    async def _told(self, model: str, number: int, actor: str, run: str) -> None:
+        version = f"{model}@{number}"
+        try:
+            report = await self.run(model, number, actor, run=run)
+        except FairleadError as error:
+            log.error("not_validated", version=version, error=error.message)
+            why = error.message
+        except Exception as error:
+            log.exception("not_validated", version=version)
+            why = f"{type(error).__name__}: {error}"
+        else:
+            log.info("validated" if report.ok else "not_validated", version=version, reason=report.reason)
+            return
+        try:
+            await asyncio.to_thread(self._keep_error, model, number, run, why)
+        except FairleadError as error:
+            log.error("gates_not_written", version=version, error=error.message)
+
+    def _keep_error(self, model: str, number: int, run: str, why: str) -> None:
+        """Whoever waits for the run's gates gets one."""
+        if not self.store.registry.gates(model, number, run):
+            failed = GateResult(gate=GATES[0], outcome=Outcome.ERROR, message=why)
+            self.store.registry.add_gates([_gate_row(model, number, run, failed, self.clock())])
 
     async def of_rollout(self, rollout: Rollout) -> Validated:
         """All members, one after the other. Raises Unavailable."""
@@ -42,7 +88,8 @@ class Validations:
                 continue
             report = await self.run(member.model, member.candidate, "control")
             if not report.ok:
-                return Validated(ok=False, reason=report.reason, model=member.model)
+                at_fault = any(gate.outcome is Outcome.FAILED for gate in report.gates)
+                return Validated(ok=False, reason=report.reason, model=member.model, at_fault=at_fault)
         return Validated(ok=True)
 
     def _passed(self, row: VersionRow) -> bool:
@@ -58,7 +105,7 @@ class Validations:
             row, plan, refused = await asyncio.to_thread(self._plan, model, number)
             report = await validate(plan, on_gate) if plan is not None else refused
             assert report is not None
-            await asyncio.to_thread(self._keep, row, report, actor, run or f"run_{os.urandom(6).hex()}")
+            await asyncio.to_thread(self._keep, row, report, actor, run or _new_run())
             return report
 
     def _plan(self, model: str, number: int) -> tuple[VersionRow, Plan | None, Report | None]:
@@ -82,25 +129,14 @@ class Validations:
 
     def _keep(self, row: VersionRow, report: Report, actor: str, run: str) -> None:
         now = self.clock()
-        rows = [
-            GateRow(
-                model=row.model,
-                number=row.number,
-                run=run,
-                gate=gate.gate,
-                outcome=GateOutcome(gate.outcome),
-                seconds=gate.seconds,
-                details={"message": gate.message, **gate.details},
-                time=now,
-            )
-            for gate in report.gates
-        ]
-        self.store.registry.add_gates(rows)
+        self.store.registry.add_gates([_gate_row(row.model, row.number, run, gate, now) for gate in report.gates])
         if report.signature is not None:
             audit = self._audit(row, "version.signature", actor, "as it was loaded")
             self.store.registry.change_version(row.model, row.number, audit, signature=msgspec.to_builtins(report.signature))
         row = self.store.registry.version(row.model, row.number)
-        if row.stage is not Stage.SERVING:
+        deployment = deployments_of(self.store.control.deployments()).get(row.model, Deployment())
+        # What serves, is tried or is kept for a return stays what it is: its rollout decides.
+        if row.number not in deployment.wanted:
             if report.ok:
                 self._move(row, Stage.VALIDATED, "all gates passed", actor)
             elif any(gate.outcome is Outcome.FAILED for gate in report.gates):  # else it is not the version's fault
@@ -111,3 +147,20 @@ class Validations:
 
     def _audit(self, row: VersionRow, action: str, actor: str, reason: str, **details: str) -> AuditRow:
         return AuditRow(time=self.clock(), actor=actor, action=action, subject=row.ref, details={"reason": reason, **details})
+
+
+def _new_run() -> str:
+    return f"run_{os.urandom(6).hex()}"
+
+
+def _gate_row(model: str, number: int, run: str, gate: GateResult, now: float) -> GateRow:
+    return GateRow(
+        model=model,
+        number=number,
+        run=run,
+        gate=gate.gate,
+        outcome=GateOutcome(gate.outcome),
+        seconds=gate.seconds,
+        details={"message": gate.message, **gate.details},
+        time=now,
+    )

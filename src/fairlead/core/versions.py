@@ -31,7 +31,7 @@ class Stage(StrEnum):
 MOVES: dict[Stage, frozenset[Stage]] = {
     Stage.STAGED: frozenset((Stage.VALIDATED, Stage.REJECTED, Stage.RETIRED)),
     Stage.VALIDATED: frozenset((Stage.SERVING, Stage.VALIDATED, Stage.REJECTED, Stage.RETIRED)),
-    Stage.SERVING: frozenset((Stage.VALIDATED, Stage.REJECTED)),
+    Stage.SERVING: frozenset((Stage.SERVING, Stage.VALIDATED, Stage.REJECTED)),
     Stage.REJECTED: frozenset((Stage.VALIDATED, Stage.REJECTED, Stage.RETIRED)),
     Stage.RETIRED: frozenset(),
 }

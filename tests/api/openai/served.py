@@ -118,7 +118,7 @@ class Played:
         self.asked.put_nowait(asked)
         try:
             while (delta := await asked.next()) is not None:
-                yield Response(model=request.model, version=request.version, delta=delta, id=request.id)
+                yield Response(model=request.model, version=request.version or "2", delta=delta, id=request.id)
         finally:
             asked.closed.set()
 

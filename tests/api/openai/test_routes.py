@@ -258,6 +258,15 @@ async def test_a_chat_that_is_not_streamed(port):
     assert (line["status"], line["model"], line["version"], line["request_id"]) == (200, "m", "2", answer.headers["x-request-id"])
 
 
+async def test_where_no_version_is_named_traffic_decides_which_one_answers(port):
+    asking = port.chat()
+    asked = await port.repository.next()
+    assert (asked.request.model, asked.request.version) == ("m", "")
+    asked.end("a")
+    await asking
+    assert (await port.lines.next())["version"] == "2"
+
+
 async def test_the_version_after_the_name_is_asked(port):
     asking = port.chat(model="m@1", priority=2)
     asked = await port.repository.next()

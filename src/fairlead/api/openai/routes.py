@@ -228,10 +228,10 @@ class OpenAI:
         return _left(line) if deltas is None else _answered(embeddings(deltas, body.model, body.encoding_format or "float"), line)
 
     async def moderate(self, http: HttpRequest, body: ModerationBody, line: AccessLine) -> Any:
-        spec = self.repository.find(line.model, line.version).spec
+        spec = self.repository.find(line.model, line.asked_version).spec
         label_names = check_classifier(spec)
         texts = body.texts()
-        request = line.complete(Request(model=line.model, version=line.version, inputs=text_rows(spec, texts), id=line.id))
+        request = line.complete(Request(model=line.model, version=line.asked_version, inputs=text_rows(spec, texts), id=line.id))
         response = await while_connected(http.scope, http.receive, Whole.of(self.gateway, request))
         if response is None:
             return _left(line)
@@ -259,7 +259,7 @@ class OpenAI:
     # To the repository and back
 
     def _request(self, prompt: Prompt, line: AccessLine, priority: int | None = None) -> Request:
-        return line.complete(Request(model=line.model, version=line.version, prompt=prompt, id=line.id, priority=priority or 0))
+        return line.complete(Request(model=line.model, version=line.asked_version, prompt=prompt, id=line.id, priority=priority or 0))
 
     def _requests(self, prompts: Sequence[Prompt], line: AccessLine, priority: int | None) -> list[Request]:
         """The prompts of one HTTP request, which limits count as one."""
@@ -288,7 +288,7 @@ class OpenAI:
 
     async def _pass(self, http: HttpRequest, peeked: Peek, line: AccessLine, raw: Raw) -> Any:
         """To a model of which no version is here."""
-        request = line.complete(Request(model=line.model, version=line.version, raw=raw, id=line.id, priority=peeked.priority or 0))
+        request = line.complete(Request(model=line.model, version=line.asked_version, raw=raw, id=line.id, priority=peeked.priority or 0))
         request.session = request.session or peeked.session
         if not raw.stream:
             answer = await while_connected(http.scope, http.receive, Whole.of(self.gateway, request))
@@ -361,7 +361,8 @@ class OpenAI:
                 data = await read_body(http, self.max_body_bytes)
                 if self.elsewhere is not None and (path := http.scope["path"]) in PASSED_ON:
                     peeked = peek(data)
-                    line.model, line.version = _parted(peeked.model)
+                    line.model, line.asked_version = _parted(peeked.model)
+                    line.version = line.asked_version
                     line.raw = raw_of(peeked, path, data, http.headers.get("accept", ""))
                     if self.elsewhere.remote(line.model) and may_use(line.caller, line.model):
                         try:
@@ -373,12 +374,13 @@ class OpenAI:
                             return await self._pass(http, peeked, line, line.raw)
                         return await serve(http, body, line)
                 body = decode_body(data, type_)
-                line.model, line.version = _parted(DEFAULT_MODEL if body.model is None else body.model)
+                line.model, line.asked_version = _parted(DEFAULT_MODEL if body.model is None else body.model)
                 if engine:
-                    self._info(line.caller, line.model, line.version)
+                    self._info(line.caller, line.model, line.asked_version)
                 else:
                     self._check_known(line.caller, line.model)
-                line.version = self.repository.find(line.model, line.version).version
+                # until it is known which one answers
+                line.version = self.repository.find(line.model, line.asked_version).version
                 return await serve(http, body, line)
             except FairleadError as error:
                 answer = errors.response(error, line.headers)
