@@ -24,7 +24,7 @@ from fairlead.control.leader import Leader, read_deployments
 from fairlead.control.recording import Recording, RecordingRules
 from fairlead.control.registry import Registry
 from fairlead.control.rollouts import Rollouts
-from fairlead.control.shadow import Comparer, ShadowReport, withheld
+from fairlead.control.shadow import Comparer, ShadowReport
 from fairlead.control.validations import Validations
 from fairlead.core.errors import FairleadError, Unavailable, Unsupported
 from fairlead.core.request import Response
@@ -65,7 +65,7 @@ class ControlPlane:
         self.registry = Registry(store, settings.registry)
         self.redact = redaction()
         """None where the extra that finds personal data is missing."""
-        self.comparer = Comparer(self._rules, self.redact or withheld)
+        self.comparer = Comparer(self._rules, self.redact)
         gateway.shadows.on_pair = self.comparer.add
         self.follower = Follower(
             read=lambda: read_deployments(store.control),
@@ -119,6 +119,7 @@ class ControlPlane:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.validations.stop()
         await self.leader.stop()
         await self.follower.stop()
         await self.gateway.shadows.stop()
@@ -164,6 +165,11 @@ class ControlPlane:
             }
         )
 
+    def _champion(self, model: str) -> str:
+        """The version; "" where the registry deploys none."""
+        deployment = self.follower.wanted.get(model)
+        return "" if deployment is None or not deployment.champion else str(deployment.champion)
+
     def _rules(self, model: str) -> ShadowRules:
         deployment = self.follower.wanted.get(model)
         return ShadowRules() if deployment is None else deployment.rules
@@ -195,19 +201,7 @@ class ControlPlane:
         return self.comparer.label(request_id, truth)
 
     def validate(self, model: str, version: int, actor: str) -> str:
-        run = f"run_{os.urandom(6).hex()}"
-
-        async def validate() -> None:
-            try:
-                report = await self.validations.run(model, version, actor, run=run)
-                log.info("validated" if report.ok else "not_validated", version=f"{model}@{version}", reason=report.reason)
-            except FairleadError as error:
-                log.error("not_validated", version=f"{model}@{version}", error=error.message)
-            except Exception:
-                log.exception("not_validated", version=f"{model}@{version}")
-
-        self._begin(validate(), f"validate-{model}@{version}")
-        return run
+        return self.validations.begin(model, version, actor)
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
@@ -236,7 +230,7 @@ class ControlPlane:
                 loop.call_soon_threadsafe(finish)
 
         self._recordings[model] = _Recording(recording, wanted.requests, loop.call_later(wanted.seconds, finish))
-        self.gateway.shadows.record(model, Offered(offer))
+        self.gateway.shadows.record(model, Offered(offer, champion=lambda: self._champion(model)))
         return self.recording(model)
 
     def recording(self, model: str) -> RecordingState:
@@ -273,6 +267,7 @@ class ControlPlane:
 
     async def _ask(self, model: str, question: Question) -> list[Response]:
         request = request_of(question, model)
+        request.version = self._champion(model)
         async with aclosing(self.gateway.dispatch.infer(request)) as responses:
             return [response async for response in responses]
 

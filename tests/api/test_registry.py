@@ -1,12 +1,16 @@
 """The registry's operations, as an HTTP client sees them: on a real store, uploads through a real server."""
 
 import asyncio
+import errno
 import io
 import json
+import os
 import socket
 import tarfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,9 @@ from fairlead.api.registry import MAX_ADDING, RegistryRoutes
 from fairlead.api.web import json_app
 from fairlead.control.registry import Registry
 from fairlead.control.signing import pem_of, sign
+from fairlead.control.tar import unpack
 from fairlead.core.caller import Caller
-from fairlead.core.errors import Unauthenticated
+from fairlead.core.errors import Unauthenticated, Unreachable
 from fairlead.core.policy import Scope
 from fairlead.core.rollout import RegistrySettings
 from fairlead.core.versions import Stage
@@ -326,6 +331,12 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarIn
     return member
 
 
+def folder(name: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.DIRTYPE
+    return member
+
+
 def pipe(name: str) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.type = tarfile.FIFOTYPE
@@ -348,6 +359,8 @@ LONG.type, LONG.size = tarfile.XHDTYPE, 1 << 30
         (packed({"p": pipe("p")}), 400, "p"),
         (packed({"model.onnx": b"x"})[:1024] + packed({"model.onnx": b"y"}), 400, "holds 'model.onnx' twice"),
         (packed({"model.onnx": b"x", "model.onnx/y": b"y"}), 400, "holds 'model.onnx/y' twice"),
+        (packed({"model.onnx": b"x", "folder": folder("model.onnx")}), 400, "holds 'model.onnx' twice"),
+        (packed({"x" * 256: b"x"}), 400, "cannot be kept: File name too long"),
         (b"", 400, "is no tar, or is cut off"),
         (b"PK\x03\x04" + bytes(1000), 400, "is no tar"),
         (ONE[:2000], 400, "is cut off"),
@@ -370,6 +383,37 @@ async def test_a_tar_that_is_none_or_leaves_its_folder_leaves_nothing(
     assert store.registry.models() == ()
     assert [*(tmp_path / "data" / "registry").rglob("*")] == [tmp_path / "data" / "registry" / "fraud"]
     assert not (tmp_path / "data" / "up").exists() and not (tmp_path / "up").exists()
+
+
+def test_a_full_disk_is_not_the_uploads_fault() -> None:
+    with pytest.raises(Unreachable, match="No space left"):
+        unpack(BufferedReader(_Full()), Path(), 1 << 20)
+
+
+class _Full(RawIOBase):
+    """As where a file is written while the disk is full."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+async def test_what_a_models_gates_ask_is_read_beside_the_event_loop(store: Store, tmp_path: Path) -> None:
+    threads = []
+
+    def now() -> float:
+        threads.append(threading.get_ident())
+        return NOW
+
+    routes = RegistryRoutes(Registry(store, RegistrySettings(), cache_folder=tmp_path / "cache", now=now))
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app_of(routes)), base_url="http://server") as client:
+        await client.post("/admin/models", json={"name": "fraud"})
+        threads.clear()
+        assert (await client.put("/admin/models/fraud/checks", json={})).status_code == 200
+    assert threads and threading.get_ident() not in threads
+    routes.close()
 
 
 async def test_a_client_that_leaves_in_the_middle_leaves_nothing(routes: RegistryRoutes, store: Store, tmp_path: Path) -> None:

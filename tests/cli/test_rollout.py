@@ -89,6 +89,7 @@ def test_a_policy_can_be_a_file(store, tmp_path):
         (["start", "fraud@2", "--policy", "brave"], "no policy `brave`"),
         (["start", "fraud@@"], "names no version"),
         (["experiment", "fraud@2", "--metric", "beauty"], "no metric"),
+        (["experiment", "fraud@2", "--metric", "error_rate", "--metric", "error_rate"], "is named once"),
         (["show", "nothing"], "no rollout of `nothing`"),
         (["promote", "fraud"], "no rollout of `fraud`"),
         (["undeploy", "other"], "no version of `other` is deployed"),

@@ -13,11 +13,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from fairlead.cli.validate import subject_of, validate
+from fairlead.cli.admin import Local
+from fairlead.cli.validate import end_of, subject_of, validate
 from fairlead.control.registry import Actor, Draft, Registry
 from fairlead.core.errors import ConfigError, FairleadError
 from fairlead.core.rollout import RegistrySettings
-from fairlead.core.versions import Stage
+from fairlead.core.settings import Settings
+from fairlead.core.versions import Ref, Stage
 from fairlead.store.database import default_url
 from fairlead.store.store import Store
 from tests.control.flowers import Iris
@@ -117,6 +119,26 @@ def test_a_version_of_the_registry_gets_its_stage_from_its_gates(model, tmp_path
     assert rows[2].reason in bad.output and rows[1].signature
     assert [gate.outcome for gate in store.registry.gates("iris", 1) if gate.gate == "load"] == ["passed"]
     assert "its checks are those of" in run("iris@1", "--checks", tmp_path).output
+    store.close()
+
+
+def test_a_bare_name_is_the_same_version_for_a_server(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    store = Store.open(default_url())
+    registry = Registry(store, RegistrySettings())
+    for fault in ("", "fails", "flipped"):
+        registry.add(str(model(fault)), "iris", Draft(), Actor("me"))
+        shutil.rmtree(tmp_path / "iris")
+    local, did = Local(Settings(), classes_known=False), registry.did(Actor("me"), "version.stage", "iris@3")
+
+    store.registry.move("iris", 3, Stage.REJECTED, "", did)
+    assert end_of(local, Ref("iris")) == "2" == str(store.registry.resolve(Ref("iris")).number)
+    store.registry.move_all([], aliases={("iris", "champion"): 1}, audits=[did])
+    assert end_of(local, Ref("iris")) == "champion" and store.registry.resolve(Ref("iris")).number == 1
+    assert (end_of(local, Ref("iris", version=2)), end_of(local, Ref("iris", alias="best"))) == ("2", "best")
+    with pytest.raises(FairleadError, match="no model `roses`"):
+        end_of(local, Ref("roses"))
     store.close()
 
 

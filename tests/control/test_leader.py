@@ -7,8 +7,8 @@ import pytest
 from msgspec import structs
 
 from fairlead.control.acts import rollout_of, rollout_row
-from fairlead.control.rollout import Outcome, Phase, Validated
-from fairlead.core.errors import LoadError
+from fairlead.control.rollout import Command, Outcome, Phase, Validated
+from fairlead.core.errors import LoadError, Unavailable
 from fairlead.core.rollout import Breakers, RolloutPolicy, Step
 from fairlead.core.versions import Ref, Stage
 from fairlead.core.window import Tally
@@ -281,6 +281,64 @@ async def test_without_the_store_traffic_goes_on_nothing_goes_forward_and_a_brok
     assert house.rollout(rollout.id).phase is Phase.ABORTED
     assert house.shares == {"add": {"1": 1.0}}
     assert stage(house, "add@2") is Stage.REJECTED
+
+
+async def test_a_command_that_cannot_be_written_leaves_what_was_done_without_the_store(house, tmp_path):
+    await serve(house, "add", 1)
+    house.add("add", 2)
+    rollout = await house.start("add@2", policy="short")
+    await house.until(rollout.id, Phase.PROGRESSING)
+    row = house.rollouts.find(rollout.id)
+    blocker = sqlite3.connect(tmp_path / "fairlead.db", isolation_level=None)
+    blocker.execute("BEGIN EXCLUSIVE")
+    try:
+        house.eyes.see("add", house.clock(), v1=Tally(requests=300), v2=Tally(requests=100, errors=100))
+        await house.tick()
+        assert house.shares == {"add": {"1": 1.0}}
+        # It was read before the store was gone.
+        for kind in ("abort", "promote"):
+            with pytest.raises(Unavailable):
+                await house.rollouts._command(row, Command(kind=kind, actor="somebody"))
+            await house.follow()
+            assert house.shares == {"add": {"1": 1.0}}, kind
+    finally:
+        blocker.rollback()
+        blocker.close()
+    await house.tick()
+    assert house.rollout(rollout.id).phase is Phase.ABORTED
+    assert house.shares == {"add": {"1": 1.0}}
+
+
+async def test_an_abort_that_cannot_be_written_is_taken_back(house, tmp_path):
+    await serve(house, "add", 1)
+    house.add("add", 2)
+    rollout = await house.start("add@2", policy="short")
+    await house.until(rollout.id, Phase.PROGRESSING)
+    row = house.rollouts.find(rollout.id)
+    blocker = sqlite3.connect(tmp_path / "fairlead.db", isolation_level=None)
+    blocker.execute("BEGIN EXCLUSIVE")
+    try:
+        with pytest.raises(Unavailable):
+            await house.rollouts._command(row, Command(kind="abort", actor="somebody"))
+    finally:
+        blocker.rollback()
+        blocker.close()
+    await house.follow()
+    assert house.shares == {"add": {"1": 0.9, "2": 0.1}}, "as the caller was told"
+
+
+async def test_a_rollout_that_is_refused_has_skipped_no_gates(house):
+    await serve(house, "add", 1)
+    await serve(house, "features", 1)
+    house.settings.policies["trusting"] = structs.replace(SHORT, validate=False)
+    for model in ("add", "features"):
+        house.add(model, 2)
+    await house.start("features@2", policy="short")
+    with pytest.raises(Conflict, match="`features` runs already"):
+        await house.start("add@2", "features@2", policy="trusting")
+    assert stage(house, "add@2") is Stage.STAGED
+    await house.start("add@2", policy="trusting")
+    assert stage(house, "add@2") is Stage.VALIDATED
 
 
 async def test_models_that_belong_together_change_sides_together(house):

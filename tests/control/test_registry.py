@@ -12,7 +12,7 @@ import fsspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fairlead.control.artefacts import MAX_FILES, find
+from fairlead.control.artefacts import MAX_FILES, find, reading
 from fairlead.control.digest import digest_of, spec_text
 from fairlead.control.registry import Actor, Draft, Registry, changes, registry_folder
 from fairlead.control.signing import pem_of, sign
@@ -376,6 +376,43 @@ def test_a_source_on_another_file_system_is_copied_or_stays(registry: Registry, 
         add(registry, "nosuch://x")
 
 
+def test_credentials_in_a_url_are_neither_kept_nor_told(registry: Registry, store: Store) -> None:
+    memory, place = fsspec.filesystem("memory"), uuid.uuid4().hex
+    url, query = f"memory://ann:pass@{place}/m", f"memory://{place}/q?sig=pass"
+    for each in (url, query):
+        memory.pipe_file(f"{each}/model.onnx", f"of {each}".encode())
+    row, signed = add(registry, url), add(registry, query)
+    assert row.provenance["source"] == f"memory://{place}/m" and signed.provenance["source"] == f"memory://{place}/q"
+    draft = Draft(source="by hand from https://ann:pass@host/m?sig=pass#pass on Monday")
+    told, _ = registry.add(url, "told", draft, ME)
+    assert told.provenance["source"] == "by hand from https://host/m on Monday"
+    audit = [entry.details for model in ("fraud", "told") for entry in store.audit(AuditQuery(model=model), 100)]
+    assert len(audit) == 3 and "pass" not in str(audit)
+
+    for kept in (url, query):
+        with pytest.raises(InvalidRequest, match="names a user or has a query") as refused:
+            add(registry, kept, model="stays", in_place=True)
+        assert "pass" not in refused.value.message
+    for nowhere in (f"{url}/nowhere", f"{query}/nowhere", f"nosuch://ann:pass@{place}"):
+        with pytest.raises(FairleadError) as failed:
+            add(registry, nowhere, model="stays")
+        assert "pass" not in failed.value.message and "://" in failed.value.message
+
+
+def test_a_file_system_that_tells_its_url_tells_no_credentials() -> None:
+    with pytest.raises(InvalidRequest) as failed, reading("https://ann:pass@host/m?sig=pass"):
+        raise OSError("403, url='https://ann:pass@host/m?sig=pass'")
+    assert "pass" not in failed.value.message and "403, url='https://host/m" in failed.value.message
+
+
+def test_a_registry_whose_url_has_credentials_does_not_tell_them(store: Store, tmp_path: Path) -> None:
+    place = uuid.uuid4().hex
+    registry = registry_of(store, tmp_path, url=f"memory://ann:pass@{place}")
+    row = add(registry, write(tmp_path / "m", {"model.onnx": "x"}))
+    assert registry.location(row) == f"memory://{place}/fraud/1"
+    assert (registry.fetch(row) / "model.onnx").read_text() == "x"
+
+
 # Signatures
 
 
@@ -533,7 +570,7 @@ def test_the_registrys_folder_is_known_in_words(store: Store, tmp_path: Path) ->
         registry_of(store, tmp_path, url="s4://bucket")
 
 
-def test_checks_beside_a_model_are_no_part_of_its_versions(registry, tmp_path):
+def test_checks_beside_a_model_are_no_part_of_its_versions(registry: Registry, tmp_path: Path) -> None:
     plain = add(registry, write(tmp_path / "plain", {"model.py": PYTHON}))
     source = write(tmp_path / "checked", {"model.py": PYTHON, "checks/checks.yaml": "golden: {rtol: 0.1}\n"})
     assert add(registry, source).ref == plain.ref

@@ -212,6 +212,41 @@ def test_a_text_is_redacted_before_it_is_cut(clock):
     assert "0123" not in comparer.take()["fraud"].worst[0].champion
 
 
+def test_of_a_long_text_the_beginning_is_redacted_and_nobody_waits_for_it(clock):
+    secret, looked_at = "0123456789" * 10, []
+
+    def redact(text):
+        assert not comparer._lock.locked()
+        looked_at.append(len(text))
+        return text.replace(secret, "[SECRET]")
+
+    comparer = Comparer(lambda model: RULES, redact=redact, clock=clock)
+    prompt = Generate(text="hi", sampling=Sampling(temperature=0.0))
+    # many secrets, the last of them cut in two: what stands for them is short, and its end would be among what is shown
+    comparer.add(pair(delta(text=f"{secret} " * 10_000), delta(text="no"), prompt=prompt))
+    comparer.add(pair(delta(text="x" * 1_000_000), delta(text="no"), prompt=prompt))
+    comparer.add(pair(delta(text="x"), error="E: " + secret * 100_000))
+    report = comparer.take()["fraud"]
+    assert max(looked_at) < 2000
+    assert b"0123" not in msgspec.json.encode(report)
+    assert "x" * 400 + "..." in [each.champion for each in report.worst]
+
+
+def test_a_report_that_is_taken_while_a_text_is_redacted_is_whole_with_the_next(clock):
+    taken = []
+
+    def redact(text):
+        taken.append(comparer.take())
+        return text
+
+    comparer = Comparer(lambda model: RULES, redact=redact, clock=clock)
+    comparer.add(pair(delta(text="a"), delta(text="b"), prompt=Generate(text="hi", sampling=Sampling(temperature=0.0))))
+    report, later = taken[0]["fraud"], comparer.take()["fraud"]
+    assert (report.num_pairs, report.worst, later.num_pairs, len(later.worst)) == (1, [], 0, 1)
+    report.merge(later)
+    assert (report.num_pairs, [each.champion for each in report.worst]) == (1, ["a"])
+
+
 def test_only_the_worst_are_kept(comparer):
     for n in range(100):
         comparer.add(pair(score(1.0), score(2.0 + n)))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from fairlead.core.errors import ModelError, QueueFull, ShuttingDown
-from fairlead.core.generation import Chat, Delta, Generate, Message, Sampling, TokenLogprob, Usage
+from fairlead.core.generation import Chat, Delta, Embed, Generate, Message, Paint, Sampling, TokenLogprob, Usage
 from fairlead.core.policy import FilterPolicy, ModelPolicy, QueueSettings, RoutingSettings
 from fairlead.core.request import Request
 from fairlead.core.routes import Routes
 from fairlead.core.specs import BatchingSpec, ModelSpec
-from fairlead.core.watch import ShadowRule, Watch
+from fairlead.core.watch import Pair, ShadowRule, Watch
 from fairlead.gateway.shadow import COPIES, LOWEST, Recording, continued, scoring
 from tests.gateway.house import SECONDS, WORDS, House, Played, policies, rows, say, tensor_model, texts, turns, until
 
@@ -320,6 +320,45 @@ async def test_no_copy_of_what_is_too_large(house):
     assert shadowed.count("large") == 2 and shadowed.pairs == []
 
 
+async def test_a_prompt_is_as_large_as_its_texts(house):
+    front = house()
+    shadowed = Shadowed(front, model="chat", max_bytes=20_000)
+    taken = []
+    shadowed.shadows.record("chat", Recording(lambda request, responses: taken.append(request), max_bytes=20_000))
+    client = front.ask(say("word " * 5000))
+    (await front.chat.next()).end("hi")
+    await client.end()
+    await shadowed.over()
+    assert shadowed.count("large") == 1 and taken == [] and shadowed.second.asked == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        Generate(text="x" * 5000),
+        Generate(chat=Chat(messages=[Message(role="user", content="hi"), Message(role="user", content="x" * 5000)])),
+        Generate(chat=Chat(messages=[], tools=[{"function": {"parameters": {"deep": [1, ["x" * 5000]]}}}])),
+        Generate(token_ids=[7] * 200),
+        Embed(text="x" * 5000),
+        Paint(text="x", image=b"x" * 5000),
+    ],
+)
+def test_a_pair_is_as_large_as_its_prompt(prompt):
+    def pair(prompt):
+        return Pair(
+            model="m",
+            request=Request(model="m", prompt=prompt),
+            champion_version="1",
+            candidate_version="2",
+            champion=(),
+            champion_seconds=0.1,
+            candidate_seconds=0.1,
+        )
+
+    assert 5000 < pair(prompt).nbytes < 10_000
+    assert pair(Generate(text="hi")).nbytes < 500
+
+
 async def test_texts_in_tensors_are_as_large_as_they_are(house):
     front = house()
     front.repository.serve(
@@ -485,6 +524,24 @@ async def test_requests_and_answers_are_offered_to_who_records(house):
     await front.answer(rows(2.0))
     await turns()
     assert len(taken) == 1 and front.counts.get(COPIES, "double", "answered") == 0
+
+
+@both
+async def test_only_what_the_champion_answered_is_offered(house):
+    front = house()
+    shadowed = Shadowed(front, share=0.0)
+    champion, taken = ["1"], []
+    offered = Recording(lambda request, responses: taken.append(responses[0].version), champion=lambda: champion[0])
+    shadowed.shadows.record("double", offered)
+    await front.answer(rows(1.0))
+    front.dispatch.routes = Routes({"double": (("1", 0.0), ("2", 1.0))})
+    await front.answer(rows(2.0))
+    await shadowed.over()
+    assert taken == ["1"]
+    champion[0] = "2"  # promoted
+    await front.answer(rows(3.0))
+    await shadowed.over()
+    assert taken == ["1", "2"]
 
 
 async def test_a_share_and_no_more_than_so_many_bytes_are_offered(house):

@@ -12,6 +12,7 @@ from fairlead.core.errors import InvalidRequest, NotFound, Unavailable
 from fairlead.core.versions import Stage
 from fairlead.store import tables
 from fairlead.store.control import ControlStore
+from fairlead.store.registry import RegistryStore
 from fairlead.store.registry_rows import (
     DeploymentRow,
     ExposureRow,
@@ -45,7 +46,12 @@ def begun(id: str = "r1", model: str = "fraud", **fields: Any) -> RolloutRow:
 
 
 def start(control: ControlStore, id: str = "r1", members: Mapping[str, int] = {"fraud": 2}, **fields: Any) -> RolloutRow:
-    return control.start_rollout(begun(id, next(iter(members)), **fields), members, did("rollout.start"))
+    """With the versions that are tried, and on the deployments as they are."""
+    registry = RegistryStore(control._transactions, control._sql)
+    for model, number in members.items():
+        add(registry, *(f"d{n}" for n in range(1, number + 1)), model=model)
+    revisions = {row.model: row.revision for row in control.deployments()}
+    return control.start_rollout(begun(id, next(iter(members)), **fields), members, [did("rollout.start")], revisions=revisions)
 
 
 def end(control: ControlStore, row: RolloutRow) -> None:
@@ -133,6 +139,33 @@ def test_of_two_rollouts_of_a_model_that_start_at_once_one_runs(store: Store, ur
     assert len(store.control.rollouts()) == 1
     for other in stores[1:]:
         other.close()
+
+
+def test_a_rollout_starts_upon_what_is_still_so(store: Store, control: ControlStore) -> None:
+    def begin(**more: Any) -> RolloutRow:
+        return control.start_rollout(begun(), {"features": 3, "fraud": 2}, [did("rollout.start")], **{"revisions": {"fraud": 1}, **more})
+
+    add(store.registry, "d1", "d2")
+    add(store.registry, "d1", "d2", "d3", model="features")
+    control.commit(deployments=[wanted(versions=(1,))], audits=[])
+    skipped = [Move("features", 3, Stage.VALIDATED, "no gates")]
+    for revisions in ({}, {"fraud": 2}, {"fraud": 1, "features": 1}):
+        with pytest.raises(Conflict, match="was changed meanwhile"):
+            begin(revisions=revisions, moves=skipped)
+    store.registry.move("fraud", 2, Stage.VALIDATED, "", did())
+    store.registry.move("fraud", 2, Stage.SERVING, "", did())
+    with pytest.raises(Conflict, match="fraud@2 is serving"):
+        begin(moves=skipped)
+    store.registry.move("fraud", 2, Stage.VALIDATED, "", did())
+    store.registry.move("fraud", 2, Stage.RETIRED, "", did())
+    with pytest.raises(Conflict, match="fraud@2 is retired"):
+        begin(moves=skipped)
+    store.registry.delete_version("fraud", 2, did())
+    with pytest.raises(Conflict, match="fraud@2 is gone"):
+        begin(moves=skipped)
+    assert (control.rollouts(), store.registry.version("features", 3).stage) == ((), Stage.STAGED), "all of it, or nothing"
+    control.start_rollout(begun(model="features"), {"features": 3}, [did("rollout.start")], moves=skipped)
+    assert store.registry.version("features", 3).stage is Stage.VALIDATED
 
 
 def test_one_that_was_overtaken_saves_nothing(store: Store, control: ControlStore) -> None:

@@ -406,7 +406,8 @@ def test_what_is_wanted_is_neither_retired_nor_deleted(store: Store, registry: R
     refused("fraud@1 is deployed")
     deploy(store, "fraud", 2)
     rollout = RolloutRow(id="r1", model="fraud", status="loading", state="{}", created=NOW, updated=NOW)
-    rollout = store.control.start_rollout(rollout, {"fraud": 1}, did())
+    revisions = {"fraud": 2}
+    rollout = store.control.start_rollout(rollout, {"fraud": 1}, [did()], revisions=revisions)
     refused("the rollout r1 tries fraud@1: abort it first")
     store.control.commit(rollout=structs.replace(rollout, ended=NOW), audits=[])
     assert registry.move("fraud", 1, Stage.RETIRED, "old", did()).stage is Stage.RETIRED

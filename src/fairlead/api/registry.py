@@ -303,15 +303,19 @@ class RegistryRoutes:
 
     async def checks(self, http: Request) -> Response:
         query_of(http, NoQuery)
-        return json_response(checks_of((await asyncio.to_thread(self.rows.model, http.path_params["model"])).checks))
+        # Megabytes, perhaps
+        return await asyncio.to_thread(lambda: json_response(checks_of(self.rows.model(http.path_params["model"]).checks)))
 
     async def put_checks(self, http: Request) -> Response:
-        model = http.path_params["model"]
-        checks = decoded(await read_body(http, MAX_CHECKS_BYTES), Checks)
-        details = {"golden": len(checks.golden), "rows": checks.dataset.num_rows if checks.dataset else 0, "safety": len(checks.safety)}
-        did = self.registry.did(_by(http), "model.checks", model, **details)
-        await asyncio.to_thread(self.rows.change_model, model, did, checks=checks.to_json())
-        return json_response(checks)
+        model, body, by = http.path_params["model"], await read_body(http, MAX_CHECKS_BYTES), _by(http)
+
+        def answer() -> Response:
+            checks = decoded(body, Checks)
+            details = {"golden": len(checks.golden), "rows": checks.dataset.num_rows if checks.dataset else 0, "safety": len(checks.safety)}
+            self.rows.change_model(model, self.registry.did(by, "model.checks", model, **details), checks=checks.to_json())
+            return json_response(checks)
+
+        return await asyncio.to_thread(answer)
 
     async def events(self, http: Request) -> Response:
         model, query = http.path_params["model"], query_of(http, EventsQuery)

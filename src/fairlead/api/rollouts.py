@@ -2,11 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, Protocol, TypedDict
 
 import msgspec
+import structlog
 from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,11 +21,13 @@ from fairlead.control.deployments import Deployments, ServerState
 from fairlead.control.rollout import Command, Kind
 from fairlead.control.rollouts import Rollouts, Wish
 from fairlead.control.shadow import ShadowReport
-from fairlead.core.errors import Unavailable, Unsupported
+from fairlead.core.errors import ConfigError, Unavailable, Unsupported
 from fairlead.core.rollout import MetricRule, RolloutPolicy, Share
 from fairlead.core.versions import check_model_name, parse_ref
 from fairlead.store.control import ControlStore
 from fairlead.store.registry_rows import Taken
+
+log = structlog.get_logger("fairlead.control")
 
 MAX_FEEDBACK = 1000
 TRUTH = "truth"
@@ -190,8 +193,17 @@ class RolloutOperations:
 
     async def list(self, http: Request) -> Response:
         query = query_of(http, RolloutsQuery)
-        rows = await asyncio.to_thread(self.rollouts.store.control.rollouts, query.model, running=query.running, limit=query.limit)
-        return json_response({"rollouts": [self.rollouts.shown(row) for row in rows]})
+
+        def answer() -> Response:
+            shown = []
+            for row in self.rollouts.store.control.rollouts(query.model, running=query.running, limit=query.limit):
+                try:
+                    shown.append(self.rollouts.shown(row))
+                except ConfigError as error:  # one of another release does not hide the others
+                    log.error("rollout_not_read", rollout=row.id, error=error.message)
+            return json_response({"rollouts": shown})
+
+        return await asyncio.to_thread(answer)
 
     async def start(self, http: Request) -> Response:
         body = decoded(await body_of(http), NewRollout)
@@ -214,8 +226,11 @@ class RolloutOperations:
 
     async def report(self, http: Request) -> Response:
         query_of(http, NoQuery)
-        row = await asyncio.to_thread(self.rollouts.find, http.path_params["rollout"])
-        text = await asyncio.to_thread(self.rollouts.store.control.report, row.id)
+        return await asyncio.to_thread(self._report, http.path_params["rollout"])
+
+    def _report(self, id: str) -> Response:
+        row = self.rollouts.find(id)
+        text = self.rollouts.store.control.report(row.id)
         reports = msgspec.json.decode(text, type=dict[str, ShadowReport]) if text else {}
         rules = rollout_of(row).policy.shadow
         return json_response(
@@ -233,8 +248,7 @@ class RolloutOperations:
         return command
 
     async def _shown(self, id: str) -> Response:
-        row = await asyncio.to_thread(self.rollouts.find, id)
-        return json_response(self.rollouts.shown(row))
+        return await asyncio.to_thread(lambda: json_response(self.rollouts.shown(self.rollouts.find(id))))
 
     async def deployments(self, http: Request) -> Response:
         query_of(http, NoQuery)
@@ -264,7 +278,7 @@ class RolloutOperations:
                     "servers": {server.id: server.state.get(row.model, {}) for server in servers},
                 }
                 for row in rows
-                if wanted[row.model].wanted
+                if row.model in wanted and wanted[row.model].wanted
             ],
             "store_error": self.acting.store_error if self.acting is not None else "",
             "leader": lease.holder if lease is not None and lease.until > now else "",
@@ -304,6 +318,7 @@ class RolloutOperations:
         def give() -> list[Taken]:
             if acting is not None:
                 acting.write_exposures()
+            check_ranges(self.rollouts.store.control, rows)
             return list(self.rollouts.store.control.give_feedback(rows, actor_of(http), self.now()))
 
         taken = await asyncio.to_thread(give)
@@ -360,6 +375,22 @@ def _value(feedback: OneFeedback, n: int) -> float:
     if feedback.label not in LABELS:
         raise BadField("is none of true, false, good, bad", f"feedback.{n}.label")
     return LABELS[feedback.label]
+
+
+def check_ranges(control: ControlStore, rows: Sequence[tuple[str, str, float]]) -> None:
+    """Request id, name, value. The test of a mean holds for values from `low` to `high` only. Raises BadField."""
+    waited_for = control.waited_for({id for id, _, _ in rows})
+    rollouts = {id: rollout_of(control.rollout(id)) for id in {rollout for _, rollout in waited_for.values()}}
+    for n, (id, name, value) in enumerate(rows):
+        if id not in waited_for:
+            continue
+        model, rollout = waited_for[id]
+        rules = [rule for member in rollouts[rollout].members if member.model == model for rule in member.metrics]
+        rule = next((rule for rule in rules if rule.name == f"feedback:{name}"), None)
+        if rule is not None and not rule.low <= value <= rule.high:
+            raise BadField(
+                f"{value:g} is not from {rule.low:g} to {rule.high:g}, which rollout {rollout} says of `{name}`", f"feedback.{n}"
+            )
 
 
 def _address(http: Request) -> str:

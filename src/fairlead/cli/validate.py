@@ -13,7 +13,7 @@ from msgspec import structs
 from rich.console import Console
 from rich.markup import escape
 
-from fairlead.cli.admin import Remote, ask, target, user
+from fairlead.cli.admin import Asks, Remote, ask, target, user
 from fairlead.control.artefacts import CHECKS_FOLDER
 from fairlead.control.checks import Checks
 from fairlead.control.checks_folder import read_checks
@@ -22,8 +22,8 @@ from fairlead.control.gates.report import GATES, GateResult, Outcome, Report
 from fairlead.control.junit import junit
 from fairlead.control.validation import OnGate
 from fairlead.control.validation import validate as validated
-from fairlead.core.errors import ConfigError, InvalidRequest, Unavailable
-from fairlead.core.versions import Ref, parse_ref
+from fairlead.core.errors import ConfigError, InvalidRequest, NotFound, Unavailable
+from fairlead.core.versions import CHAMPION, Ref, Stage, parse_ref
 from fairlead.runtime.repository import RepositorySettings
 from fairlead.runtime.source import Source, choose_versions
 
@@ -180,11 +180,10 @@ def _registered(ref: Ref, config: Path | None, on_gate: OnGate) -> Report:
         store.close()
 
 
-def _asked(asks: Remote, ref: Ref, on_gate: OnGate) -> Report:
+def _asked(asks: Asks, ref: Ref, on_gate: OnGate) -> Report:
     """By a server. Raises FairleadError."""
     began = time.time()
-    end = str(ref.version or ref.alias) if ref.version or ref.alias else "champion"
-    started = ask(asks, "POST", target("/admin/models/{}/versions/{}/validate", ref.model, end))
+    started = ask(asks, "POST", target("/admin/models/{}/versions/{}/validate", ref.model, end_of(asks, ref)))
     model, number = started["model"], str(started["version"])
     while time.time() - began < SERVER_SECONDS:
         told = ask(asks, "GET", target("/admin/models/{}/versions/{}", model, number))
@@ -196,6 +195,19 @@ def _asked(asks: Remote, ref: Ref, on_gate: OnGate) -> Report:
             return Report(model=model, version=number, gates=gates, signature=signature, began=began, seconds=time.time() - began)
         time.sleep(0.5)
     raise Unavailable(f"{asks.place} has said nothing of {ref} for {SERVER_SECONDS:g} s: its log says why")
+
+
+def end_of(asks: Asks, ref: Ref) -> str:
+    """What comes after the `@`; of a bare name as `RegistryStore.resolve` has it. Raises FairleadError."""
+    if ref.version or ref.alias:
+        return str(ref.version or ref.alias)
+    if CHAMPION in ask(asks, "GET", target("/admin/models/{}", ref.model))["aliases"]:
+        return CHAMPION
+    versions = ask(asks, "GET", target("/admin/models/{}/versions", ref.model))["versions"]
+    usable = [each for each in versions if each["stage"] not in (Stage.RETIRED, Stage.REJECTED)]
+    if not usable:
+        raise NotFound(f"model `{ref.model}` has no version that is neither retired nor rejected")
+    return str(usable[0]["version"])
 
 
 def _gate(told: dict[str, Any]) -> GateResult:

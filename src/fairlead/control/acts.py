@@ -1,8 +1,10 @@
 """What the decisions of a rollout come to in the store: deployments, stages, aliases and the audit log, all in one transaction."""
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import msgspec
+import structlog
 from msgspec import Struct, field, structs
 
 from fairlead.control.deployments import Deployment, Deployments
@@ -18,9 +20,12 @@ from fairlead.control.rollout import (
     Rollout,
     standing,
 )
+from fairlead.core.errors import ConfigError
 from fairlead.core.versions import CHALLENGER, CHAMPION, Stage
 from fairlead.store.registry_rows import DeploymentRow, Move, RolloutRow
 from fairlead.store.rows import AuditRow
+
+log = structlog.get_logger("fairlead.control")
 
 CONTROL = "control"
 """The actor of what a rollout decides by itself."""
@@ -114,7 +119,11 @@ def rollout_row(rollout: Rollout, *, revision: int, now: float) -> RolloutRow:
 
 
 def rollout_of(row: RolloutRow) -> Rollout:
-    return msgspec.json.decode(row.state, type=Rollout)
+    """Raises ConfigError: it was written by another release."""
+    try:
+        return msgspec.json.decode(row.state, type=Rollout)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"rollout {row.id} cannot be read, is it of another release? {error}") from None
 
 
 def deployment_row(model: str, deployment: Deployment, *, revision: int, actor: str, reason: str, now: float) -> DeploymentRow:
@@ -129,5 +138,26 @@ def deployment_row(model: str, deployment: Deployment, *, revision: int, actor: 
     )
 
 
+def deployment_in(row: DeploymentRow) -> Deployment:
+    """Raises ConfigError: it was written by another release."""
+    try:
+        return msgspec.convert(row.state, Deployment)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"the deployment of `{row.model}` cannot be read, is it of another release? {error}") from None
+
+
 def deployments_of(rows: Iterable[DeploymentRow]) -> Deployments:
-    return {row.model: msgspec.convert(row.state, Deployment) for row in rows}
+    """Without those that cannot be read: the other models go on."""
+    found = {}
+    for row in rows:
+        try:
+            found[row.model] = deployment_in(row)
+        except ConfigError as error:
+            _note_unread(row.model, row.revision, error.message)
+    return found
+
+
+@lru_cache(maxsize=1000)
+def _note_unread(model: str, revision: int, error: str) -> None:
+    """Once, and not at every tick."""
+    log.error("deployment_not_read", model=model, revision=revision, error=error, note="what is published of it stays")

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,6 +89,26 @@ class Artefacts(Struct, frozen=True, kw_only=True, eq=False):
         return found
 
 
+def without_credentials(text: str) -> str:
+    """Every URL of it without what may let somebody in: user and password, and the query, where signatures are. For all that is kept or said."""
+    text = _USER.sub("", text)
+    return _QUERY.sub(r"\1", text)
+
+
+_USER = re.compile(r"(?<=://)[^/\s]*@")
+_QUERY = re.compile(r"(://[^\s?#]*)[?#]\S*")
+
+
+@contextmanager
+def discreet() -> Iterator[None]:
+    """What is raised tells no credentials."""
+    try:
+        yield
+    except FairleadError as error:
+        raise error.saying(without_credentials(error.message)) from None
+
+
+@discreet()
 def find(
     url: str,
     model: str,
@@ -267,7 +288,8 @@ def reading(url: str) -> Iterator[None]:
     except FairleadError:
         raise
     except Exception as error:  # file systems of all kinds have errors of all kinds
-        raise InvalidRequest(f"cannot read {url}: {getattr(error, 'strerror', None) or error or type(error).__name__}") from None
+        why = getattr(error, "strerror", None) or error or type(error).__name__
+        raise InvalidRequest(without_credentials(f"cannot read {url}: {why}")) from None
 
 
 def open_plain(path: str | Path) -> BufferedReader:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 import structlog
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from fairlead.core.errors import FairleadError, Unavailable
 from fairlead.core.rollout import ShadowRules
@@ -105,6 +105,8 @@ class _Failure(Struct):
     reason: str
     tries: int
     again_at: float
+    passing: bool = False
+    """It says nothing of the version: it could not be tried."""
 
 
 class VersionState(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -177,7 +179,8 @@ class Follower:
         """Ask the store what is wanted, and act on it."""
         async with self.reading:
             try:
-                self.deployments = await asyncio.to_thread(self._read)
+                # What is wanted of a model is never deleted: one that is missing could not be read, and stays as it was
+                self.deployments = {**self.deployments, **await asyncio.to_thread(self._read)}
             except Unavailable as error:
                 if not self.store_error:
                     log.error("control_store_gone", error=error.message, note="the traffic goes on as it was published last")
@@ -188,10 +191,22 @@ class Follower:
                 self.store_error = ""
         self.reconcile()
 
-    def assume(self, deployments: Deployments) -> None:
-        """Act on this now; the store will say the same once it was told. Stays in force until `settle`."""
+    def assume(self, deployments: Deployments) -> Deployments:
+        """Act on this now; the store will say the same once it was told. Stays in force until `settle`. Returns what was assumed of
+        these models before, for `restore`."""
+        before = {model: self._assumed[model] for model in deployments if model in self._assumed}
         self._assumed.update(deployments)
         self.reconcile()
+        return before
+
+    def restore(self, deployments: Deployments, before: Deployments) -> None:
+        """The store was not told of what `assume` was called with. What others assumed since then stays."""
+        for model, deployment in deployments.items():
+            if self._assumed.get(model) is deployment:
+                del self._assumed[model]
+                if model in before:
+                    self._assumed[model] = before[model]
+        self.wake()
 
     def settle(self, deployments: Deployments) -> None:
         """The store was told."""
@@ -247,6 +262,8 @@ class Follower:
         try:
             hosted = await asyncio.to_thread(self._hosted, model, number)
             await self._repository.host(model, number, hosted, deployment.load_seconds)
+        except Unavailable as error:
+            self._note_delay(key, error.message)
         except FairleadError as error:
             self._note_failure(key, error.message, candidate=number == deployment.candidate)
         except Exception as error:
@@ -266,6 +283,12 @@ class Follower:
         self._failures[key] = _Failure(reason, tries, self._clock() + pause)
         log.error("version_not_loaded", model=key[0], version=key[1], error=reason, tries=tries)
 
+    def _note_delay(self, key: tuple[str, int], reason: str) -> None:
+        """The store is gone for a moment, or the server stops: the version may be a good one."""
+        again_at, before = self._clock() + RETRY_SECONDS, self._failures.get(key)
+        self._failures[key] = _Failure(reason, 0, again_at, passing=True) if before is None else structs.replace(before, again_at=again_at)
+        log.warning("version_not_loaded_yet", model=key[0], version=key[1], error=reason)
+
     def state(self) -> ServerState:
         """Of everything that is wanted here."""
         loaded = self._loaded()
@@ -279,7 +302,9 @@ class Follower:
         if loaded:
             return VersionState(state="ready", restarts=self._repository.find(model, str(number)).metrics.restarts())
         failure = self._failures.get((model, number))
-        return VersionState(state="loading") if failure is None else VersionState(state="failed", reason=failure.reason)
+        if failure is None:
+            return VersionState(state="loading")
+        return VersionState(state="loading" if failure.passing else "failed", reason=failure.reason)
 
     async def stop(self) -> None:
         """Give up what is being loaded."""

@@ -497,7 +497,10 @@ class Leader:
         of a long time would hide what breaks now.
         """
         for id, row in self._known.items():
-            rollout = rollout_of(row)
+            try:
+                rollout = rollout_of(row)
+            except ConfigError:
+                continue  # it is told of where the store answers
             if id in self._returned or rollout.phase not in (Phase.PROGRESSING, Phase.PAUSED, Phase.PROMOTED):
                 continue
             models = [member.model for member in rollout.members]

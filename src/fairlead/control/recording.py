@@ -122,7 +122,7 @@ def question_of(request: Request) -> Question | None:
     prompt = request.prompt
     try:
         if prompt is None:
-            if not request.inputs or request.raw is not None:
+            if not request.inputs:
                 return None
             inputs = tuple(tensor_of(name, array) for name, array in request.inputs.items())
             return Question(inputs=inputs, parameters=dict(request.parameters))

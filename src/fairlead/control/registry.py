@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import Meta, Struct, structs
 
 from fairlead.backends import detect
-from fairlead.control.artefacts import CHECKS_FOLDER, Artefacts, Progress, find, open_plain
+from fairlead.control.artefacts import CHECKS_FOLDER, Artefacts, Progress, discreet, find, open_plain, without_credentials
 from fairlead.control.digest import CHUNK_BYTES, Files, digest_of, said, sha256_of, spec_text
 from fairlead.control.signing import fingerprint, public_key, signer, trusted
 from fairlead.core.config import read_yaml
@@ -143,6 +143,7 @@ class Registry:
             flavour=draft.flavour,
         )
 
+    @discreet()
     def add(
         self, url: str, model: str, draft: Draft, by: Actor, *, progress: Progress = lambda _: None, move: bool = False
     ) -> tuple[VersionRow, bool]:
@@ -152,6 +153,10 @@ class Registry:
         """
         if draft.parent:
             draft = structs.replace(draft, parent=self.rows.resolve(parse_ref(draft.parent)).ref)
+        if draft.in_place and without_credentials(url) != url:
+            raise InvalidRequest(
+                f"{url} cannot stay where it is: its URL names a user or has a query, and it would be kept; give credentials by the environment"
+            )
         if bool(draft.signature) != bool(draft.public_key):
             raise InvalidRequest("`signature` and `public_key` go together")
         if draft.signature:
@@ -184,8 +189,8 @@ class Registry:
         told = {name: getattr(draft, name) for name in ("git_commit", "parent", "licence", "framework", "notes", "metrics")}
         provenance = {
             "who": by.name,
-            "source": draft.source or artefacts.source.url,
-            **artefacts.provenance,
+            "source": without_credentials(draft.source or artefacts.source.url),
+            **{name: without_credentials(value) for name, value in artefacts.provenance.items()},
             **{name: value for name, value in told.items() if value},
         }
         return VersionRow(
@@ -336,9 +341,10 @@ class Registry:
         except FairleadError:
             raise
         except Exception as error:  # file systems of all kinds have errors of all kinds
-            log.error("registry", where=str(where), error=f"{type(error).__name__}: {error}")
+            place = without_credentials(str(where))
+            log.error("registry", where=place, error=without_credentials(f"{type(error).__name__}: {error}"))
             why = getattr(error, "strerror", None) or error or type(error).__name__
-            raise Unreachable(f"the registry does not take {where}: {why}", reason="artifact-store") from None
+            raise Unreachable(without_credentials(f"the registry does not take {place}: {why}"), reason="artifact-store") from None
 
     def _remove_unlisted(self, row: VersionRow) -> None:
         """The files of a version that is not listed after all: others added the same meanwhile, or the store failed."""
@@ -359,7 +365,7 @@ class Registry:
             with suppress(FileNotFoundError):
                 self.place.fs.rm(folder, recursive=True)
         except Exception as error:  # nobody can do anything about it here, and the version is listed no more
-            log.warning("artefacts_left", folder=folder, error=str(error))
+            log.warning("artefacts_left", folder=without_credentials(folder), error=without_credentials(str(error)))
 
     # Serving
 
@@ -368,13 +374,14 @@ class Registry:
         spec = read_yaml(row.spec, ModelSpec, f"{row.ref}: {SPEC_FILE}")
         return Hosted(spec=spec.replace(name=row.model), fetch=partial(self.fetch, row), edition=row.digest[:16])
 
+    @discreet()
     def fetch(self, row: VersionRow) -> Path:
         """Its folder on this machine, every file of which is what was added. Raises LoadError."""
         self.check_signature(row)
         if digest_of(row.files, read_yaml(row.spec, ModelSpec, f"{row.ref}: {SPEC_FILE}")) != row.digest:
             raise LoadError(f"{row.ref} is not what was added: its row in the store was changed")
         try:
-            source = Source(self.location(row), self.cache_folder)
+            source = Source(self._place(row), self.cache_folder)
             if source.local:
                 return _verified(Path(source.root), row)
             return self._copied(source, row)
@@ -385,7 +392,10 @@ class Registry:
             raise LoadError(f"{row.ref} cannot be read from {self.location(row)}: {why}") from None
 
     def location(self, row: VersionRow) -> str:
-        """Path or URL of its files."""
+        """Path or URL of its files, as it may be shown."""
+        return without_credentials(self._place(row))
+
+    def _place(self, row: VersionRow) -> str:
         return row.location if _in_place(row) else f"{self.url.rstrip('/')}/{row.location}"
 
     def check_signature(self, row: VersionRow) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
-from fairlead.control.acts import changes_of, deployment_row, deployments_of, rollout_of, rollout_row
+from fairlead.control.acts import changes_of, deployment_in, deployment_row, rollout_of, rollout_row
 from fairlead.control.deployments import Deployment, Deployments, Follower
 from fairlead.control.leader import commit, told
 from fairlead.control.registry import Registry
@@ -39,6 +39,7 @@ from fairlead.store.transactions import Conflict
 
 TRIES = 5
 """Of a command, where the rollout moves on between reading and writing it."""
+NO_GATES = "the rollout's policy asks for no gates"
 
 
 class Wish(Struct, frozen=True, kw_only=True):
@@ -91,7 +92,9 @@ class Rollouts:
             raise InvalidRequest("`candidates` names a model twice")
         rows = [self._candidate(ref) for ref in refs]
         policy, name = self._policy(wish, rows[0].model)
-        deployments = deployments_of(self.store.control.deployments())
+        stored = self.store.control.deployments()
+        models = {row.model for row in rows}
+        deployments = {row.model: deployment_in(row) for row in stored if row.model in models}
         members = [self._member(row, deployments.get(row.model, Deployment()), policy, wish) for row in rows]
         rollout, actions = begin(
             f"ro_{int(now * 1000):012x}{os.urandom(4).hex()}",
@@ -104,23 +107,20 @@ class Rollouts:
             reason=wish.reason,
         )
         (note,) = (action for action in actions if isinstance(action, Note))
-        if rollout.phase is not Phase.VALIDATING:
-            for row in rows:
-                if row.stage is not Stage.VALIDATED:
-                    self._skip_gates(row, actor, now)
-        details = {"rollout": rollout.id, "reason": wish.reason, **note.details}
-        audit = AuditRow(time=now, actor=actor, action=note.action, subject=rows[0].ref, details=details, address=address)
+        gateless = [] if rollout.phase is Phase.VALIDATING else [row for row in rows if row.stage is not Stage.VALIDATED]
+
+        def audit(action: str, subject: str, /, **details: Any) -> AuditRow:
+            return AuditRow(time=now, actor=actor, action=action, subject=subject, details=details, address=address)
+
+        audits = [audit("version.stage", row.ref, stage=Stage.VALIDATED, reason=NO_GATES) for row in gateless]
         self.store.control.start_rollout(
-            rollout_row(rollout, revision=0, now=now), {member.model: member.candidate for member in members}, audit
+            rollout_row(rollout, revision=0, now=now),
+            {member.model: member.candidate for member in members},
+            [*audits, audit(note.action, rows[0].ref, **{"rollout": rollout.id, "reason": wish.reason, **note.details})],
+            revisions={row.model: row.revision for row in stored},
+            moves=[Move(row.model, row.number, Stage.VALIDATED, NO_GATES) for row in gateless],
         )
         return rollout
-
-    def _skip_gates(self, row: VersionRow, actor: str, now: float) -> None:
-        reason = "the rollout's policy asks for no gates"
-        audit = AuditRow(
-            time=now, actor=actor, action="version.stage", subject=row.ref, details={"stage": Stage.VALIDATED, "reason": reason}
-        )
-        self.store.registry.move(row.model, row.number, Stage.VALIDATED, reason, audit)
 
     def _candidate(self, ref: Ref) -> VersionRow:
         store = self.store.registry
@@ -148,7 +148,12 @@ class Rollouts:
             known = sorted({"standard", "quick", "direct", *self.settings.policies})
             raise InvalidRequest(f"there is no policy `{name}`: {', '.join(known)}")
         if wish.metrics is not None:
-            policy = structs.replace(policy, metrics=wish.metrics)
+            try:
+                policy = structs.replace(policy, metrics=wish.metrics)
+            except ValueError as error:
+                raise InvalidRequest(str(error)) from None
+        if wish.share is not None and not (0 < wish.share < 1 or (wish.kind == "shadow" and wish.share == 1)):
+            raise InvalidRequest("`share` is greater than 0 and less than 1; of a shadow at most 1")
         if wish.kind == "canary":
             if wish.share is not None:
                 raise InvalidRequest("`share` is for shadows and experiments: a canary's shares are its policy's steps")
@@ -200,15 +205,14 @@ class Rollouts:
         return new
 
     async def _saved(self, saving: Awaitable[object], deployments: Deployments, follower: Follower, *, at_once: bool) -> None:
-        if at_once:
-            follower.assume(deployments)
-        async with follower.reading:
-            try:
+        before = follower.assume(deployments) if at_once else {}
+        try:
+            async with follower.reading:
                 await saving
-            except BaseException:
-                follower.forget(deployments)
-                raise
-            follower.settle(deployments)
+                follower.settle(deployments)
+        except BaseException:
+            follower.restore(deployments, before)  # the leader may have taken traffic from a candidate while the store was gone
+            raise
 
     async def undeploy(self, model: str, actor: str, reason: str, address: str = "") -> None:
         """No version of it serves any more. Raises NotFound, Conflict, Unavailable."""
@@ -219,7 +223,7 @@ class Rollouts:
     def _undeploy(self, model: str, actor: str, reason: str, address: str) -> None:
         now, control = self.clock(), self.store.control
         row = control.deployment(model)
-        champion = Deployment() if row is None else deployments_of([row])[model]
+        champion = Deployment() if row is None else deployment_in(row)
         if row is None or not champion.champion:
             raise NotFound(f"no version of `{model}` is deployed")
         running = control.rollouts(model, running=True, limit=1)

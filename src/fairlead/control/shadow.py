@@ -28,6 +28,8 @@ log = structlog.get_logger("fairlead.control")
 
 NUM_WORST = 20
 MAX_SHOWN_CHARS = 400
+MARGIN_CHARS = 1000
+"""Looked at beyond what is shown of a longer text, so that what is private is found as a whole."""
 MAX_SHOWN_VALUES = 16
 MAX_ERRORS = 20
 """Kinds of them that are told apart."""
@@ -38,11 +40,6 @@ ALPHA = 0.05
 
 Decision = Literal["agree", "disagree", "not enough"]
 Redact = Callable[[str], str]
-
-
-def withheld(text: str) -> str:
-    """What is shown of a text where nobody says what may be."""
-    return f"[{len(text)} characters]"
 
 
 class Disagreement(Struct, frozen=True, kw_only=True):
@@ -184,8 +181,10 @@ class _Unlabelled(Struct, frozen=True):
 class Comparer:
     """Compares pairs as they come, in whatever thread that is."""
 
-    def __init__(self, rules_of: Callable[[str], ShadowRules], redact: Redact = withheld, clock: Callable[[], float] = time.time) -> None:
-        """`rules_of`: a model's. `redact`: what of a text may be shown."""
+    def __init__(
+        self, rules_of: Callable[[str], ShadowRules], redact: Redact | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`rules_of`: a model's. `redact`: what of a text may be shown; None: how long it is."""
         self._rules_of = rules_of
         self._redact = redact
         self._clock = clock
@@ -197,13 +196,22 @@ class Comparer:
         """By request."""
 
     def add(self, pair: Pair) -> None:
-        """Takes up to some ten milliseconds, of pictures."""
+        """Takes up to some ten milliseconds, of pictures. Texts are redacted outside of the lock, for which an event loop may wait."""
+        versions = pair.champion_version, pair.candidate_version
+        error = self._shown(pair.error) if pair.error else ""
         with self._lock:
-            report = self._report(pair.model, (pair.champion_version, pair.candidate_version))
+            report = self._report(pair.model, versions)
             try:
-                self._add(report, pair)
+                verdict = self._add(report, pair, error)
             finally:
                 report.end = self._clock()
+        if verdict is None:
+            return
+        shown = self._disagreement(pair, verdict)
+        with self._lock:
+            if self._versions[pair.model] == versions:  # else it is a report of others by now
+                report = self._report(pair.model, versions)  # maybe the next one: the last may be in somebody's hands
+                report.worst = nlargest(NUM_WORST, (*report.worst, shown), key=lambda each: each.distance)
 
     def label(self, request_id: str, truth: float) -> bool:
         """What was true of a request: the index of its class, or its number. Whether one of the pairs is of it."""
@@ -231,29 +239,23 @@ class Comparer:
             found = self._reports[model] = ShadowReport(model=model, champion=versions[0], candidate=versions[1], begin=now, end=now)
         return found
 
-    def _add(self, report: ShadowReport, pair: Pair) -> None:
+    def _add(self, report: ShadowReport, pair: Pair, error: str) -> Verdict | None:
+        """What is to be shown as one of the worst."""
         add(report.champion_latency, {bucket_of(pair.champion_seconds): 1})
         if pair.error:
             report.num_failed += 1
-            report.add_error(self._shown(pair.error))
-            return
+            report.add_error(error)
+            return None
         add(report.candidate_latency, {bucket_of(pair.candidate_seconds): 1})
         verdict = compare(report, pair, self._rules_of(pair.model))
         self._remember(pair)
         if verdict.agree is None:
             report.num_untold += 1
-            return
+            return None
         report.num_pairs += 1
         report.num_agree += verdict.agree
-        if not verdict.agree and (len(report.worst) < NUM_WORST or verdict.distance > report.worst[-1].distance):
-            shown = Disagreement(
-                distance=verdict.distance,
-                note=self._shown(verdict.note) if any_bytes(pair) else verdict.note,
-                asked=self._asked(pair.request),
-                champion=self._answer(pair.champion),
-                candidate=self._answer(pair.candidate),
-            )
-            report.worst = nlargest(NUM_WORST, (*report.worst, shown), key=lambda each: each.distance)
+        bad = not verdict.agree and (len(report.worst) < NUM_WORST or verdict.distance > report.worst[-1].distance)
+        return verdict if bad else None
 
     def _remember(self, pair: Pair) -> None:
         """A row that feedback may come to say the truth of."""
@@ -274,10 +276,24 @@ class Comparer:
 
     # What may be shown
 
+    def _disagreement(self, pair: Pair, verdict: Verdict) -> Disagreement:
+        return Disagreement(
+            distance=verdict.distance,
+            note=self._shown(verdict.note) if any_bytes(pair) else verdict.note,
+            asked=self._asked(pair.request),
+            champion=self._answer(pair.champion),
+            candidate=self._answer(pair.candidate),
+        )
+
     def _shown(self, text: str) -> str:
-        """Redacted before it is cut: half of a secret is not found to be one."""
-        text = self._redact(text)
-        return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
+        """Redacted before it is cut: half of a secret is not found to be one, so the end of what was looked at is not shown."""
+        if self._redact is None:
+            return f"[{len(text)} characters]"
+        looked_at = text[: MAX_SHOWN_CHARS + MARGIN_CHARS]
+        shown = self._redact(looked_at)
+        if len(looked_at) < len(text):
+            return shown[:-MARGIN_CHARS][:MAX_SHOWN_CHARS] + "..."
+        return shown if len(shown) <= MAX_SHOWN_CHARS else shown[:MAX_SHOWN_CHARS] + "..."
 
     def _asked(self, request: Request) -> str:
         prompt = request.prompt

@@ -1,5 +1,6 @@
 """A version on its way from one machine to another: a tar of its files and its `model.yaml`, written and read as a stream."""
 
+import errno
 import tarfile
 from collections.abc import Iterator
 from io import BufferedReader
@@ -8,13 +9,15 @@ from typing import IO, cast
 
 from fairlead.control.artefacts import MAX_FILES, Artefacts
 from fairlead.control.digest import CHUNK_BYTES, spec_text
-from fairlead.core.errors import InvalidRequest, TooLarge
+from fairlead.core.errors import InvalidRequest, TooLarge, Unreachable
 from fairlead.runtime.source import SPEC_FILE
 
 MAX_HEADER_BYTES = 1 << 20
 """Of a long name, or of what else comes before a member: it is read in one piece."""
 BLOCK = tarfile.BLOCKSIZE
 _HEADERS = frozenset((tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK))
+_OF_NAMES = frozenset((errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.ENOTDIR, errno.EISDIR))
+"""Errors that are the upload's fault; others are this machine's."""
 END = bytes(2 * BLOCK)
 
 
@@ -45,7 +48,7 @@ def _padding(size: int) -> bytes:
 
 
 def unpack(stream: BufferedReader, folder: Path, max_bytes: int) -> None:
-    """Plain files and folders, into an empty folder and nowhere else. Raises InvalidRequest, TooLarge."""
+    """Plain files and folders, into an empty folder and nowhere else. Raises InvalidRequest, TooLarge, Unreachable."""
     reader = _Reader(stream)
     left, count = max_bytes, 0
     try:
@@ -62,6 +65,10 @@ def unpack(stream: BufferedReader, folder: Path, max_bytes: int) -> None:
             pass
     except tarfile.FilterError as error:
         raise InvalidRequest(f"the upload holds a file whose path is not taken: {error.tarinfo.name!a}") from None
+    except OSError as error:
+        if error.errno in _OF_NAMES:
+            raise InvalidRequest(f"the upload holds a file that cannot be kept: {error.strerror}") from None
+        raise Unreachable(f"the upload cannot be kept: {error.strerror or error}", reason="artifact-store") from None
     except (tarfile.TarError, EOFError, UnicodeError, ValueError) as error:
         raise InvalidRequest(f"the upload is no tar, or is cut off ({error})") from None
     if reader.tail.strip(b"\0"):
@@ -71,12 +78,12 @@ def unpack(stream: BufferedReader, folder: Path, max_bytes: int) -> None:
 def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
     filtered = tarfile.data_filter(member, str(folder))
     target = folder / filtered.name
-    if member.isdir():
-        target.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return
-    if not member.isreg() or member.issparse():
+    if not member.isdir() and (not member.isreg() or member.issparse()):
         raise InvalidRequest(f"the upload holds {member.name!a}, which is no plain file: put the file itself there")
     try:
+        if member.isdir():
+            target.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = archive.extractfile(member)
         assert content is not None

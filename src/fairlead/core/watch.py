@@ -1,8 +1,9 @@
 """What control asks the gateway to look at: how a model's requests end, and copies of them that another version answers, too."""
 
+import sys
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from fairlead.core.request import Request, Response
 from fairlead.core.tensors import nbytes_of
@@ -58,7 +59,24 @@ class Pair(Struct, frozen=True, kw_only=True):
     def nbytes(self) -> int:
         """In memory, about."""
         answers = sum(map(response_nbytes, (*self.champion, *self.candidate, *(self.scores or ()))))
-        return answers + sum(map(nbytes_of, self.request.inputs.values()))
+        return answers + request_nbytes(self.request)
+
+
+def request_nbytes(request: Request) -> int:
+    """In memory, about."""
+    size, left = sum(map(nbytes_of, request.inputs.values())), [request.prompt, request.parameters]
+    while left:  # no recursion: a caller says how deep the schemas of tools go
+        each: object = left.pop()
+        if isinstance(each, str | bytes):
+            size += sys.getsizeof(each)
+        elif isinstance(each, list | tuple):
+            size += 36 * len(each)
+            left += [one for one in each if type(one) is not int]
+        elif isinstance(each, dict):
+            left += (*each, *each.values())
+        elif isinstance(each, Struct):
+            left += structs.astuple(each)
+    return size
 
 
 def response_nbytes(response: Response) -> int:

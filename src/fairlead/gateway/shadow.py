@@ -20,8 +20,8 @@ from msgspec import Struct, structs
 from fairlead.core.errors import FairleadError, NotFound, Unavailable
 from fairlead.core.generation import Chat, Generate, Message, Paint, Prompt, Sampling
 from fairlead.core.request import Request, Response
-from fairlead.core.tensors import Tensors, nbytes_of
-from fairlead.core.watch import Pair, ShadowRule, response_nbytes
+from fairlead.core.tensors import Tensors
+from fairlead.core.watch import Pair, ShadowRule, request_nbytes, response_nbytes
 from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.routing.onlooker import Look, Onlooker
 from fairlead.gateway.routing.trip import Trip
@@ -52,6 +52,8 @@ class Recording(Struct, frozen=True):
     share: float = 1.0
     max_bytes: int = 1 << 20
     """Of one request and its answer together."""
+    champion: Callable[[], str] = lambda: ""
+    """The version whose answers are offered; "": any. Asked for each request, since another one may be promoted meanwhile."""
 
 
 class Shadows:
@@ -300,14 +302,16 @@ class Shadowed(Look):
     def begin(self, request: Request, version: str, trip: Trip | None) -> "Capture | None":
         shadows, rule, recording = self.shadows, self.rule, self.recording
         copied = rule is not None and version != rule.version and shadows.random() < rule.share
-        recorded = recording is not None and shadows.random() < recording.share
+        recorded = recording is not None and recording.champion() in ("", version) and shadows.random() < recording.share
         if not (copied or recorded) or shadows.stopping:
             return None
         max_bytes = max(rule.max_bytes if rule is not None else 0, recording.max_bytes if recording is not None else 0)
-        nbytes = sum(map(nbytes_of, request.inputs.values()))
-        if request.raw is not None or nbytes > max_bytes:
+        nbytes = request_nbytes(request)
+        # A body that is passed on as it came; beside what was read of it, it is for other servers only.
+        passed_on = request.raw is not None and request.prompt is None and not request.inputs
+        if passed_on or nbytes > max_bytes:
             if copied:
-                shadows.count(self.model, "large" if request.raw is None else "elsewhere")
+                shadows.count(self.model, "elsewhere" if passed_on else "large")
             return None
         return Capture(self, request, version, trip, copied=copied, recorded=recorded, nbytes=nbytes, max_bytes=max_bytes)
 

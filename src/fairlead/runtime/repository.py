@@ -14,6 +14,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import structlog
 from msgspec import Struct, field
@@ -130,6 +131,10 @@ class ModelRepository:
         self._served: dict[str, _Served] = {}
         self._forkserver = forkserver or ForkServer()
         self._loading = asyncio.Semaphore(settings.load_concurrency)
+        self._hosting = asyncio.Semaphore(settings.load_concurrency)
+        """Slots of their own: a load from a source may take for ever."""
+        self._hosts: WeakValueDictionary[tuple[str, int], asyncio.Lock] = WeakValueDictionary()
+        """A version that is wanted again waits until its cancelled load has cleaned up."""
         self._draining: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
 
@@ -351,7 +356,13 @@ class ModelRepository:
     # Versions that are hosted
 
     async def host(self, name: str, number: int, hosted: Hosted, timeout: float) -> None:
-        """Load a version beside those that serve, within so many seconds. Raises LoadError; Unavailable while the server stops."""
+        """Load a version beside those that serve, within so many seconds from when it is its turn. Raises LoadError; Unavailable while
+        the server stops."""
+        lock = self._hosts.setdefault((name, number), asyncio.Lock())
+        async with lock:
+            await self._host(name, number, hosted, timeout)
+
+    async def _host(self, name: str, number: int, hosted: Hosted, timeout: float) -> None:
         model = self._models.get(name)
         if name in self._listings or (model is not None and not model.hosted):
             raise LoadError(f"a model repository of this server has a model '{name}', too: rename one of the two")
@@ -364,24 +375,28 @@ class ModelRepository:
             return
 
         async def load() -> Version:
-            return await load_version(hosted.spec, str(number), await asyncio.to_thread(hosted.fetch), self._forkserver)
+            try:
+                async with asyncio.timeout(timeout) as limit:
+                    return await load_version(hosted.spec, str(number), await asyncio.to_thread(hosted.fetch), self._forkserver)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise LoadError(f"it was not loaded within {timeout:g} s") from None
 
         try:
-            async with asyncio.timeout(timeout):
-                version = await self._load_version(name, model, number, load)
-        except TimeoutError:
-            model.states[number] = (State.UNAVAILABLE, f"it was not loaded within {timeout:g} s")
-            self.metrics.loads[name, "failure"] += 1
-            version = None
+            version = await self._load_version(name, model, number, load, self._hosting)
         except BaseException:
             model.states.pop(number, None)
             self._forget_hosted(name)
             raise
+        if self.stopping or self._models.get(name) is not model:  # released meanwhile
+            model.states.pop(number, None)
+            self._forget_hosted(name)
+            if version is not None:
+                self._retire(version)
+            raise ShuttingDown("Server is stopping" if self.stopping else f"model '{name}' version {number} was released meanwhile")
         if version is None:
             raise LoadError(model.states[number][1])
-        if number in model.versions or self.stopping:  # somebody was faster
-            self._retire(version)
-            return
         model.versions[number] = version
         model.editions[number] = hosted.edition
         self._publish(name, model)
@@ -517,7 +532,7 @@ class ModelRepository:
             folder = await asyncio.to_thread(source.fetch, listing, number)
             return await load_version(spec, str(number), folder, self._forkserver)
 
-        loaded = await asyncio.gather(*(self._load_version(name, model, number, partial(load, number)) for number in fresh))
+        loaded = await asyncio.gather(*(self._load_version(name, model, number, partial(load, number), self._loading) for number in fresh))
         retired: list[Version] = []
         for number, version in zip(fresh, loaded, strict=True):
             if version is not None:
@@ -537,13 +552,13 @@ class ModelRepository:
             self._retire(version)
 
     async def _load_version(
-        self, name: str, model: _Model, number: int, load: Callable[[], Coroutine[Any, Any, Version]]
+        self, name: str, model: _Model, number: int, load: Callable[[], Coroutine[Any, Any, Version]], slots: asyncio.Semaphore
     ) -> Version | None:
         if number not in model.versions:
             model.states[number] = (State.LOADING, "")
         began = time.perf_counter()
         try:
-            async with self._loading:
+            async with slots:
                 version = await load()
         except FairleadError as error:
             reason = error.message

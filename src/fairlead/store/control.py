@@ -4,7 +4,7 @@ All methods raise Unavailable where the database is gone, full or locked; nothin
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from threading import Event
 
 import msgspec
@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Select, Table
 from sqlalchemy.dialects import postgresql, sqlite
 
 from fairlead.core.errors import InvalidRequest, NotFound
-from fairlead.core.versions import check_model_name
+from fairlead.core.versions import Stage, check_model_name
 from fairlead.store import tables
 from fairlead.store.registry import Aliases, changes, move_versions
 from fairlead.store.registry_rows import (
@@ -27,6 +27,7 @@ from fairlead.store.registry_rows import (
     RolloutRow,
     ServerRow,
     Taken,
+    VersionRow,
     WindowRow,
 )
 from fairlead.store.rows import AuditRow
@@ -103,18 +104,32 @@ class ControlStore:
 
     # Rollouts
 
-    def start_rollout(self, row: RolloutRow, members: Mapping[str, int], audit: AuditRow) -> RolloutRow:
+    def start_rollout(
+        self,
+        row: RolloutRow,
+        members: Mapping[str, int],
+        audits: Sequence[AuditRow],
+        *,
+        revisions: Mapping[str, int] | None = None,
+        moves: Sequence[Move] = (),
+    ) -> RolloutRow:
         """As it is then. `members`: model → the version that is tried; they are neither retired nor deleted until the rollout has ended.
+        `revisions`: model → of the deployment that this was decided upon; a member that is not in it has none. `moves`: as in `commit`.
 
-        Raises Conflict where one of the models is in a rollout that runs.
+        Raises Conflict where one of the models is in a rollout that runs, a deployment was changed, or a version is gone, retired or serves.
         """
         assert row.model in members and row.ended is None, row
         table = tables.rollout_members
-        with changes(self._transactions, self._sql, [audit]) as connection:
+        with changes(self._transactions, self._sql, audits) as connection:
             busy = sa.select(table.c.model, table.c.rollout).where(table.c.model.in_(list(members)), table.c.running)
             running = connection.execute(busy.order_by(table.c.model)).first()
             if running is not None:
                 raise Conflict(f"a rollout of `{running.model}` runs already: {running.rollout}")
+            for model, number in members.items():
+                _check_revision(connection, model, (revisions or {}).get(model, 0))
+                _check_candidate(connection, model, number)
+            if moves:
+                move_versions(connection, moves, {}, audits[0])
             row = structs.replace(row, revision=1)
             connection.execute(tables.rollouts.insert(), msgspec.to_builtins(row))
             entries = [{"rollout": row.id, "model": model, "number": number, "running": True} for model, number in members.items()]
@@ -255,6 +270,13 @@ class ControlStore:
             sql.insert(connection, "feedback_sums", SUM, _sums(new), ADDED)
             return tuple(answers)
 
+    def waited_for(self, ids: Collection[str]) -> dict[str, tuple[str, str]]:
+        """Request id → model and rollout, of those requests that a rollout waits for feedback on."""
+        table = tables.exposures.c
+        query = sa.select(table.request_id, table.model, table.rollout).where(table.request_id.in_([id for id in ids if plain(id) == id]))
+        with self._transactions.reads() as connection:
+            return {id: (model, rollout) for id, model, rollout in connection.execute(query)}
+
     def feedback_since(self, rollout: str, id: int, limit: int) -> tuple[FeedbackRow, ...]:
         """What came after the row of that id, the oldest first; 0: all."""
         table = tables.feedback
@@ -302,12 +324,27 @@ class ControlStore:
 def _put_deployments(connection: Connection, sql: Sql, rows: Sequence[DeploymentRow]) -> None:
     table = tables.deployments
     for row in rows:
-        before = find(connection, table, DeploymentRow, model=row.model)
-        if row.revision != (0 if before is None else before.revision):
-            raise Conflict(f"the deployment of `{row.model}` was changed meanwhile")
+        is_new = _check_revision(connection, row.model, row.revision) is None
         columns = msgspec.to_builtins(structs.replace(row, revision=row.revision + 1, reason=plain(row.reason)))
-        connection.execute(table.insert() if before is None else table.update().where(table.c.model == row.model), columns)
+        connection.execute(table.insert() if is_new else table.update().where(table.c.model == row.model), columns)
     sql.notify(connection, [f"deployment {row.model}" for row in rows])
+
+
+def _check_revision(connection: Connection, model: str, revision: int) -> DeploymentRow | None:
+    """The deployment, as it is. Raises Conflict."""
+    row = find(connection, tables.deployments, DeploymentRow, model=model)
+    if revision != (0 if row is None else row.revision):
+        raise Conflict(f"the deployment of `{model}` was changed meanwhile")
+    return row
+
+
+def _check_candidate(connection: Connection, model: str, number: int) -> None:
+    """Raises Conflict."""
+    row = find(connection, tables.versions, VersionRow, model=model, number=number)
+    if row is None:
+        raise Conflict(f"{model}@{number} is gone")
+    if row.stage in (Stage.RETIRED, Stage.SERVING):
+        raise Conflict(f"{row.ref} is {row.stage}")
 
 
 def _sums(rows: Sequence[FeedbackRow]) -> list[tuple[object, ...]]:
