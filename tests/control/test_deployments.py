@@ -1,10 +1,13 @@
 """What is wanted of a model becomes traffic only as far as it is loaded."""
 
+import asyncio
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from fairlead.control import deployments
 from fairlead.control.acts import deployment_in, deployment_row, deployments_of, rollout_of
 from fairlead.control.deployments import Deployment, Deployments, Follower, plan
 from fairlead.core.config import read_yaml
@@ -126,6 +129,27 @@ async def server(tmp_path):
     yield made
     await made.follower.stop()
     await made.repository.stop()
+
+
+async def test_a_server_that_starts_does_not_wait_for_ever_for_a_candidate_that_hangs(server, monkeypatch):
+    monkeypatch.setattr(deployments, "BEGIN_SECONDS", 0.05)
+    over = threading.Event()
+    real = server.hosted
+
+    def hosted(model: str, number: int) -> Hosted:
+        if number == 2:
+            over.wait(30)
+        return real(model, number)
+
+    monkeypatch.setattr(server.follower, "_hosted", hosted)
+    server.wanted = {"add": Deployment(champion=1, candidate=2, share=0.5)}
+    try:
+        async with asyncio.timeout(20):
+            await server.follower.begin()
+        assert server.published == {"add": (("1", 1.0),)}
+        assert server.follower.state()["add"]["2"].state == "loading"
+    finally:
+        over.set()
 
 
 @pytest.mark.parametrize("error", [Unavailable("the store does not answer"), ShuttingDown("Server is stopping")])

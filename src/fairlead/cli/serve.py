@@ -14,7 +14,8 @@ HELP = """Serve a model repository, or one model.
 
 PATH is a folder of models (`NAME/VERSION/artefact`), one model's folder, or a bare artefact: .onnx, .ubj or .json
 (XGBoost), .txt (LightGBM), .cbm, .skops, .pt, .pt2, model.py, a folder of a Hugging Face checkpoint. Several may be given; an fsspec URL such as
-s3://bucket/models works too. Flags win over fairlead.yaml.
+s3://bucket/models works too. What is deployed from the registry is served beside them, and alone where no PATH is given. Flags win over
+fairlead.yaml.
 """
 
 # flag → where it goes in Settings

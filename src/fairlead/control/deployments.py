@@ -22,6 +22,8 @@ log = structlog.get_logger("fairlead.control")
 RETRY_SECONDS = 5.0
 """After which a champion that could not be loaded is tried again, at first."""
 MAX_RETRY_SECONDS = 60.0
+BEGIN_SECONDS = 60.0
+"""That a server which starts waits for candidates."""
 
 
 class Deployment(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -166,10 +168,16 @@ class Follower:
                 pass
 
     async def begin(self) -> None:
-        """Before the server is ready: every champion is loaded, or has failed once."""
+        """Before the server is ready: every champion is loaded, or has failed once. For candidates it waits a while, so that sessions find
+        the side that they had; one that hangs keeps nobody waiting."""
         await self.read()
+        deadline = self._clock() + BEGIN_SECONDS
         while self._loads:
-            await asyncio.wait(list(self._loads.values()))
+            champions = any(number == self.wanted[model].champion for model, number in self._loads if model in self.wanted)
+            patience = None if champions else max(deadline - self._clock(), 0.0)
+            loaded, _ = await asyncio.wait(self._loads.values(), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if not loaded:
+                return
 
     def wake(self) -> None:
         """Something may have changed."""
