@@ -18,6 +18,7 @@ from fairlead.api.doorkeeper import caller_of
 from fairlead.api.web import json_response
 from fairlead.control.acts import deployments_of, rollout_of
 from fairlead.control.deployments import Deployments, ServerState
+from fairlead.control.leader import LEASE
 from fairlead.control.rollout import Command, Kind
 from fairlead.control.rollouts import Rollouts, Wish
 from fairlead.control.shadow import ShadowReport
@@ -266,7 +267,7 @@ class RolloutOperations:
         servers = control.servers(now - ALIVE_SECONDS)
         rows = control.deployments()
         wanted = deployments_of(rows)
-        lease = control.lease("control")
+        lease = control.lease(LEASE)
         return {
             "deployments": [
                 {

@@ -458,16 +458,16 @@ class Leader:
     async def _commit(self, row: RolloutRow, old: Rollout, new: Rollout, actions: tuple[Action, ...], now: float) -> None:
         """Raises Conflict, Unavailable; a return has been done on this server nevertheless."""
         changes = changes_of(new, actions, old.phase is Phase.PROMOTED, now)
-        if _returns(actions):
+        if returns(actions):
             self.follower.assume(changes.deployments)
         try:
             saved = await self._save(row, new, changes, now)
         except Unavailable:
-            if _returns(actions):
+            if returns(actions):
                 self._returned[row.id] = _Returned(row.revision, new, actions, changes.deployments)
             raise
         except Conflict as conflict:
-            if not _returns(actions) or (await asyncio.to_thread(self.store.rollout, row.id)).revision != row.revision:
+            if not returns(actions) or (await asyncio.to_thread(self.store.rollout, row.id)).revision != row.revision:
                 raise
             # Somebody moved a version to where it cannot come back from: traffic goes before order in the registry.
             log.error("stages_not_moved", rollout=row.id, error=conflict.message)
@@ -508,12 +508,12 @@ class Leader:
             restarts = {model: self._num_restarts(rollout, model, ()) for model in models}
             # what was seen stays, for when the store is back
             new, actions = advance(rollout, Measured(windows=windows, restarts=restarts), now)
-            if not _returns(actions):
+            if not returns(actions):
                 counted = self._alone.get(id, rollout).counted
                 breaking = structs.replace(rollout, counted=counted, measurement=structs.replace(rollout.measurement, began=now))
                 new, actions = advance(breaking, Measured(windows=fresh, restarts=restarts), now)
                 self._alone[id] = new
-            if _returns(actions):
+            if returns(actions):
                 deployments = changes_of(new, actions, rollout.phase is Phase.PROMOTED, now).deployments
                 self._returned[id] = _Returned(row.revision, new, actions, deployments)
                 self.follower.assume(deployments)
@@ -573,7 +573,7 @@ def told(rollout: Rollout, actions: Iterable[Action]) -> None:
             log.info(action.action.replace(".", "_"), rollout=rollout.id, candidates=candidates, reason=action.reason, **action.details)
 
 
-def _returns(actions: Iterable[Action]) -> bool:
+def returns(actions: Iterable[Action]) -> bool:
     return any(isinstance(action, Return) for action in actions)
 
 

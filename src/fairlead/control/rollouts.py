@@ -3,25 +3,23 @@
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from msgspec import Struct, structs
 
 from fairlead.control.acts import changes_of, deployment_in, deployment_row, rollout_of, rollout_row
 from fairlead.control.deployments import Deployment, Deployments, Follower
-from fairlead.control.leader import commit, told
+from fairlead.control.leader import commit, returns, told
 from fairlead.control.registry import Registry
 from fairlead.control.rollout import (
     ENDED,
-    Action,
     Command,
     Kind,
     Member,
     Note,
     Phase,
     Reject,
-    Return,
     Rollout,
     advance,
     begin,
@@ -197,7 +195,7 @@ class Rollouts:
         if follower is None or not changes.deployments:
             await saving
         else:
-            await self._saved(saving, changes.deployments, follower, at_once=_returns(actions))
+            await self._saved(saving, changes.deployments, follower, at_once=returns(actions))
         if new.phase in ENDED:
             self.counts.add("fairlead_rollouts_total", row.model, new.phase)
         if follower is not None:
@@ -264,7 +262,3 @@ class Rollouts:
     def shown(self, row: RolloutRow) -> dict[str, Any]:
         """For people, as JSON."""
         return describe(rollout_of(row), self.clock() if row.ended is None else row.ended)
-
-
-def _returns(actions: Iterable[Action]) -> bool:
-    return any(isinstance(action, Return) for action in actions)
