@@ -105,6 +105,14 @@ def test_numbers_count_up_and_the_same_content_is_the_same_version(registry: Reg
     assert actions(store) == [("version.add", f"fraud@{number}") for number in (1, 2, 3)]
 
 
+def test_an_unfinished_folder_that_vanishes_while_it_is_looked_at_hinders_nobody(registry: Registry, tmp_path: Path) -> None:
+    source = write(tmp_path / "m", {"model.onnx": "x"})
+    folder = tmp_path / "data/registry/fraud"
+    folder.mkdir(parents=True)
+    (folder / ".adding-vanished").symlink_to("nowhere")  # listed, and not there when its age is asked
+    assert registry.add(str(source), "fraud", Draft(), ME)[0].number == 1
+
+
 def test_many_who_add_the_same_at_once_get_the_same_version(registry: Registry, store: Store, tmp_path: Path) -> None:
     source = write(tmp_path / "m", {"model.onnx": "x" * 100_000, "data/y": "y"})
     with ThreadPoolExecutor(4) as threads:

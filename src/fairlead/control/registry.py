@@ -253,8 +253,9 @@ class Registry:
         with self._writing(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for left in folder.glob(f"{UNFINISHED}*"):
-                if left.stat().st_mtime < time.time() - UNFINISHED_SECONDS:
-                    shutil.rmtree(left, ignore_errors=True)
+                with suppress(FileNotFoundError):  # who adds at the same time takes its own away
+                    if left.stat().st_mtime < time.time() - UNFINISHED_SECONDS:
+                        shutil.rmtree(left, ignore_errors=True)
             staged = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
         try:
             yield staged
