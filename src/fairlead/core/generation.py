@@ -233,6 +233,21 @@ class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The request's share of the time that steps took; 0 where the engine does not tell."""
 
 
+class Phase(Struct, array_like=True):
+    """A stretch of an engine's work on one request. Times count from when the engine got it: clocks of two processes need not agree."""
+
+    name: str
+    """waiting, prefill, decode, preempted; of pictures waiting, encode, denoise, decode."""
+    start: float
+    seconds: float
+    num_steps: int = 0
+    num_tokens: int = 0
+    max_seqs: int = 0
+    """The most sequences, or pictures, that shared one of its steps."""
+    slowest: float = 0.0
+    """Seconds of its slowest step."""
+
+
 class Delta(Struct, kw_only=True, omit_defaults=True):
     """A piece of one answer: what comes up in `Response.delta`. The last one of a request carries `usage`."""
 
@@ -255,6 +270,8 @@ class Delta(Struct, kw_only=True, omit_defaults=True):
     progress: Progress | None = None
     """Of a picture; a newer one stands for those before it."""
     picture: Picture | None = None
+    phases: list[Phase] = []
+    """What the engine did for the request; in its last Delta."""
 
 
 class ImageInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
