@@ -14,6 +14,15 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
 from fairlead.api.admin import Admin
+from fairlead.api.jobs.administration import JobAdministration
+from fairlead.api.jobs.canonical import Canonical
+from fairlead.api.jobs.face import Shared
+from fairlead.api.observe.incidents import IncidentOperations
+from fairlead.api.observe.logs import LogOperations
+from fairlead.api.observe.profile import ProfileOperations
+from fairlead.api.observe.replicas import ReplicaOperations
+from fairlead.api.observe.requests import RequestRoutes
+from fairlead.api.observe.slo import SloOperations
 from fairlead.api.openai.bodies import ChatBody, CompletionBody
 from fairlead.api.openai.errors import OpenAIErrors, openai_status
 from fairlead.api.openapi import document
@@ -28,14 +37,23 @@ from fairlead.control.rollouts import Rollouts
 from fairlead.core.errors import FairleadError, LimitExceeded, Unavailable
 from fairlead.core.rollout import ControlSettings, RegistrySettings
 from fairlead.core.settings import Settings, parse_settings
+from fairlead.core.slo import AlertSettings, IncidentSettings
 from fairlead.core.specs import BatchingSpec, DiffusionSpec, InstancesSpec, LlmSpec, ModelSpec, QueuePolicy, TensorSpec
 from fairlead.gateway.configuration import FIXED
 from fairlead.gateway.course import compiled
 from fairlead.gateway.ends import REASONS, ended
 from fairlead.gateway.routing.fallbacks import check_fallbacks
-from fairlead.observe import metrics
-from fairlead.observe.counts import COUNTS
+from fairlead.observe.counts import Counts
+from fairlead.observe.finished import Finished
+from fairlead.observe.incidents.incidents import Incidents
+from fairlead.observe.logs import Journal
+from fairlead.observe.metrics import Metrics
+from fairlead.observe.recent import Recent
+from fairlead.observe.slo.slos import Slos
+from fairlead.observe.table import GROUPS, TABLE
 from fairlead.runtime.batcher import CloseReason
+from fairlead.runtime.profiler import Profiler
+from fairlead.runtime.repository import ModelRepository, RepositorySettings
 from fairlead.store.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -198,15 +216,35 @@ def test_every_flag_is_documented():
     assert [flag for flag in flags if f"`{flag}`" not in text] == []
 
 
-def test_every_metric_and_close_reason_is_documented():
-    text = page("operations.md")
-    rows = re.findall(r"^\| (fairlead_\w+) \|", metrics.__doc__ or "", flags=re.MULTILINE)
-    names = {family.name for family in metrics.Metrics().collect()}
-    rows += list(COUNTS)
-    assert {name.removesuffix("_total") for name in rows} == names
-    assert [name for name in rows if f"`{name}`" not in text] == []
-    assert [reason for reason in CloseReason if f"`{reason}`" not in text] == []
-    assert [reason for reason in CloseReason if reason not in (metrics.__doc__ or "") + page("operations.md")] == []
+def test_every_metric_is_documented_and_nothing_else():
+    expected = []
+    for group, title in GROUPS.items():
+        expected.append(f"### {title}")
+        for metric in TABLE.values():
+            if metric.group == group:
+                labels = ", ".join(f"`{label}`" for label in metric.labels)
+                row = f"| `{metric.name}` | {metric.kind} | {metric.unit} | {labels} | {metric.bound} | {metric.help} |"
+                expected.append(row.replace("|  |", "| |"))
+    section = page("metrics.md").partition("## The table")[2].partition("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith(("### ", "| `"))] == expected
+
+
+def test_every_metric_is_filled_by_the_code_and_what_is_filled_is_in_the_table():
+    """By their names, which stand in the code as they are."""
+    used = set()
+    for path in SOURCES:
+        if path.parent.name != "dashboards" and path.name != "table.py":
+            tree = ast.parse(path.read_text())
+            texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+            used |= {text for text in texts if re.fullmatch(r"(fairlead|process|nv_inference|python)_[a-z_]+|vllm:[a-z0-9_]+", text)}
+    assert TABLE.keys() <= used
+    assert {
+        name for name in used if name.startswith("fairlead_") and name.endswith(("_total", "_seconds", "_bytes", "_ratio"))
+    } <= TABLE.keys()
+
+
+def test_every_close_reason_is_documented():
+    assert [reason for reason in CloseReason if f"`{reason}`" not in page("metrics.md")] == []
 
 
 def test_what_is_counted_has_a_row_and_its_labels_and_every_row_is_counted():
@@ -220,12 +258,12 @@ def test_what_is_counted_has_a_row_and_its_labels_and_every_row_is_counted():
     }
     counted = {}
     for name, call in calls():
-        if name == "add" and call.args:
+        if name == "add" and call.args and ast.unparse(call.func).endswith("counts.add"):
             what = call.args[0]
             metric = what.value if isinstance(what, ast.Constant) else constants.get(getattr(what, "id", ""))
             if isinstance(metric, str) and metric.startswith("fairlead_"):
                 counted[metric] = len(call.args) - 1
-    assert counted == {name: len(labels) for name, (_, labels) in COUNTS.items()}
+    assert counted == {name: len(metric.labels) for name, metric in TABLE.items() if metric.counted}
 
 
 def kinds_of(kind: type[FairleadError]) -> Iterator[type[FairleadError]]:
@@ -286,16 +324,27 @@ def operations(tmp_path):
     store = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
     registry, settings = Registry(store, RegistrySettings()), ControlSettings()
     rollouts = RolloutOperations(Rollouts(store, registry, settings))
-    yield *Admin(store).operations, *RegistryRoutes(registry).operations, *rollouts.operations
+    requests = RequestRoutes(Recent(), Finished())
+    replicas = ReplicaOperations(tuple, {}.get, tuple, lambda: None)
+    logs, profiles = (
+        LogOperations(Journal, lambda _: None),
+        ProfileOperations(Profiler(ModelRepository(RepositorySettings(sources=()), Metrics()), Finished())),
+    )
+    slos = SloOperations(Slos((), AlertSettings(), Counts(), server="", signals=lambda: None))
+    incidents = IncidentOperations(Incidents(IncidentSettings(), tmp_path.absolute, lambda: None, server=""))
+    nothing: Any = None
+    jobs = JobAdministration(Canonical(Shared(*[nothing] * 6, max_body_bytes=1)), nothing)
+    rooms = (Admin(store), RegistryRoutes(registry), rollouts, jobs, requests, replicas, logs, profiles, slos, incidents)
+    yield [operation for room in rooms for operation in room.operations]
     store.close()
 
 
 def test_every_operation_of_the_administration_is_documented_and_described_in_openapi(operations):
     text = "".join(path.read_text() for path in PAGES)
-    assert [each.path for each in operations if f"{each.path}`" not in text and f"{each.path}?" not in text] == []
+    assert [each.address for each in operations if f"{each.address}`" not in text and f"{each.address}?" not in text] == []
     described = document(operations, {})
     assert {method.upper() + " " + path for path, methods in described["paths"].items() for method in methods} == {
-        f"{each.method} {each.path}" for each in operations
+        f"{each.method} {each.address}" for each in operations
     }
     assert [tag["name"] for tag in described["tags"]] == ["admin"]
 

@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from ssl import SSLContext
 from typing import Any
 
 import structlog
@@ -19,10 +20,15 @@ from fairlead.api.data import DATA_SHAPES, data_app
 from fairlead.api.doorkeeper import Doorkeeper
 from fairlead.api.grpc.server import GrpcServer
 from fairlead.api.http_server import HttpServer
+from fairlead.api.openapi import Operation
 from fairlead.api.ops import OPS_SHAPES, ops_app
 from fairlead.api.tls import server_context
+from fairlead.api.ui.playground import Playground, data_url
+from fairlead.api.ui.routes import DATA
 from fairlead.app_control import ControlPlane
 from fairlead.app_jobs import Jobs
+from fairlead.app_observe import Telemetry
+from fairlead.app_ui import Dashboard
 from fairlead.core.errors import ConfigError, FairleadError
 from fairlead.core.policy import CALENDAR, GatewaySettings, Unit, rules_of
 from fairlead.core.settings import LOOPBACK, Settings, asks_for_keys, parse_settings
@@ -40,7 +46,7 @@ from fairlead.gateway.signing import Nonces, SharedNonces
 from fairlead.gateway.upstream.registry import Upstreams
 from fairlead.gateway.usage import UsageLog
 from fairlead.gateway.visit import come
-from fairlead.observe.access import FLUSH_SECONDS, AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.observe.metrics import Line, Metrics
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.repository import Control, ModelRepository, RepositorySettings
@@ -67,7 +73,7 @@ class Server:
         self.settings = settings
         self.keys_required = asks_for_keys(settings)
         self.metrics = Metrics(triton_names=settings.metrics.triton_names, vllm_names=settings.metrics.vllm_names)
-        self.access_log = AccessLog(sys.stderr if settings.logs.requests else None, self.metrics.responses)
+        self.telemetry = Telemetry(settings, self.metrics, sys.stderr)
         models = settings.models
         self.repository = ModelRepository(
             RepositorySettings(
@@ -80,7 +86,7 @@ class Server:
                 drain_timeout=settings.limits.drain_timeout,
             ),
             self.metrics,
-            ForkServer(settings.logs.level, settings.logs.format),
+            ForkServer(settings.logs.level, settings.logs.format, log_texts=settings.logs.texts, levels=settings.logs.levels),
         )
         self._build_gateway(settings.gateway, path)
         self.configuration = Configuration(parse_settings(text, str(path or "flags")), path, text, self.store, self._prepare)
@@ -124,6 +130,8 @@ class Server:
             abuse=self.abuse,
             counts=counts,
         )
+        if self.telemetry.tracing is not None:
+            self.gateway.trace = self.telemetry.tracing.begin
         self.metrics.lines = self._lines
 
     def _shared_store(self) -> Store | None:
@@ -162,12 +170,13 @@ class Server:
             identity=self.identity,
             usage=self.usage if settings.store.usage else None,
             repository=self.repository,
-            access_log=self.access_log,
+            finished=self.telemetry.finished,
+            tracing=self.telemetry.tracing,
             counts=self.metrics.counts,
         )
 
     def _build_doors(self) -> None:
-        settings, access_log, repository, gateway = self.settings, self.access_log, self.repository, self.gateway
+        settings, finished, repository, gateway = self.settings, self.telemetry.finished, self.repository, self.gateway
         limit = settings.limits.max_request_bytes
         self.nonces = self._nonces()
         recorded = self.store is not None and settings.store.usage
@@ -177,6 +186,8 @@ class Server:
         store = self._shared_store()
         self.jobs = self._build_jobs(store)
         self.control = self._build_control(store)
+        self.telemetry.connect(repository, gateway, self.control, self.jobs, self._known)
+        self.telemetry.promise(repository, store, self.configuration.text, self._audit)
         self.http = HttpServer(
             gateway,
             data_app(
@@ -185,25 +196,76 @@ class Server:
                 doorkeeper=self.doorkeeper,
                 elsewhere=gateway,
                 more=() if self.jobs is None else self.jobs.operations,
-                access_log=access_log,
+                finished=finished,
                 max_body_bytes=limit,
             ),
-            access_log,
+            finished,
             doorkeeper=self.doorkeeper,
             elsewhere=gateway,
             shapes=DATA_SHAPES,
             max_body_bytes=limit,
         )
-        self.grpc = GrpcServer(repository, access_log, gateway=gateway, doorkeeper=self.doorkeeper, max_message_bytes=limit)
+        self.grpc = GrpcServer(repository, finished, gateway=gateway, doorkeeper=self.doorkeeper, max_message_bytes=limit)
         admin = None if self.store is None else Admin(self.store, self.configuration, lambda: self.policies.classes, abuse=self.abuse)
-        operations = (*(() if admin is None else admin.operations), *(() if self.control is None else self.control.operations))
+        operations = (
+            *(() if admin is None else admin.operations),
+            *(() if self.control is None else self.control.operations),
+            *(() if self.jobs is None else self.jobs.administration.operations),
+            *self.telemetry.operations,
+        )
+        larger = None if self.control is None else self.control.registry_routes.body_bound
+        self.dashboard: Dashboard | None = None
+        if not settings.ui.enabled:
+            app = ops_app(repository, self.telemetry.scrape, operations, self.doorkeeper)
+            self.ops = HttpServer(None, app, Finished(), shapes=OPS_SHAPES, max_body_bytes=1 << 20, larger=larger)
+            return
+        self.dashboard = self._build_dashboard(operations)
+        sessions = self.dashboard.doorkeeper
         self.ops = HttpServer(
-            None,
-            ops_app(repository, self.metrics.text, operations, self.doorkeeper),
-            AccessLog(None),
+            gateway,
+            self.dashboard.app(
+                ops_app(repository, self.telemetry.scrape, (*operations, *self.playground().operations), sessions, self.dashboard.routes),
+                data_app(
+                    repository,
+                    gateway=gateway,
+                    doorkeeper=sessions,
+                    elsewhere=gateway,
+                    more=() if self.jobs is None else self.jobs.operations,
+                    finished=finished,
+                    max_body_bytes=limit,
+                ),
+            ),
+            finished,
+            doorkeeper=sessions,
             shapes=OPS_SHAPES,
-            max_body_bytes=1 << 20,
-            larger=None if self.control is None else self.control.registry_routes.body_bound,
+            prefix=DATA.encode(),
+            max_body_bytes=limit,
+            larger=larger,
+        )
+
+    def _build_dashboard(self, operations: Sequence[Operation]) -> Dashboard:
+        assert self.telemetry.instruments is not None
+        dashboard = Dashboard(
+            self.settings.ui,
+            doorkeeper=self.doorkeeper,
+            metrics=self.metrics,
+            processes=self.telemetry.instruments.processes,
+            repository=self.repository,
+            gateway=self.gateway,
+            registry=None if self.control is None else self.control.store.registry,
+            operations=operations,
+            known=self._known,
+            alerts=self.telemetry.alerts,
+        )
+        self.telemetry.finished.listeners.append(dashboard.history)
+        return dashboard
+
+    def playground(self) -> Playground:
+        return Playground(
+            self.repository,
+            self.gateway,
+            lambda http: data_url(self.settings, self.http.port, http.headers.get("host", "")),
+            keys=self.keys_required,
         )
 
     def _nonces(self) -> Nonces | SharedNonces:
@@ -221,15 +283,12 @@ class Server:
             (self.grpc, "--grpc-port", listen.host, listen.grpc_port),
             (self.ops, "--ops-port", listen.ops_host, listen.ops_port),
         ):
-            try:
-                await door.listen(host, port, ssl=None if door is self.ops else server_context(self.settings.tls))
-            except OSError as error:
-                why = os.strerror(error.errno) if error.errno else str(error)
-                raise ConfigError(f"cannot listen on {host}:{port}: {why}. Choose another port with {flag}") from None
-            self._open.append(door)
+            await self.open(door, flag, host, port, ssl=None if door is self.ops else server_context(self.settings.tls))
         if self.usage is not None:
             self.usage.start()
-        self._begin("access-log", self._flush_access_log)
+        self.telemetry.start(self._begin)
+        if self.dashboard is not None:
+            self.dashboard.start(self._begin)
         self._begin("identity", self.identity.follow)
         self._begin("upstreams", self.upstreams.check)
         await self.repository.start(None if self.control is None else self.control.load)
@@ -246,6 +305,15 @@ class Server:
             failed=len(self.repository.failures()),
             callers=self._callers(),
         )
+
+    async def open(self, door: HttpServer | GrpcServer, flag: str, host: str, port: int, *, ssl: SSLContext | None = None) -> None:
+        """Until this server stops. `flag`: which option chooses the port. Raises ConfigError."""
+        try:
+            await door.listen(host, port, ssl=ssl)
+        except OSError as error:
+            why = os.strerror(error.errno) if error.errno else str(error)
+            raise ConfigError(f"cannot listen on {host}:{port}: {why}. Choose another port with {flag}") from None
+        self._open.append(door)
 
     def _callers(self) -> str:
         """Who may ask, for the log."""
@@ -282,6 +350,8 @@ class Server:
         if self.control is not None:
             await self.control.stop()
         await self.repository.stop(max(deadline - time.monotonic(), 0.0))
+        if self.dashboard is not None:
+            self.dashboard.stop()
         if self.ops in self._open:
             await self.ops.drain(1.0)
         for task in self._tasks:
@@ -296,10 +366,10 @@ class Server:
             await self.usage.stop()
         if self.jobs is not None:
             await self.jobs.close()
+        await self.telemetry.stop()
         for store in (self.store, self.own_store):
             if store is not None:
                 store.close()
-        self.access_log.flush()
         log.info("stopped")
 
     async def _drain_doors(self, timeout: float) -> None:
@@ -311,11 +381,6 @@ class Server:
             await self.configuration.reload("SIGHUP")
         except FairleadError as error:
             log.error("not_configured", error=error.message)
-
-    async def _flush_access_log(self) -> None:
-        while True:
-            await asyncio.sleep(FLUSH_SECONDS)
-            self.access_log.flush()
 
     # What the gateway asks of the server
 
@@ -375,8 +440,10 @@ class Server:
         return {(rule.unit, rule.window) for rule in rules if rule.unit is not None and rule.window in CALENDAR}
 
 
-async def serve(settings: Settings, path: Path | None = None, text: str = "") -> None:
-    """Run until SIGTERM or SIGINT, then drain; SIGHUP reads the policies again. A second signal ends at once."""
+async def serve(
+    settings: Settings, path: Path | None = None, text: str = "", *, then: Callable[[Server], Awaitable[None]] | None = None
+) -> None:
+    """Run until SIGTERM or SIGINT, then drain; SIGHUP reads the policies again. A second signal ends at once. `then`: once it has started."""
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="fairlead"))
     asked = asyncio.Event()
@@ -402,6 +469,8 @@ async def serve(settings: Settings, path: Path | None = None, text: str = "") ->
         await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            if then is not None:
+                await then(server)
             await waiting
         else:
             starting.cancel()

@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from fairlead.api.artifacts import ArtifactRoutes
+from fairlead.api.jobs.administration import JobAdministration
 from fairlead.api.jobs.bfl import BlackForest
 from fairlead.api.jobs.canonical import Canonical
 from fairlead.api.jobs.face import Shared
@@ -35,8 +36,9 @@ from fairlead.jobs.links import Links
 from fairlead.jobs.runner import Runner
 from fairlead.jobs.secrets import Secrets
 from fairlead.jobs.webhooks import Deliveries, new_secret
-from fairlead.observe.access import AccessLog
 from fairlead.observe.counts import Counts
+from fairlead.observe.finished import Finished
+from fairlead.observe.tracing.tracing import Tracing
 from fairlead.runtime.repository import ModelRepository
 from fairlead.store.database import default_folder
 from fairlead.store.job_rows import DeliveryRow, JobRow
@@ -67,7 +69,8 @@ class Jobs:
         identity: Identity,
         usage: UsageLog | None,
         repository: ModelRepository,
-        access_log: AccessLog,
+        finished: Finished,
+        tracing: Tracing | None,
         counts: Counts,
     ) -> None:
         """Raises ConfigError."""
@@ -96,6 +99,7 @@ class Jobs:
                 settings=settings.jobs,
                 log_seconds=settings.webhooks.log_seconds,
                 changes=self.changes,
+                finished=finished,
                 counts=counts,
                 poll_seconds=poll_seconds,
             )
@@ -104,7 +108,9 @@ class Jobs:
         )
         webhook_secrets = Secrets(self.store, "webhook", new_secret)
         self.deliveries = (
-            Deliveries(self.store, settings.webhooks, webhook_secrets, self._render, counts, runner=self.id)
+            Deliveries(
+                self.store, settings.webhooks, webhook_secrets, self._render, counts, runner=self.id, finished=finished, tracing=tracing
+            )
             if settings.webhooks.enabled and settings.jobs.run
             else None
         )
@@ -114,7 +120,7 @@ class Jobs:
             self.desk,
             repository,
             gateway,
-            access_log,
+            finished,
             self.links.to,
             self._check_webhook,
             settings.limits.max_request_bytes,
@@ -124,11 +130,12 @@ class Jobs:
         self._doors = (
             self.canonical,
             OpenAIImages(shared, self.files),
-            ArtifactRoutes(self.store.get, self.files, self.links, access_log),
-            WebhookRoutes(self.store, webhook_secrets, settings.webhooks, self.deliveries, access_log),
+            ArtifactRoutes(self.store.get, self.files, self.links, finished),
+            WebhookRoutes(self.store, webhook_secrets, settings.webhooks, self.deliveries, finished),
             self.replicate,
             self.bfl,
         )
+        self.administration = JobAdministration(self.canonical, lambda did: store.record((), (did,)))
         self._stop_listening = Event()
 
     @property

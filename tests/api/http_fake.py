@@ -15,7 +15,8 @@ from fairlead.core.errors import InvalidRequest, NotFound
 from fairlead.core.request import Request, Sink
 from fairlead.core.specs import BatchingSpec, Execution, ModelSpec, TensorSpec
 from fairlead.core.tensors import DTYPES, Tensors
-from fairlead.observe.access import AccessLog
+from fairlead.core.timeline import Timeline
+from fairlead.observe.finished import Finished
 from fairlead.runtime.local import LocalInstance
 from fairlead.runtime.version import ModelVersion, Ticket
 
@@ -153,18 +154,17 @@ def zoo() -> Models:
     return models
 
 
-class Lines(AccessLog):
-    """The access log as a list of dicts; `wait(n)` until there are so many."""
+class Lines(Finished):
+    """Finished requests as a list of dicts; `wait(n)` until there are so many."""
 
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__()
         self.lines: list[dict[str, Any]] = []
         self._more = asyncio.Event()
 
-    def add(self, protocol, request_id, trace, model, version, status, seconds, rows, error) -> None:
-        self.lines.append(
-            {"request_id": request_id, "trace": trace, "model": model, "version": version, "status": status, "rows": rows, "error": error}
-        )
+    def add(self, timeline: Timeline) -> None:
+        names = ("request_id", "model", "version", "status", "rows", "error", "outcome", "reason")
+        self.lines.append({name: getattr(timeline, name) for name in names} | {"trace": timeline.traceparent, "timeline": timeline})
         self._more.set()
 
     async def wait(self, count: int) -> list[dict[str, Any]]:

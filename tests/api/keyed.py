@@ -124,7 +124,7 @@ class House(Struct):
 
     def lines(self) -> list[dict[str, Any]]:
         """What the access log has got since."""
-        self.server.access_log.flush()
+        self.server.telemetry.finished.flush()
         lines = [json.loads(line) for line in self.log.getvalue().splitlines()]
         self.log.seek(0)
         self.log.truncate()
@@ -261,7 +261,7 @@ gateway:
         )
         store.add_key(admin, AUDIT)
         server = Server(parse_settings(text, "test"), None, text)
-        log = server.access_log._stream = io.StringIO()
+        log = server.telemetry.access_log.stream = io.StringIO()
         try:
             await server.start()
             scheme = "https" if tls else "http"

@@ -11,7 +11,9 @@ from msgspec import Struct
 
 from fairlead.api.data import data_app
 from fairlead.api.http_server import HttpServer
+from fairlead.core.timeline import Timeline
 from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.repository import Control, ModelRepository, RepositorySettings
 
@@ -90,17 +92,18 @@ class Spare:
 }
 
 
-class Lines(AccessLog):
-    """An access log that can be waited for."""
+class Lines(Finished):
+    """Finished requests that can be waited for."""
 
     def __init__(self, metrics: Metrics) -> None:
-        super().__init__(None, metrics.responses)
+        super().__init__(AccessLog(None, metrics.responses))
         self.queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
-    def add(self, protocol, request_id, trace, model, version, status, seconds, rows, error):
-        super().add(protocol, request_id, trace, model, version, status, seconds, rows, error)
-        line = {"protocol": protocol, "request_id": request_id, "trace": trace, "model": model, "version": version}
-        self.queue.put_nowait({**line, "status": status, "seconds": seconds, "rows": rows, "error": error})
+    def add(self, timeline: Timeline) -> None:
+        super().add(timeline)
+        self.flush()
+        names = ("protocol", "request_id", "model", "version", "status", "seconds", "rows", "error", "outcome", "reason", "path")
+        self.queue.put_nowait({name: getattr(timeline, name) for name in names} | {"trace": timeline.traceparent, "timeline": timeline})
 
     async def next(self) -> dict[str, Any]:
         async with asyncio.timeout(10):
@@ -136,7 +139,7 @@ async def served(folder: Path, *names: str, control: Control = Control.EXPLICIT,
     )
     metrics = Metrics()
     repository, lines = ModelRepository(settings, metrics), Lines(metrics)
-    server = HttpServer(repository, data_app(repository, access_log=lines, max_body_bytes=max_body_bytes), lines)
+    server = HttpServer(repository, data_app(repository, finished=lines, max_body_bytes=max_body_bytes), lines)
     await server.listen(port=0)
     try:
         await repository.start()

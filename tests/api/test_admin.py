@@ -22,6 +22,7 @@ from fairlead.core.caller import Caller
 from fairlead.core.errors import ConfigError
 from fairlead.core.policy import Scope
 from fairlead.gateway.identity.keys import digest_of, parse_key, signing_key_of
+from fairlead.observe.metrics import Metrics
 from fairlead.store.rows import UsageRow
 from fairlead.store.store import Store
 
@@ -438,7 +439,7 @@ async def test_the_operations_port_describes_itself(store: Store) -> None:
     class Ready:
         ready, stopping = True, False
 
-    app = ops_app(Ready(), lambda accept: ("text/plain", b""), Admin(store).operations)
+    app = ops_app(Ready(), Metrics().scrape, Admin(store).operations)
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://here") as client:
         described = (await client.get("/admin/openapi.json")).json()
     OpenAPIV31SpecValidator(described).validate()

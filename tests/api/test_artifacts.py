@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import io
 import os
 from contextlib import asynccontextmanager
 
@@ -19,7 +18,7 @@ from fairlead.core.policy import ArtifactSettings
 from fairlead.jobs.artifacts import CHUNK_BYTES, Artifacts
 from fairlead.jobs.links import Links, link
 from fairlead.jobs.secrets import Secrets
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.observe.metrics import Metrics
 from fairlead.store.job_rows import JobRow
 from fairlead.store.store import Store
@@ -289,7 +288,7 @@ async def test_two_readers_do_not_wait_for_each_other(home):
 
 
 def test_the_document_tells_of_it(tmp_path):
-    routes = ArtifactRoutes(lambda job, tenant: None, None, None, AccessLog(io.StringIO()))
+    routes = ArtifactRoutes(lambda job, tenant: None, None, None, Finished())
     described = document(routes.operations, {})["paths"]["/v1/artifacts/{job}/{name}"]
     assert set(described) == {"get", "head"}
     assert "image/png" in described["get"]["responses"]["200"]["content"]

@@ -314,7 +314,7 @@ async def test_request_ids_and_traces_pass_through(server):
             seen.add((await connection.receive())[1]["x-request-id"])
         assert len(seen) == 4
         assert seen.isdisjoint(("", "a b", "x" * 129))
-    assert server.access_log.lines[0]["trace"] == trace
+    assert server.finished.lines[0]["trace"] == trace
 
 
 async def test_every_request_leaves_one_line_in_the_access_log(server):
@@ -322,7 +322,7 @@ async def test_every_request_leaves_one_line_in_the_access_log(server):
         await connection.send(post(question()) + post(question(request_id="7")[:-1]) + post(question(), "/v2/models/nobody/infer"))
         for _ in range(3):
             await connection.receive()
-    lines = server.access_log.lines
+    lines = server.finished.lines
     assert [(line["model"], line["version"], line["status"], line["rows"]) for line in lines] == [
         ("fp32", "1", 200, 1),
         ("fp32", "", 400, 0),
@@ -330,6 +330,14 @@ async def test_every_request_leaves_one_line_in_the_access_log(server):
     ]
     assert lines[0]["error"] == ""
     assert "not found" in lines[2]["error"]
+    assert [(line["outcome"], line["reason"]) for line in lines] == [
+        ("success", ""),
+        ("refused", "invalid-request"),
+        ("refused", "not-found"),
+    ]
+    timeline = lines[0]["timeline"]
+    assert timeline.bytes_in == len(question()) and timeline.bytes_out > 0
+    assert next(name for _, name, _ in timeline.events) == "decoded" and timeline.events[-1][1] == "encoded"
     assert len({line["request_id"] for line in lines}) == 3
 
 
@@ -511,8 +519,8 @@ async def test_a_client_that_leaves_cancels_its_request(models):
             await connection.send(post(question([2.0]), "/v2/models/slow/infer") + post(question([3.0])))
             await until(lambda: len(models.submitted) == 2)
             await connection.close()
-            lines = await server.access_log.wait(2)
-            assert [line["status"] for line in lines] == [499, 499]
+            lines = await server.finished.wait(2)
+            assert [(line["status"], line["outcome"]) for line in lines] == [(499, "cancelled")] * 2
             assert models.versions["slow"].batcher.num_requests == 0
             gate.open.set()
             assert data_of(await busy.receive()) == [1.0]
@@ -525,7 +533,7 @@ async def test_a_reset_in_the_middle_of_a_body_leaves_nothing_behind(server):
     await writer.drain()
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
-    lines = await server.access_log.wait(1)
+    lines = await server.finished.wait(1)
     assert lines[0]["status"] == 499
     assert server.receiving_bytes == 0
     assert server.num_connections == 0
@@ -614,7 +622,7 @@ def test_uvloop_serves_the_same():
             async with wire(server) as connection:
                 await connection.send(post(question(), "/v2/models/slow/infer"))
                 await gate.entered.wait()
-            await until(lambda: any(line["status"] == 499 for line in server.access_log.lines))
+            await until(lambda: any(line["status"] == 499 for line in server.finished.lines))
             gate.open.set()
             async with wire(server) as connection:
                 await connection.send(b"POST /v2/models/fp32/infer HTTP/1.1\r\nhost: t\r\ncontent-length: 9999999\r\n\r\n" + b"x" * 500_000)

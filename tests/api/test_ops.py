@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fairlead.api.http_server import HttpServer
 from fairlead.api.ops import ops_app
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.repository import ModelRepository, RepositorySettings
 
@@ -18,7 +18,7 @@ async def port():
     """(a client of the operations port, the repository behind it), before anything is loaded."""
     metrics = Metrics()
     repository = ModelRepository(RepositorySettings(sources=()), metrics)
-    server = HttpServer(repository, ops_app(repository, metrics.text), AccessLog(None))
+    server = HttpServer(repository, ops_app(repository, metrics.scrape), Finished())
     await server.listen(port=0)
     try:
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
@@ -80,7 +80,7 @@ async def test_what_is_not_there_is_refused_in_json(method, path, status, error)
 
 
 async def test_a_failure_inside_is_an_answer_without_its_secrets():
-    def failing(accept: str) -> tuple[str, bytes]:
+    async def failing(accept: str) -> tuple[str, bytes]:
         raise RuntimeError("the password is swordfish")
 
     repository = ModelRepository(RepositorySettings(sources=()), Metrics())

@@ -35,7 +35,7 @@ from fairlead.core.errors import Unauthenticated, Unreachable
 from fairlead.core.policy import Scope
 from fairlead.core.rollout import RegistrySettings
 from fairlead.core.versions import Stage
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.runtime.repository import IndexEntry
 from fairlead.store.registry_rows import DeploymentRow, GateOutcome, GateRow
 from fairlead.store.rows import AuditRow
@@ -86,9 +86,7 @@ async def client(routes: RegistryRoutes) -> AsyncIterator[httpx2.AsyncClient]:
 @asynccontextmanager
 async def served(routes: RegistryRoutes, **limits: Any) -> AsyncIterator[tuple[httpx2.AsyncClient, HttpServer]]:
     """The operations port, over a socket."""
-    server = HttpServer(
-        None, app_of(routes), AccessLog(None), shapes=OPS_SHAPES, max_body_bytes=1 << 16, larger=routes.body_bound, **limits
-    )
+    server = HttpServer(None, app_of(routes), Finished(), shapes=OPS_SHAPES, max_body_bytes=1 << 16, larger=routes.body_bound, **limits)
     await server.listen(port=0)
     try:
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=SECONDS) as asking:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import aclosing, closing
 from pathlib import Path
 from textwrap import dedent
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -252,6 +253,25 @@ def test_two_versions_live_side_by_side_with_siblings_of_their_own(tmp_path: Pat
     for name in ("shared_words", "shared_answer"):
         sys.modules.pop(name, None)
     sys.path[:] = [entry for entry in sys.path if not entry.startswith(str(tmp_path))]
+
+
+def test_what_other_threads_import_meanwhile_is_no_matter(write: Write, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Busy(ModuleType):
+        """A module in whose stead others come in whenever somebody looks at it."""
+
+        def __getattr__(self, name: str) -> object:
+            sys.modules[f"busy_{len(sys.modules)}"] = ModuleType("busy")
+            raise AttributeError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "busy", Busy("busy"))
+        try:
+            model = load(write(DOUBLING))
+        finally:
+            for name in [name for name in sys.modules if name.startswith("busy_")]:
+                del sys.modules[name]
+    with closing(model):
+        assert model.infer({"x": np.ones((1, 3), np.float32)}, None)["sum"].tolist() == [3]
 
 
 def test_close_is_called_and_the_module_is_gone(write: Write, load: Load) -> None:

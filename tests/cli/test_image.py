@@ -20,8 +20,9 @@ from fairlead.backends.table import BACKENDS
 from fairlead.cli import cli
 from fairlead.cli.image import drawn
 from fairlead.core.errors import FairleadError
+from fairlead.core.logs import Logs
 from fairlead.core.policy import StoreSettings
-from fairlead.core.settings import Listen, Logs, Models, Settings
+from fairlead.core.settings import Listen, Models, Settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -26,7 +26,7 @@ from fairlead.core.caller import Caller
 from fairlead.core.errors import FairleadError, Forbidden, Unauthenticated
 from fairlead.core.policy import Scope
 from fairlead.gateway.identity.keys import digest_of, parse_key
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.store.rows import AuditQuery, UsageRow
 from fairlead.store.store import Store
 
@@ -282,7 +282,7 @@ def server(store: Store) -> Iterator[str]:
     where: list[Any] = []
 
     async def serve() -> None:
-        port = HttpServer(None, app, AccessLog(None))
+        port = HttpServer(None, app, Finished())
         await port.listen(port=0)
         where.extend((port.port, asyncio.get_running_loop()))
         ready.set()

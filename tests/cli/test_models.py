@@ -25,7 +25,7 @@ from fairlead.core.caller import Caller
 from fairlead.core.errors import FairleadError, Unauthenticated
 from fairlead.core.policy import Scope
 from fairlead.core.rollout import RegistrySettings
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.runtime.repository import IndexEntry
 from fairlead.store.store import Store
 
@@ -235,7 +235,7 @@ def server(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     app = json_app([(each.method, each.path, each.serve, each.scope) for each in routes.operations], {"/admin": Problems()}, admit)
 
     async def serve() -> None:
-        port = HttpServer(None, app, AccessLog(None), shapes=OPS_SHAPES, max_body_bytes=1 << 16, larger=routes.body_bound)
+        port = HttpServer(None, app, Finished(), shapes=OPS_SHAPES, max_body_bytes=1 << 16, larger=routes.body_bound)
         await port.listen(port=0)
         where.extend((port.port, asyncio.get_running_loop()))
         ready.set()

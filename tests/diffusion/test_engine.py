@@ -1,6 +1,7 @@
 """The engine of pictures, step by step: what a request becomes, alone or among others, and what one that fails does to them."""
 
 from collections import defaultdict
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -296,3 +297,19 @@ def test_a_pipeline_that_runs_whole_tells_of_every_step_and_can_be_stopped_after
     it.add(2, num_steps=50).run()
     assert len(told) == 6 and not it.answers[2]
     it.free()
+
+
+def test_the_last_piece_tells_where_the_time_went():
+    it = Asking(max_num_seqs=2)
+    it.add(1, n=2).add(2, n=1).run()
+    for work, num_steps in ((1, 8), (2, 4)):
+        *before, last = it.answers[work]
+        assert not any(each.phases for each in before)
+        waiting, encode, denoise, decode = last.phases
+        assert [phase.name for phase in last.phases] == ["waiting", "encode", "denoise", "decode"]
+        for phase, then in pairwise(last.phases):
+            assert phase.start + phase.seconds == pytest.approx(then.start)
+        assert denoise.num_steps == num_steps and denoise.seconds > 0
+        assert (waiting.start, encode.seconds >= 0, decode.seconds >= 0) == (0.0, True, True)
+    assert it.answers[1][-1].phases[2].max_seqs == 2
+    assert it.answers[2][-1].phases[0].seconds > 0, "there was room for two only"

@@ -27,8 +27,9 @@ from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.upstream.registry import Upstreams
 from fairlead.gateway.usage import UsageLog
 from fairlead.gateway.visit import come
-from fairlead.observe.counts import COUNTS, Counts
+from fairlead.observe.counts import Counts
 from fairlead.observe.metrics import Metrics, ModelMetrics
+from fairlead.observe.table import TABLE
 from fairlead.runtime.local import LocalInstance
 from fairlead.runtime.repository import ModelRepository, RepositorySettings, State, _Model
 from fairlead.runtime.version import ModelVersion
@@ -436,7 +437,7 @@ class House:
 
     def count(self, name: str, *labels: str) -> int:
         name = f"fairlead_gateway_{name}_total"
-        assert len(COUNTS[name][1]) == len(labels)
+        assert len(TABLE[name].labels) == len(labels)
         return self.counts.get(name, *labels)
 
     def held(self) -> dict[tuple[str, str], float]:

@@ -13,11 +13,13 @@ from fairlead.core.generation import Delta, Paint, Picture, Progress, Usage
 from fairlead.core.jobs import ENDED, Artifact, JobStatus
 from fairlead.core.policy import ArtifactSettings, GatewaySettings, JobSettings
 from fairlead.core.request import Request
+from fairlead.core.timeline import Timeline
 from fairlead.jobs import retry, runner
 from fairlead.jobs.artifacts import Artifacts
 from fairlead.jobs.changes import Changes
 from fairlead.jobs.desk import Desk, Wishes
 from fairlead.jobs.runner import Runner
+from fairlead.observe.finished import Finished
 from fairlead.store.job_rows import JobRow
 from fairlead.store.rows import UsageQuery, UsageRow
 from fairlead.store.store import Store
@@ -103,6 +105,7 @@ class Site:
             settings=settings,
             log_seconds=3600.0,
             changes=self.changes,
+            finished=room.finished,
             counts=room.house.counts,
             poll_seconds=0.02,
         )
@@ -163,6 +166,8 @@ class Room:
         self.house = House(folder, "infer", settings, None, 0, books=False)
         self.painter = Played("painter")
         self.house.repository.serve(self.painter)
+        self.ended: list[Timeline] = []
+        self.finished = Finished(self.ended.extend)
         self.shelf = Shelf(ArtifactSettings(), folder / "artifacts")
         self.callers = callers or (lambda row: structs.replace(ACME, tenant=row.tenant, key=row.key, project=row.project))
         self.sites: list[Site] = []

@@ -724,6 +724,34 @@ async def test_a_record_that_comes_after_a_try_was_put_off_is_nobodys(room: Room
     assert site.late == [] and len(room.bills()) == 1
 
 
+async def test_each_try_of_a_job_has_a_timeline(room: Room) -> None:
+    site = room.site()
+    request = painting()
+    request.log_id = "handed-in"
+    job = await site.submit(request)
+    (await room.painter.next()).fail(ReplicaDied("gone"))
+    painted(await room.painter.next(2))
+    await site.end(job)
+    room.finished.flush()
+    first, second = room.ended
+    for number, timeline in enumerate(room.ended, 1):
+        assert (timeline.protocol, timeline.job, timeline.request_id, timeline.kind) == ("job", job.id, "handed-in", "paint")
+        assert timeline.events[0][1:] == ("lease", {"attempt": number}) and timeline.tenant == "acme"
+    assert (first.outcome, first.status, first.error) == ("failure", 500, "gone")
+    assert (second.outcome, second.status, second.error, second.events[-1][1]) == ("success", 200, "", "stored")
+
+
+async def test_a_job_that_is_cancelled_says_so(room: Room) -> None:
+    site = room.site()
+    job = await site.submit(painting())
+    await room.painter.next()
+    await site.desk.cancel(job.id, ACME)
+    await site.end(job)
+    room.finished.flush()
+    (timeline,) = room.ended
+    assert (timeline.outcome, timeline.status) == ("cancelled", 499)
+
+
 async def whole(room: Room, artifact: Any) -> bytes:
     return b"".join([chunk async for chunk in room.shelf.read(artifact.key, 0, artifact.num_bytes)])
 

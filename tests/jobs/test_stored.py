@@ -14,13 +14,13 @@ from fairlead.core.generation import Chat, Delta, Embed, Generate, Lora, Message
 from fairlead.core.jobs import Artifact
 from fairlead.core.request import Raw, Request, Response
 from fairlead.core.tensors import DTYPES, object_array
-from fairlead.jobs.stored import Collected, pack, unpack
+from fairlead.jobs.stored import Collected, pack, trace_of, unpack
 from tests.gateway.house import ACME
 
 KEPT = {"model", "version", "prompt", "inputs", "raw", "outputs", "parameters", "qos_class", "session", "signed_by", "priority"}
-ANEW = {"caller", "log_id", "booked", "arrived", "num_rows"}
+ANEW = {"caller", "log_id", "booked", "arrived", "num_rows", "timeline", "trace"}
 """Of the try, not of the wish."""
-NOT_KEPT = {"envelope", "id", "timeout", "trace", "num_requests"}
+NOT_KEPT = {"envelope", "id", "timeout", "num_requests"}
 """Of the HTTP request that handed it in: a job has no line to wait in but its own, and is always one request."""
 
 
@@ -42,6 +42,13 @@ def test_prompts_of_all_kinds(prompt: Any) -> None:
     again = unpack(pack(request))
     assert again.prompt == prompt and type(again.prompt) is type(prompt)
     assert {name: getattr(again, name) for name in KEPT} == {name: getattr(request, name) for name in KEPT}
+
+
+def test_the_trace_that_it_belongs_to_is_read_without_the_rest() -> None:
+    request = Request(model="m", inputs={"x": np.zeros(1000, np.float32)}, trace="what came")
+    packed = pack(request, "what goes on")
+    assert trace_of(packed) == unpack(packed).trace == "what goes on"
+    assert trace_of(pack(request)) == "" and b"what goes on" not in pack(request)
 
 
 def test_another_servers_body_is_kept_to_the_byte() -> None:

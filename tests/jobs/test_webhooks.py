@@ -19,9 +19,10 @@ from fairlead.core.errors import Unavailable
 from fairlead.core.jobs import JobStatus
 from fairlead.core.policy import WebhookSettings
 from fairlead.jobs.addresses import Lookup
+from fairlead.jobs.calls import Answer, retry_after
 from fairlead.jobs.fake_receiver import CHUNK, FakeReceiver, Reply
 from fairlead.jobs.secrets import FRESH_SECONDS, Secrets
-from fairlead.jobs.webhooks import MAX_RETRY_AFTER, Answer, Deliveries, new_secret, next_try, retry_after, signatures
+from fairlead.jobs.webhooks import MAX_RETRY_AFTER, Deliveries, new_secret, next_try, signatures
 from fairlead.observe.counts import Counts
 from fairlead.store.job_rows import DeliveryState, JobRow
 from fairlead.store.store import Store
@@ -343,7 +344,7 @@ async def test_a_slow_receiver_does_not_hold_up_the_others(jobs):
 async def test_a_tenant_with_many_receivers_does_not_hold_up_the_others(jobs):
     settings = WebhookSettings(allow=("127.0.0.0/8",), max_in_flight=4)
     async with FakeReceiver([Reply(hang=True)] * 10) as slow, FakeReceiver() as quick, posted(jobs, settings) as post:
-        post.deliveries.lookup = Here(post.deliveries.guard)
+        post.deliveries.calls.lookup = Here(post.deliveries.calls.guard)
         for number in range(10):
             post.end_job(f"http://hooks-{number}.example.com:{slow.port}/", id=f"job_1{number}", tenant="greedy")
         running = asyncio.create_task(post.deliveries.run())
@@ -500,14 +501,14 @@ async def test_a_body_that_cannot_be_written_is_tried_again(jobs):
 
 async def test_a_name_that_leads_to_this_host_is_not_called(jobs):
     async with FakeReceiver() as receiver, posted(jobs, WebhookSettings()) as post:
-        post.deliveries.lookup = Here(post.deliveries.guard)
+        post.deliveries.calls.lookup = Here(post.deliveries.calls.guard)
         post.end_job(f"http://hooks.example.com:{receiver.port}/")
         post.end_job(receiver.url, id="job_2")
         post.end_job(f"http://2130706433:{receiver.port}/", id="job_3")
         post.end_job(f"http://[::ffff:127.0.0.1]:{receiver.port}/", id="job_4")
         await post.round()
         assert receiver.received == []
-        assert post.deliveries.lookup.asked == ["hooks.example.com"]
+        assert post.deliveries.calls.lookup.asked == ["hooks.example.com"]
         assert post.told().last_error == "its address is loopback, which webhooks may not call"
         assert post.told("job_2").last_error == "`webhook` must not call 127.0.0.1: its address is loopback"
         assert post.told("job_3").last_error == "`webhook` names no host, or one whose address is spelt in an odd way"
@@ -524,7 +525,7 @@ class Blind(Lookup):
 
 async def test_the_last_look_is_at_the_address_that_is_connected_to(jobs):
     async with FakeReceiver() as receiver, posted(jobs, WebhookSettings()) as post:
-        post.deliveries.lookup = Blind(post.deliveries.guard)
+        post.deliveries.calls.lookup = Blind(post.deliveries.calls.guard)
         post.end_job(f"http://hooks.example.com:{receiver.port}/")
         await post.round()
         assert receiver.received == []
@@ -542,9 +543,9 @@ async def test_what_may_be_called_is_asked_again_at_each_try(jobs):
 
 async def test_each_call_looks_the_name_up_again(jobs):
     async with FakeReceiver([Reply(status=500)]) as receiver, posted(jobs) as post:
-        post.deliveries.lookup = Here(post.deliveries.guard)
+        post.deliveries.calls.lookup = Here(post.deliveries.calls.guard)
         post.end_job(f"http://hooks.example.com:{receiver.port}/")
         await post.round()
         post.clock = 1005.0
         await post.round()
-        assert (len(receiver.received), len(post.deliveries.lookup.asked)) == (2, 2)
+        assert (len(receiver.received), len(post.deliveries.calls.lookup.asked)) == (2, 2)

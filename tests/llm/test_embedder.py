@@ -104,3 +104,15 @@ def test_the_line_is_bounded_and_who_leaves_makes_room():
     engine.abort(99)
     engine.add(8, [1], None)
     assert set(finish(engine)) == set(range(1, 9))
+
+
+def test_it_tells_how_long_a_text_waited_and_with_whom_it_was_computed():
+    clock = Clock()
+    engine = engine_of(Model(), clock)
+    engine.add(1, [1, 2], None, arrived=-3.0)
+    engine.add(2, [1], None)
+    answer = finish(engine)[1]
+    assert isinstance(answer, Delta)
+    waiting, prefill = answer.phases
+    assert (waiting.name, waiting.start, waiting.seconds) == ("waiting", 0.0, clock.now + 3.0)
+    assert (prefill.name, prefill.start, prefill.num_tokens, prefill.max_seqs) == ("prefill", clock.now + 3.0, 2, 2)

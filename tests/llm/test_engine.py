@@ -3,17 +3,20 @@
 import random
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from fairlead.core.errors import ContextExceeded, FairleadError, InvalidRequest, ModelError, QueueFull, TimeoutExpired
-from fairlead.core.generation import Delta, Sampling
+from fairlead.core.generation import Delta, Phase, Sampling
 from fairlead.core.specs import LlmSpec
 from fairlead.llm.build import build_generator
 from fairlead.llm.engine import Engine, EngineBroken
+from fairlead.llm.phases import MAX_PHASES, Trail
 from tests.llm.tiny import EOS_ID, edit_json, tiny_checkpoint, tiny_model
 
 GREEDY = Sampling(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -440,3 +443,78 @@ def test_abort_frees_the_blocks_at_once(build):
     engine.abort(3)
     assert not engine.has_work and engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
     assert engine.stats().finished["abort"] >= 2
+
+
+# What it tells of its time
+
+
+class Ticking(Clock):
+    """Each look at it is a second later."""
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def phases_of(answers: Answers, id: int) -> list[Phase]:
+    *before, last = answers.deltas[id]
+    assert not any(delta.phases for delta in before)
+    for phase, then in pairwise(last.phases):
+        assert phase.start + phase.seconds == pytest.approx(then.start), "no moment is of no phase"
+    return last.phases
+
+
+def test_the_last_piece_tells_what_the_engine_did_for_a_request(build):
+    engine = build(clock=Ticking())
+    answers = Answers(engine)
+    (prompt,) = prompts_of(40)
+    engine.add(1, prompt, GREEDY, arrived=0.0)
+    waiting, prefill, decode = phases_of(answers.finish(), 1)
+    assert [phase.name for phase in (waiting, prefill, decode)] == ["waiting", "prefill", "decode"]
+    assert waiting.start == 0.0 and waiting.seconds > 0
+    assert (prefill.num_steps, prefill.num_tokens) == (2, 40), "24 tokens fit a step"
+    assert (decode.num_steps, decode.num_tokens, decode.max_seqs) == (NUM_NEW - 1, NUM_NEW, 1)
+    assert decode.slowest == pytest.approx(2.0)
+
+
+def test_those_that_share_steps_say_with_how_many(build):
+    engine = build(clock=Ticking())
+    for id, prompt in enumerate(prompts_of(5, 5, 5)):
+        engine.add(id, prompt, GREEDY)
+    answers = Answers(engine).finish()
+    assert [phases_of(answers, id)[-1].max_seqs for id in range(3)] == [3, 3, 3]
+
+
+def test_one_that_is_put_aside_says_for_how_long(build):
+    engine = build(num_blocks=8, clock=Ticking(), max_num_seqs=3)
+    answers = Answers(engine)
+    for id, prompt in enumerate(prompts_of(28, 28, 28)):
+        engine.add(id, prompt, structs.replace(GREEDY, max_tokens=40))
+    answers.finish()
+    assert engine.stats().num_preemptions > 0
+    told = {id: phases_of(answers, id) for id in range(3)}
+    set_aside = [phase for phases in told.values() for phase in phases if phase.name == "preempted"]
+    assert len(set_aside) == engine.stats().num_preemptions and all(phase.seconds > 0 for phase in set_aside)
+    for phases in told.values():
+        assert sum(phase.num_tokens for phase in phases if phase.name == "decode") == 40
+        names = [phase.name for phase in phases]
+        assert all(names[at + 1] == "prefill" for at, name in enumerate(names) if name == "preempted"), "it computes again what it knows"
+
+
+def test_of_several_choices_the_first_tells_of_the_prompt_and_the_last_of_the_end(build):
+    engine = build(clock=Ticking())
+    (prompt,) = prompts_of(20)
+    engine.add(1, prompt, structs.replace(GREEDY, n=3))
+    phases = phases_of(Answers(engine).finish(), 1)
+    assert [phase.name for phase in phases][:2] == ["waiting", "prefill"]
+    assert phases[1].num_tokens == 20
+    assert sum(phase.num_tokens for phase in phases if phase.name == "decode") == 3 * NUM_NEW
+
+
+def test_a_trail_of_endless_preemptions_stays_short_and_adds_up():
+    trail = Trail(0.0, 5)
+    for at in range(1, 1001):
+        trail.turn(("prefill", "decode", "preempted")[at % 3], float(at), step=at, num_tokens=5)
+    trail.turn("", 1001.0, step=1001, num_tokens=5)
+    assert len(trail.phases) == MAX_PHASES
+    assert sum(phase.seconds for phase in trail.phases) == 1001.0

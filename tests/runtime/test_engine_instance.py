@@ -9,6 +9,7 @@ import pytest
 from fairlead.backends import fake_engine
 from fairlead.core.errors import InvalidRequest, LoadError, QueueFull, ReplicaDied, TooLarge, Unavailable
 from fairlead.core.generation import Delta, EngineInfo, EngineStats, Generate, Usage
+from fairlead.core.logs import Levels
 from fairlead.core.specs import LlmSpec, ModelSpec
 from fairlead.runtime.engine_instance import EngineInstance
 from fairlead.runtime.forkserver import Process
@@ -24,8 +25,9 @@ class Puppets:
 
     def __init__(self) -> None:
         self.spawned: asyncio.Queue[Puppet] = asyncio.Queue()
+        self.levels: Levels = {}
 
-    async def spawn(self, descriptors, modules=()):
+    async def spawn(self, descriptors, modules=(), *, mark=""):
         puppet = Puppet(socket.socket(fileno=os.dup(descriptors[0])))
         await asyncio.get_running_loop().create_unix_connection(lambda: puppet.connection, sock=puppet.sock)
         self.spawned.put_nowait(puppet)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from contextlib import aclosing
 
 import numpy as np
@@ -26,12 +27,13 @@ from fairlead.core.errors import (
     Unavailable,
     Unsupported,
 )
-from fairlead.core.generation import Chat, Delta, Detokenize, Embed, Generate, Message, Sampling, Tokenize, TokenLogprob, Usage
+from fairlead.core.generation import Chat, Delta, Detokenize, Embed, Generate, Message, Phase, Sampling, Tokenize, TokenLogprob, Usage
 from fairlead.core.request import Request
 from fairlead.core.specs import BatchingSpec, InstancesSpec, Isolation, LlmSpec, ModelSpec, Sample, TensorSpec, WarmupSpec
 from fairlead.core.tensors import object_array
+from fairlead.core.timeline import Phases, Timeline
 from fairlead.observe.metrics import Metrics
-from fairlead.runtime.engine_version import joined
+from fairlead.runtime.engine_version import joined, since
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.loading import load_version
 from fairlead.runtime.repository import ModelRepository, RepositorySettings
@@ -515,3 +517,38 @@ async def test_a_repository_serves_it_beside_models_of_tensors(tmp_path, forkser
         assert told["vllm:generation_tokens_total", "echo"] == 1
     finally:
         await repository.stop(0.0)
+
+
+# What it tells of requests
+
+
+async def test_the_timeline_gets_what_the_engine_did_and_nobody_else_does(load):
+    version = await load(step_seconds=0.005)
+    request = prompt("a b c ")
+    request.arrived = time.perf_counter() - 1.0
+    request.timeline = timeline = Timeline("7", "http", request.arrived)
+    pieces = await deltas(version, request)
+    ((at, name, told),) = timeline.events
+    assert name == "engine" and 1.0 <= at - request.arrived < SECONDS
+    assert isinstance(told, Phases) and (told.model, told.version, told.instance) == ("echo", "1", 0)
+    assert [phase.name for phase in told.phases] == ["waiting", "prefill", "decode"]
+    assert told.phases[0].start == 0.0 and told.phases[0].seconds < 1.0, "what was before it was sent is not the engine's"
+    assert timeline.usage == pieces[-1].usage
+    assert not any(piece.phases for piece in pieces), "an answer that is stored would tell of another's time"
+
+
+async def test_a_timeline_of_what_was_given_up_says_that_the_engine_had_it(load):
+    version = await load(step_seconds=0.01)
+    request = prompt("a ", ignore_eos=True)
+    request.timeline = Timeline("7", "http", time.perf_counter())
+    async with asyncio.timeout(SECONDS), aclosing(version.infer(request)) as stream:
+        await anext(stream)
+    assert [(name, details.phases) for _, name, details in request.timeline.events] == [("engine", [])]
+
+
+@pytest.mark.parametrize(
+    ("start", "seconds", "age", "expected"), [(0.0, 2.0, 0.5, (0.0, 1.5)), (2.0, 1.0, 0.5, (1.5, 1.0)), (0.0, 0.2, 0.5, (0.0, 0.0))]
+)
+async def test_times_count_from_when_it_was_sent(start, seconds, age, expected):
+    phase = since(Phase("waiting", start, seconds), age)
+    assert (phase.start, phase.seconds) == expected

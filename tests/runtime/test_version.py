@@ -18,6 +18,7 @@ from fairlead.core.errors import (
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import BatchingSpec, ModelSpec, QueuePolicy, TensorSpec
 from fairlead.core.tensors import Tensors
+from fairlead.core.timeline import BatchNote, Timeline
 from fairlead.runtime.version import ModelVersion
 
 
@@ -338,3 +339,61 @@ async def test_closing_the_iterator_cancels_the_request():
     assert model.batcher.num_requests == 0
     instance.step()
     assert blocker.answer == [2.0]
+
+
+# What it tells of requests
+
+
+def notes(timeline: Timeline) -> dict[str, object]:
+    return {name: details for _, name, details in timeline.events}
+
+
+async def test_the_members_of_a_batch_share_one_note_of_it():
+    model, (instance,) = version()
+    one, two = Timeline("one", "http", 0.0), Timeline("two", "http", 0.0)
+    instance.gather_seconds, instance.compute_seconds = 0.25, 0.5
+    ask(model, 1.0, timeline=one)
+    ask(model, 2.0, 3.0, timeline=two)
+    ask(model, 4.0)
+    await turn()
+    note = notes(one)["batched"]
+    assert isinstance(note, BatchNote) and note is notes(two)["batched"]
+    assert (note.model, note.version, note.close_reason, note.rows, note.num_requests, note.ended) == ("double", "1", "idle", 4, 3, 0.0)
+    instance.step()
+    assert (note.gather_seconds, note.compute_seconds, note.error) == (0.25, 0.5, "")
+    assert note.ended > note.began > 0
+    assert list(notes(one)) == ["batched", "computed"]
+
+
+async def test_a_batch_of_which_nobody_asks_makes_no_note():
+    model, (instance,) = version()
+    ask(model, 1.0)
+    await turn()
+    assert model.slots[0].batch is not None and model.slots[0].batch.note is None
+    instance.step()
+
+
+async def test_the_note_of_a_failed_batch_says_so_and_the_try_alone_has_its_own():
+    model, (instance,) = version()
+    good, bad = Timeline("good", "http", 0.0), Timeline("bad", "http", 0.0)
+    ask(model, 1.0, timeline=good)
+    ask(model, -1.0, timeline=bad)
+    await turn()
+    instance.step()
+    for _ in range(2):
+        await turn()
+        instance.step()
+    batches = [details for _, name, details in bad.events if name == "batched"]
+    assert [(each.close_reason, each.num_requests, each.error) for each in batches] == [("idle", 2, "negative"), ("retry", 1, "negative")]
+    assert [(each.close_reason, each.error) for _, name, each in good.events if name == "batched"] == [("idle", "negative"), ("retry", "")]
+
+
+async def test_one_that_left_while_it_was_computed_knows_its_batch_and_hears_nothing_more():
+    model, (instance,) = version()
+    timeline = Timeline("left", "http", 0.0)
+    sink = ask(model, 1.0, timeline=timeline)
+    await turn()
+    sink.ticket.cancel()
+    timeline.end(1.0, 499, "the client left", "cancelled", "")
+    instance.step()
+    assert [name for _, name, _ in timeline.events] == ["batched"]

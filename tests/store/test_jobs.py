@@ -713,3 +713,18 @@ def test_rows_have_the_columns_of_their_tables() -> None:
     assert set(DeliveryRow.__struct_fields__) == {column.name for column in tables.deliveries.c}
     assert set(SecretRow.__struct_fields__) == {column.name for column in tables.secrets.c}
     assert set(job_sql.CHANGING) < set(job_sql.JOB)
+
+
+# What there is to do
+
+
+def test_the_backlog_counts_what_has_not_ended_by_model_and_status(jobs: JobStore) -> None:
+    assert jobs.backlog().jobs == {} and jobs.backlog().num_calls == 0
+    first = submit(jobs, created=NOW - 50, webhook="https://there.example/")
+    submit(jobs, created=NOW - 20)
+    submit(jobs, created=NOW - 30, model="other")
+    assert lease(jobs) == [first.id]
+    assert jobs.backlog().jobs == {("m", "active"): (1, NOW - 50), ("m", "queued"): (1, NOW - 20), ("other", "queued"): (1, NOW - 30)}
+    end(jobs, first.id)
+    assert jobs.backlog().jobs.keys() == {("m", "queued"), ("other", "queued")}
+    assert jobs.backlog().num_calls == 1

@@ -33,7 +33,7 @@ def operation(method: str, path: str, name: str, summary: str, serve: Serve, ans
         path=path,
         tag="admin",
         summary=summary,
-        serve=_told(serve),
+        serve=administered(serve),
         answer=answer,
         body=body,
         scope=Scope.ADMIN,
@@ -42,8 +42,8 @@ def operation(method: str, path: str, name: str, summary: str, serve: Serve, ans
     )
 
 
-def _told(serve: Serve) -> Serve:
-    """Errors as problems."""
+def administered(serve: Serve) -> Serve:
+    """For pages of this site only, and with errors as problems."""
 
     async def endpoint(http: Request) -> Any:
         try:
@@ -64,7 +64,7 @@ def _told(serve: Serve) -> Serve:
 def _same_site(http: Request) -> None:
     """Raises Forbidden for a page of another site that lets an administrator's browser ask: on a server that asks for no key it could."""
     origin, host = http.headers.get("origin"), http.headers.get("host", "")
-    if not caller_of(http)[0].key and not _is_local(host):
+    if not caller_of(http)[0].key and not is_local(host):
         # a page whose name was made to point here (DNS rebinding) is its own site
         raise Forbidden(f"{host} may not administer this server: ask it by its address, or as localhost")
     if origin is not None and urlsplit(origin).netloc != http.headers.get("host"):
@@ -79,7 +79,7 @@ def _check_address(http: Request) -> None:
             raise BadField("is a key itself, which must not get into addresses: give its id", "key")
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
     name = urlsplit(f"//{host}").hostname or ""
     try:
         ip_address(name)

@@ -20,7 +20,7 @@ from fairlead.core.errors import FairleadError, NotFound
 from fairlead.core.jobs import Artifact
 from fairlead.jobs.artifacts import KEY, SUFFIXES, Artifacts
 from fairlead.jobs.links import Links
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.store.job_rows import JobRow
 
 Find = Callable[[str, str | None], JobRow | None]
@@ -41,11 +41,11 @@ _RANGE = re.compile(r"bytes=\s*([0-9]{0,18})-([0-9]{0,18})\s*", re.IGNORECASE)
 class ArtifactRoutes:
     """Its operations."""
 
-    def __init__(self, find: Find, artifacts: Artifacts, links: Links, access_log: AccessLog) -> None:
+    def __init__(self, find: Find, artifacts: Artifacts, links: Links, finished: Finished) -> None:
         self.find = find
         self.artifacts = artifacts
         self.links = links
-        self.access_log = access_log
+        self.finished = finished
         self.operations = tuple(
             Operation(
                 name=name,
@@ -68,7 +68,7 @@ class ArtifactRoutes:
         )
 
     async def serve(self, http: HttpRequest) -> Any:
-        line = AccessLine(self.access_log, http)
+        line = AccessLine(self.finished, http)
         with ended(line):
             query = http.query_params
             key = f"{http.path_params['job']}/{http.path_params['name']}"

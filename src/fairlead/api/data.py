@@ -1,8 +1,9 @@
 """The data port's app: every protocol's operations in one table, and the document made from it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -22,7 +23,7 @@ from fairlead.core.errors import FairleadError
 from fairlead.core.policy import Scope
 from fairlead.core.request import Inference
 from fairlead.gateway.identity.identity import may_use
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.runtime.repository import ModelRepository
 
 DATA_SHAPES: Shapes = {
@@ -49,17 +50,12 @@ def data_app(
     doorkeeper: Doorkeeper | None = None,
     elsewhere: Elsewhere | None = None,
     more: Iterable[Operation] = (),
-    access_log: AccessLog | None = None,
+    finished: Finished | None = None,
     max_body_bytes: int = 64 << 20,
 ) -> ASGIApp:
     """The ASGI app of port 8000; `more`: of jobs. KServe's `infer` answers here with server-sent events only: plain answers are the server's own business."""
-    log = access_log or AccessLog(None)
-    asked = gateway or repository
-    operations = [
-        *Rest(repository, asked, log, max_body_bytes).operations,
-        *OpenAI(repository, asked, log, max_body_bytes, elsewhere).operations,
-        *more,
-    ]
+    finished = finished or Finished()
+    operations = [*data_operations(repository, gateway or repository, finished, elsewhere, max_body_bytes), *more]
 
     async def openapi(http: Request) -> Response:
         caller, _ = caller_of(http)
@@ -79,10 +75,23 @@ def data_app(
             errors=(500,),
         )
     )
-    return json_app([(each.method, each.path, each.serve, each.scope) for each in operations], DATA_SHAPES, _admit(doorkeeper, log))
+
+    def unknown(http: Request, error: HTTPException) -> None:
+        AccessLine(finished, http).end(error.status_code, error.detail)
+
+    table = [(each.method, each.path, each.serve, each.scope) for each in operations]
+    return json_app(table, DATA_SHAPES, _admit(doorkeeper, finished), unknown)
 
 
-def _admit(doorkeeper: Doorkeeper | None, access_log: AccessLog) -> Admit | None:
+def data_operations(
+    repository: ModelRepository, gateway: Inference, finished: Finished, elsewhere: Elsewhere | None, max_body_bytes: int
+) -> Iterator[Operation]:
+    """All but the jobs'."""
+    yield from Rest(repository, gateway, finished, max_body_bytes).operations
+    yield from OpenAI(repository, gateway, finished, max_body_bytes, elsewhere).operations
+
+
+def _admit(doorkeeper: Doorkeeper | None, finished: Finished) -> Admit | None:
     """The doorkeeper's, with a line in the access log for everyone it sends away."""
     if doorkeeper is None:
         return None
@@ -91,7 +100,7 @@ def _admit(doorkeeper: Doorkeeper | None, access_log: AccessLog) -> Admit | None
         try:
             await doorkeeper.admit(http, scope)
         except FairleadError as error:
-            line = AccessLine(access_log, http)
+            line = AccessLine(finished, http)
             line.end(http_status(error), error.message)
             error.headers = {**line.headers, **error.headers}
             raise

@@ -39,6 +39,8 @@ from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, Model
 from fairlead.core.policy import Scope
 from fairlead.core.request import Pausable, Raw, Request, Response, Ticket
 from fairlead.core.specs import ModelSpec
+from fairlead.core.timeline import SANE_STATE, Timeline, parse_traceparent
+from fairlead.gateway.ends import ended
 from fairlead.gateway.identity.identity import may_use
 from fairlead.observe.access import SANE_ID, SANE_TRACE, new_request_id
 
@@ -57,6 +59,8 @@ COMPRESS_BYTES = 1 << 10
 """Smaller answers are not worth compressing."""
 INLINE_COMPRESS_BYTES = 32 << 10
 """From here on a thread compresses."""
+INFER_PATH = "/v2/models/{model}/infer"
+REFUSED_THERE = ModelError("the upstream refuses")
 JOIN_BYTES = 64 << 10
 """From here on answers are written from their parts, without a copy."""
 
@@ -108,6 +112,7 @@ class Exchange:
     peeked: Peek
     path = ""
     """Of a body of the OpenAI protocol, for a model that may be another server's."""
+    route = INFER_PATH
     shape: Shape | None = None
     """Of errors; None: KServe's."""
     streaming = False
@@ -119,7 +124,7 @@ class Exchange:
         self.model = model
         self.version = version
         self.keep_alive = keep_alive
-        self.arrived = protocol.heard
+        self.timeline = Timeline("", "http", protocol.heard)
         if path:
             self.path, self.shape = path, OPENAI
 
@@ -132,6 +137,10 @@ class Exchange:
             self.request_id = headers[b"x-request-id"].decode("ascii")
         if b"traceparent" in headers and SANE_TRACE.fullmatch(headers[b"traceparent"]):
             self.trace = headers[b"traceparent"].decode("ascii")
+            if parse_traceparent(self.trace) is not None:
+                self.timeline.traceparent = self.trace
+                if SANE_STATE.fullmatch(headers.get(b"tracestate", b"")):
+                    self.timeline.tracestate = headers[b"tracestate"].decode("ascii")
         doorkeeper = self.server.doorkeeper
         if doorkeeper is not None:
             refuse_twice(self.fields, headers)
@@ -388,12 +397,16 @@ class Exchange:
 
     def _submit(self, request: Request, form: Form) -> None:
         self.id = request.id
+        timeline = self.timeline
+        timeline.bytes_in = self.num_body_bytes or (0 if self.body is None else len(self.body) - self.pad)
+        timeline.events.append((perf_counter(), "decoded", None))  # as `note`, which costs a call
         if form.classes:
             form = with_labels(form, self._spec())
         self.form = form
         self.request = request
         request.trace = self.trace
-        request.arrived = self.arrived
+        request.timeline = timeline
+        request.arrived = timeline.arrived
         assert self.caller is not None
         request.caller = self.caller
         request.signed_by = self.signed_by
@@ -416,6 +429,8 @@ class Exchange:
         if self.response_complete:
             return
         if self.streaming:
+            if response.usage is not None:
+                self.timeline.usage = response.usage  # of all of it so far
             self._write_piece(response.raw or b"")
             return
         if self.answered:
@@ -425,6 +440,7 @@ class Exchange:
         if response.headers:
             self.extra += head_lines(response.headers)
         if response.raw is not None:
+            self.timeline.usage = response.usage
             raw = self.request.raw if self.request is not None else None
             if raw is not None and raw.stream and response.status == 200:
                 self._begin_stream(response.raw)
@@ -465,6 +481,7 @@ class Exchange:
             self._fail(error)
             return
         assert encoded is not None
+        self.timeline.events.append((perf_counter(), "encoded", None))
         parts, head = encoded
         size = 0
         for part in parts:
@@ -505,12 +522,13 @@ class Exchange:
             kind += f"content-encoding: {encoding}\r\nvary: accept-encoding\r\n"
         kind += self.extra
         start = self._head(200, kind, size)
+        self.timeline.bytes_out = size
         transport = self.protocol.transport
         if size < JOIN_BYTES:
             transport.write(b"".join((start, *parts)))
         else:
             transport.writelines((start, *parts))
-        self._finish(200, "")
+        self._finish(200, None)
 
     def pause(self) -> None:
         """The client reads slowly."""
@@ -524,25 +542,29 @@ class Exchange:
     def _begin_stream(self, piece: bytes) -> None:
         """Head and first piece together: apart, the second would wait for the first one's acknowledgement."""
         self.streaming = True
+        self.timeline.first_at = perf_counter()
+        self.timeline.bytes_out = len(piece)
         head = self._head(200, f"{self.extra}cache-control: no-cache\r\nx-accel-buffering: no\r\n", -1)
         self.protocol.transport.write(b"%b%x\r\n%b\r\n" % (head, len(piece), piece))
 
     def _write_piece(self, piece: bytes) -> None:
         if piece:
+            self.timeline.bytes_out += len(piece)
             self.protocol.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     def _end_stream(self, error: FairleadError | None) -> None:
         if error is not None:
             self._write_piece(framed(OPENAI.event(error)))
         self.protocol.transport.write(b"0\r\n\r\n")
-        self._finish(200 if error is None else openai_status(error), error.message if error is not None else "")
+        self._finish(200 if error is None else openai_status(error), error)
 
     def _write_raw(self, body: bytes, status: int) -> None:
         """Another server's answer; its headers say what it is."""
         if not self.request_id:
             self.request_id = new_request_id()
+        self.timeline.bytes_out = len(body)
         self.protocol.transport.write(self._head(status, self.extra, len(body)) + body)
-        self._finish(status, "" if status < 400 else "the upstream refuses")
+        self._finish(status, None if status < 400 else REFUSED_THERE)
 
     def _head(self, status: int, kind: str, size: int) -> bytes:
         if self.trace:
@@ -557,7 +579,7 @@ class Exchange:
 
     def _fail(self, error: FairleadError) -> None:
         if self.disconnected:
-            self._finish(CLIENT_LEFT, error.message)
+            self._finish(CLIENT_LEFT, error)
             return
         if not self.request_id:
             self.request_id = new_request_id()
@@ -572,7 +594,7 @@ class Exchange:
             status, media_type, body = http_status(error), JSON, _json.encode({"error": message})
         kind = f"content-type: {media_type}\r\n{self.extra}{head_lines(told(error))}"
         self.protocol.transport.write(self._head(status, kind, len(body)) + body)
-        self._finish(status, message)
+        self._finish(status, error, message)
 
     def disconnect(self) -> None:
         """The client left."""
@@ -582,14 +604,24 @@ class Exchange:
         if not self.response_complete:
             self._fail(Cancelled("the client left"))
 
-    def _finish(self, status: int, error: str) -> None:
+    def _finish(self, status: int, error: FairleadError | None, message: str = "") -> None:
+        """`message`: what was said of the error, where those are other words than its own."""
         self.response_complete = True
         self.ticket = None
-        rows = self.request.num_rows if self.request is not None else 0
-        self.request = None  # an idle connection keeps no tensors
-        protocol = self.protocol
+        timeline, protocol = self.timeline, self.protocol
+        if self.request is not None:
+            timeline.rows = self.request.num_rows
+            self.request = None  # an idle connection keeps no tensors
         protocol.idle_since = now = perf_counter()
-        self.server.access_log.add("http", self.request_id, self.trace, self.model, self.version, status, now - self.arrived, rows, error)
+        timeline.request_id = self.request_id or new_request_id()
+        timeline.path = self.path or self.route
+        timeline.model, timeline.version = self.model, self.version
+        if error is None:
+            timeline.end(now, status, "", "success", "")
+        else:
+            outcome, reason = ended(error) if error is not REFUSED_THERE else ("failure", "upstream-error")
+            timeline.end(now, status, message or error.message, outcome, reason)
+        self.server.finished.add(timeline)
         self._release()
         if self.disconnected:
             return

@@ -455,6 +455,7 @@ class DataProtocol(HttpToolsProtocol):
 
     def _refusal(self) -> Exchange:
         exchange = Exchange(self, "", "", keep_alive=False)
+        exchange.route = ""
         exchange.shape = self.http.shape_of(self.url)
         return exchange
 

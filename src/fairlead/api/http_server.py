@@ -24,7 +24,7 @@ from fairlead.api.status import INTERNAL
 from fairlead.api.web import JSON, Shape, Shapes, shape_of
 from fairlead.core.errors import InvalidRequest, TooLarge, Unavailable
 from fairlead.core.request import Inference
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.runtime.version import Version
 
 log = structlog.get_logger("fairlead.http")
@@ -72,11 +72,12 @@ class HttpServer:
         self,
         inference: Models | None,
         app: ASGIApp,
-        access_log: AccessLog,
+        finished: Finished,
         *,
         doorkeeper: Doorkeeper | None = None,
         elsewhere: Elsewhere | None = None,
         shapes: Shapes | None = None,
+        prefix: bytes = b"",
         max_body_bytes: int = 64 << 20,
         larger: Larger | None = None,
         max_receiving_bytes: int = 512 << 20,
@@ -94,8 +95,10 @@ class HttpServer:
         self.elsewhere = elsewhere
         """Which models other servers compute; None: none."""
         self.shapes = shapes or {}
+        self.prefix = prefix
+        """Of the paths of `infer`."""
         """Of errors that come before the app, or in its place."""
-        self.access_log = access_log
+        self.finished = finished
         self.max_body_bytes = max_body_bytes
         self.max_receiving_bytes = max_receiving_bytes
         """Bodies being received over all connections."""
@@ -187,7 +190,7 @@ class HttpServer:
             raise InvalidRequest("the request line has no valid URL") from None
         if path is None or not path.isascii():
             raise InvalidRequest("the request line has no path of ASCII characters")
-        match = None if self.inference is None else INFER.fullmatch(path)
+        match = INFER.fullmatch(path, len(self.prefix)) if self.inference is not None and path.startswith(self.prefix) else None
         route = None if match is None else Route(unquote(match[1].decode("ascii")), (match[2] or b"").decode("ascii"))
         if path in PASSED_ON and self.elsewhere is not None:
             route = Route("", "", path.decode("ascii"))

@@ -53,6 +53,11 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "key": {"description": "The key's id, which is public.", "schema": {"type": "string", "minLength": 1}},
     "ref": {"description": "A version's number, or an alias.", "schema": {"type": "string", "minLength": 1}},
     "rollout": {"description": "Its id, or a model's name for the latest one.", "schema": {"type": "string", "minLength": 1}},
+    "request": {
+        "description": "The request's id (`x-request-id`), its trace id, or the id of a job.",
+        "schema": {"type": "string", "minLength": 1},
+    },
+    "incident": {"description": "Its id.", "schema": {"type": "string", "minLength": 1}},
     "alias": {"description": "The alias's name.", "schema": {"type": "string", "minLength": 1}},
     "prediction": {"description": "The job's id.", "schema": {"type": "string", "minLength": 1}},
     "owner": {"description": "Always `fairlead`.", "schema": {"type": "string", "minLength": 1}},
@@ -140,6 +145,11 @@ class Operation(Struct, frozen=True, kw_only=True):
     """The type of the JSON body of its errors."""
 
     @property
+    def address(self) -> str:
+        """The path as documents write it: whether a parameter may hold slashes is the router's business."""
+        return self.path.replace(":path}", "}")
+
+    @property
     def statuses(self) -> tuple[int, ...]:
         """Of all its errors: those of who may ask too."""
         more = () if self.scope is None else (400, 401, 403, 404, 503)
@@ -155,7 +165,9 @@ def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]
     tags = {operation.tag for operation in operations}
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, schema_of, examples.get(operation.name, {}))
+        paths.setdefault(operation.address, {})[operation.method.lower()] = _operation(
+            operation, schema_of, examples.get(operation.name, {})
+        )
     return {
         "openapi": "3.1.0",
         "info": {
@@ -210,7 +222,7 @@ def _response_name(status: int, error: Any) -> str:
 def _operation(operation: Operation, schema_of: dict[str, Any], examples: dict[str, Any]) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": place, "required": True, **PARAMETERS[name]}
-        for place, names in (("path", re.findall(r"{(\w+)}", operation.path)), ("query", operation.query))
+        for place, names in (("path", re.findall(r"{(\w+)}", operation.address)), ("query", operation.query))
         for name in names
     ]
     parameters += [{"name": name, "required": False, **OPTIONAL[name]} for name in operation.optional]

@@ -1,6 +1,6 @@
 """Port 8002: metrics and health, for those who run the server."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -9,21 +9,25 @@ from starlette.types import ASGIApp
 from fairlead.api.doorkeeper import Doorkeeper
 from fairlead.api.openapi import Operation, document
 from fairlead.api.problems import Problems
-from fairlead.api.web import Readiness, Shapes, health_response, json_app, json_response, live_response, ready_response
+from fairlead.api.web import Readiness, Serve, Shapes, health_response, json_app, json_response, live_response, ready_response
 from fairlead.core.policy import Scope
 
-OPS_SHAPES: Shapes = {"/admin": Problems()}
-MetricsText = Callable[[str], tuple[str, bytes]]
+OPS_SHAPES: Shapes = {"/admin": Problems(), "/ui": Problems()}
+MetricsText = Callable[[str], Awaitable[tuple[str, bytes]]]
 """Takes an Accept header; returns the content type and the text: OpenMetrics where it is asked for, else Prometheus's own."""
 
 
 def ops_app(
-    repository: Readiness, metrics_text: MetricsText, admin: Iterable[Operation] = (), doorkeeper: Doorkeeper | None = None
+    repository: Readiness,
+    metrics_text: MetricsText,
+    admin: Iterable[Operation] = (),
+    doorkeeper: Doorkeeper | None = None,
+    pages: Iterable[tuple[str, str, Serve, Scope | None]] = (),
 ) -> ASGIApp:
-    """`admin`: operations under /admin, which `doorkeeper` lets nobody do but callers of that scope."""
+    """`admin`: operations under /admin, which `doorkeeper` lets nobody do but callers of that scope. `pages`: the dashboard's."""
 
     async def metrics(request: Request) -> Response:
-        content_type, text = metrics_text(request.headers.get("accept", ""))
+        content_type, text = await metrics_text(request.headers.get("accept", ""))
         return Response(text, headers={"Content-Type": content_type})
 
     async def health(_: Request) -> Response:
@@ -48,6 +52,7 @@ def ops_app(
             ("GET", "/healthz/ready", ready, None),
             *((each.method, each.path, each.serve, each.scope) for each in operations),
             *((("GET", "/admin/openapi.json", openapi, Scope.ADMIN),) if operations else ()),
+            *pages,
         ],
         OPS_SHAPES,
         None if doorkeeper is None else doorkeeper.admit,

@@ -63,6 +63,41 @@ INTERNAL = errors.ModelError("internal error")
 """All that a caller reads of a bug of ours."""
 
 
+ENDS: dict[int, tuple[str, str]] = {
+    401: ("refused", "unauthenticated"),
+    403: ("refused", "forbidden"),
+    404: ("refused", "not-found"),
+    405: ("refused", "not-found"),
+    429: ("refused", "unavailable"),
+    CLIENT_LEFT: ("cancelled", "cancelled"),
+    501: ("refused", "unsupported"),
+    503: ("refused", "unavailable"),
+}
+GRPC_ENDS: dict[int, tuple[str, str]] = {
+    GrpcStatus.OK: ("success", ""),
+    GrpcStatus.CANCELLED: ("cancelled", "cancelled"),
+    GrpcStatus.DEADLINE_EXCEEDED: ("cancelled", "deadline"),
+    GrpcStatus.NOT_FOUND: ("refused", "not-found"),
+    GrpcStatus.PERMISSION_DENIED: ("refused", "forbidden"),
+    GrpcStatus.UNAUTHENTICATED: ("refused", "unauthenticated"),
+    GrpcStatus.UNIMPLEMENTED: ("refused", "unsupported"),
+    GrpcStatus.UNAVAILABLE: ("refused", "unavailable"),
+    GrpcStatus.INVALID_ARGUMENT: ("refused", "invalid-request"),
+    GrpcStatus.RESOURCE_EXHAUSTED: ("refused", "invalid-request"),
+}
+
+
+def end_of(status: int) -> tuple[str, str]:
+    """(outcome, reason) of an HTTP answer, where nothing more is known of it."""
+    if status < 400:
+        return "success", ""
+    return ENDS.get(status) or (("refused", "invalid-request") if status < 500 else ("failure", "model-error"))
+
+
+def grpc_end_of(status: int) -> tuple[str, str]:
+    return GRPC_ENDS.get(status, ("failure", "model-error"))
+
+
 def _entry(error: errors.FairleadError) -> tuple[int, GrpcStatus]:
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 

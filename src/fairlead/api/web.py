@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
@@ -67,13 +68,17 @@ def shape_of(shapes: Shapes, path: str) -> Shape | None:
 
 
 def json_app(
-    routes: Iterable[tuple[str, str, Serve, policy.Scope | None]], shapes: Shapes | None = None, admit: Admit | None = None
+    routes: Iterable[tuple[str, str, Serve, policy.Scope | None]],
+    shapes: Shapes | None = None,
+    admit: Admit | None = None,
+    unknown: Callable[[Request, HTTPException], None] | None = None,
 ) -> ASGIApp:
-    """An app of (method, path, serve, scope) whose every error has the shape for its path."""
+    """An app of (method, path, serve, scope) whose every error has the shape for its path. `unknown`: told of what none of them serves."""
     shapes = shapes or {}
 
-    def admitted(serve: Serve, scope: policy.Scope | None, shape: Shape | None) -> Serve:
+    def admitted(path: str, serve: Serve, scope: policy.Scope | None, shape: Shape | None) -> Serve:
         async def endpoint(request: Request) -> Any:
+            request.scope["fairlead.route"] = path
             if admit is not None:
                 try:
                     await admit(request, scope)
@@ -86,12 +91,14 @@ def json_app(
 
     def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if unknown is not None and "fairlead.route" not in request.scope:
+            unknown(request, error)
         shape = shape_of(shapes, request.url.path)
         if shape is not None:
             return shape.refusal(request, error)
         return json_response({"error": error.detail}, error.status_code, error.headers)
 
-    table = [(method, path, admitted(serve, scope, shape_of(shapes, path))) for method, path, serve, scope in routes]
+    table = [(method, path, admitted(path, serve, scope, shape_of(shapes, path))) for method, path, serve, scope in routes]
     return JsonApp(table, refuse)
 
 
@@ -277,10 +284,12 @@ class EventStream:
         self.events = events
         self.ended = ended
         self.headers = headers
+        self.line: Any = None
         self.errors = errors or PlainErrors()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, message = 503, "the server stopped"
+        self.line = scope.get("fairlead.line", self.line)
         try:
             end = await while_connected(scope, receive, self._talk(send))
             status, message, answer = end or LEFT
@@ -320,6 +329,8 @@ class EventStream:
     async def _start(self, send: Send) -> None:
         headers = {name: value for name, value in self.headers.items() if name.lower() != "content-type"}  # which another server's had
         named = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        if self.line is not None:
+            self.line.timeline.first_at = time.perf_counter()
         await send({"type": "http.response.start", "status": 200, "headers": [*EVENT_STREAM_HEADERS, *named]})
 
 

@@ -19,7 +19,7 @@ from fairlead.core.errors import NotFound
 from fairlead.core.policy import WebhookSettings
 from fairlead.jobs.secrets import Rows, Secrets
 from fairlead.jobs.webhooks import Deliveries
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.store.job_rows import DeliveryRow, DeliveryState
 from fairlead.store.jobs import JobStore
 
@@ -73,7 +73,7 @@ class WebhookRoutes:
         secrets: Secrets,
         settings: WebhookSettings,
         deliveries: Deliveries | None,
-        access_log: AccessLog,
+        finished: Finished,
         now: Callable[[], float] = time.time,
     ) -> None:
         """`deliveries`: None where another server makes them."""
@@ -81,7 +81,7 @@ class WebhookRoutes:
         self.secrets = secrets
         self.settings = settings
         self.deliveries = deliveries
-        self.access_log = access_log
+        self.finished = finished
         self.now = now
         get, post = "GET", "POST"
         self.operations = (
@@ -124,7 +124,7 @@ class WebhookRoutes:
 
     def _lined(self, serve: Answer) -> Serve:
         async def endpoint(http: HttpRequest) -> Response:
-            line = AccessLine(self.access_log, http)
+            line = AccessLine(self.finished, http)
             with ended(line):
                 response = await serve(http, caller_of(http)[0].tenant)
             response.headers.update(line.headers)

@@ -19,7 +19,7 @@ class RequestContext(Struct, frozen=True, omit_defaults=True):
 
     id: str = ""
     trace: str = ""
-    """The W3C traceparent that came with it."""
+    """A W3C traceparent: of what is computed here, or where nothing is traced, the one that came with it."""
     parameters: dict[str, Any] = {}
     num_rows: int = 1
 
@@ -102,6 +102,9 @@ class Engine(Protocol):
 
     def step_seconds(self) -> float:
         """How long the running step takes already; 0 between steps."""
+
+    def between_steps(self, work: Callable[[], None]) -> None:
+        """Have this done in the thread that computes, before its next step."""
 
     def close(self) -> None:
         """Make `run` return after its step; requests that are left get ShuttingDown."""

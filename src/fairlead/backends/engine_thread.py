@@ -76,7 +76,7 @@ class EngineThread(ABC):
 
     def cancel(self, work: int) -> None:
         self._live.discard(work)
-        self._post(partial(self.steps.abort, work))
+        self.between_steps(partial(self.steps.abort, work))
 
     def close(self) -> None:
         self._closing = True
@@ -93,8 +93,8 @@ class EngineThread(ABC):
         started = self._step_started
         return time.perf_counter() - started if started else 0.0
 
-    def _post(self, order: Callable[[], None]) -> None:
-        self._inbox.append(order)
+    def between_steps(self, work: Callable[[], None]) -> None:
+        self._inbox.append(work)
         self.wake()
 
     # In the engine's thread
@@ -167,7 +167,7 @@ class EngineThread(ABC):
                 read = self.read(prompt)
             except Exception as error:
                 read = _refusal(error)
-            self._post(partial(self._take, work, read, when))
+            self.between_steps(partial(self._take, work, read, when))
 
 
 def model_at(spec: ModelSpec, version: str) -> str:

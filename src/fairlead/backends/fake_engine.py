@@ -48,6 +48,7 @@ from fairlead.core.generation import (
     FinishReason,
     Generate,
     Paint,
+    Phase,
     Prompt,
     Sampling,
     Tokenize,
@@ -55,7 +56,8 @@ from fairlead.core.generation import (
     Usage,
 )
 from fairlead.core.specs import Isolation, ModelSpec
-from fairlead.observe.metrics import SECONDS, Histogram
+from fairlead.observe.metrics import Histogram
+from fairlead.observe.table import SECONDS
 
 KIND = Kind(
     name="fake_engine",
@@ -108,6 +110,15 @@ class _Running:
         self.num_blocks = 0
         self.num_generated = 0
         self.cached_tokens = 0
+        self.began = self.first_at = 0.0
+
+    def phases(self, now: float) -> list[Phase]:
+        """As an engine tells them."""
+        began, first_at = self.began - self.arrived, (self.first_at or now) - self.arrived
+        phases = [Phase("waiting", 0.0, began), Phase("prefill", began, first_at - began, 1, len(self.words) - self.cached_tokens, 1)]
+        if isinstance(self.prompt, Generate):
+            phases.append(Phase("decode", first_at, now - self.arrived - first_at, self.num_generated, self.num_generated, 1))
+        return phases
 
 
 class FakeEngine:
@@ -131,6 +142,7 @@ class FakeEngine:
             has_chat_template=parameters.get("chat_template", True),
             num_kv_blocks=self.num_blocks,
             block_size=BLOCK_SIZE,
+            kv_block_bytes=BLOCK_SIZE << 10,
             embedding_size=EMBEDDING_SIZE,
         )
         self._clock, self._sleep = clock, sleep
@@ -185,6 +197,9 @@ class FakeEngine:
         stats.time_to_first_token, stats.inter_token = _told(self._first_token), _told(self._inter_token)
         stats.queue_time, stats.step_time = _told(self._queue_time), _told(self._step_histogram)
         return stats
+
+    def between_steps(self, work: Callable[[], None]) -> None:
+        self._post(lambda _: work())
 
     def _post(self, order: Callable[[list[Answer]], None]) -> None:
         self._inbox.append(order)
@@ -270,6 +285,7 @@ class FakeEngine:
             first.num_blocks = min(needed, self._num_free_blocks())
             first.cached_tokens = self._look_up(first)
             first.choices = [_Choice(self._pieces(first, index)) for index in range(_num_choices(first))]
+            first.began = max(now - self.step_time, first.arrived)
             self._queue_time.observe(now - first.arrived)
             self._stats.num_prompt_tokens += len(first.words)
 
@@ -281,8 +297,10 @@ class FakeEngine:
             self._finished["stop"] += 1
             vector = _embed(running.words)[: prompt.dimensions]
             data = (vector / np.linalg.norm(vector)).astype("<f4").tobytes()
-            answers.append((running.work, Delta(vector=data, finish_reason="stop", usage=Usage(prompt_tokens=len(running.words)))))
+            usage = Usage(prompt_tokens=len(running.words))
+            answers.append((running.work, Delta(vector=data, finish_reason="stop", usage=usage, phases=running.phases(now))))
             return
+        running.first_at = running.first_at or now
         for choice in list(running.choices):
             piece = next(choice.pieces)
             running.num_generated += len(piece.token_ids)
@@ -299,6 +317,7 @@ class FakeEngine:
                 piece.usage = Usage(
                     prompt_tokens=len(running.words), completion_tokens=running.num_generated, cached_tokens=running.cached_tokens
                 )
+                piece.phases = running.phases(now)
             if prompt.stream or piece.finish_reason:
                 answers.append((running.work, piece))
 

@@ -28,10 +28,11 @@ from msgspec import structs
 from fairlead.backends.base import Engine, EngineBackend, Kind
 from fairlead.backends.engine_thread import Answer, EngineThread, When, model_at
 from fairlead.core.errors import ModelError, QueueFull, TimeoutExpired, Unsupported
-from fairlead.core.generation import Delta, EngineInfo, EngineStats, ImageInfo, Paint, Picture, Progress, Prompt, Usage
+from fairlead.core.generation import Delta, EngineInfo, EngineStats, ImageInfo, Paint, Phase, Picture, Progress, Prompt, Usage
 from fairlead.core.pictures import CONTENT_TYPES, Pixels, check, decode_image, encode, num_computed, preview, random_seed, seed_of
 from fairlead.core.specs import Isolation, ModelSpec
-from fairlead.observe.metrics import SECONDS, Histogram
+from fairlead.observe.metrics import Histogram
+from fairlead.observe.table import SECONDS
 
 KIND = Kind(
     name="fake_painter",
@@ -86,6 +87,18 @@ class _Painting:
         self.when: When = {"priority": 0, "arrived": 0.0, "deadline": 0.0}
         self.step = 0
         self.seconds = 0.0
+        self.began = 0.0
+
+    def phases(self, denoised: float, now: float) -> list[Phase]:
+        """As an engine tells them."""
+        arrived = self.when["arrived"]
+        began = max(self.began, arrived) - arrived
+        return [
+            Phase("waiting", 0.0, began),
+            Phase("encode", began, 0.0),
+            Phase("denoise", began, denoised - arrived - began, self.num_steps * self.paint.n, max_seqs=self.paint.n),
+            Phase("decode", denoised - arrived, now - denoised),
+        ]
 
     def colour(self, index: int) -> np.ndarray:
         """Of picture `index`, uint8 [3]; a given picture's own colour shines through as far as `strength` lets it."""
@@ -188,6 +201,7 @@ class FakePainter:
             if self._running and num_running + self._waiting[work].paint.n > self.max_num_seqs:
                 break
             self._running[work] = self._waiting.pop(work)
+            self._running[work].began = now
             self._queue_time.observe(max(now - self._running[work].when["arrived"], 0.0))
 
     def _end(self, work: int, reason: str) -> None:
@@ -206,11 +220,13 @@ class FakePainter:
                 progress = structs.replace(progress, preview=preview(_filled(seen, PREVIEW_PIXELS, PREVIEW_PIXELS)))
             pieces.append(Delta(index=index, progress=progress))
         if step == painting.num_steps:
+            denoised = self._clock()
             pieces += [Delta(index=index, picture=self._picture(painting, index), finish_reason="stop") for index in range(paint.n)]
             megapixels = sum(piece.picture.width * piece.picture.height for piece in pieces if piece.picture is not None) / 1e6
             pieces[-1].usage = Usage(
                 megapixels=megapixels, num_pictures=paint.n, num_steps=painting.num_steps * paint.n, compute_seconds=painting.seconds
             )
+            pieces[-1].phases = painting.phases(denoised, self._clock())
         return pieces
 
     def _picture(self, painting: _Painting, index: int) -> Picture:

@@ -286,7 +286,8 @@ def _siblings_importable(folder: Path, *, keep: bool) -> Iterator[None]:
     """
     with _loading:
         names = {item.stem for item in folder.iterdir() if item.suffix == ".py" or item.is_dir()}
-        _forget(name for name, module in sys.modules.items() if name.partition(".")[0] in names and hasattr(module, _MARK))
+        # a copy, for other threads import meanwhile
+        _forget(name for name, module in sys.modules.copy().items() if name.partition(".")[0] in names and hasattr(module, _MARK))
         path, write_bytecode = str(folder), sys.dont_write_bytecode
         sys.path.insert(0, path)
         sys.dont_write_bytecode = True  # the version folder stays as it was copied
@@ -295,9 +296,10 @@ def _siblings_importable(folder: Path, *, keep: bool) -> Iterator[None]:
             yield
         finally:
             sys.dont_write_bytecode = write_bytecode
-            siblings = [name for name, module in sys.modules.items() if _is_in(folder, module) and not name.startswith("fairlead_model_")]
+            modules = sys.modules.copy()
+            siblings = [name for name, module in modules.items() if _is_in(folder, module) and not name.startswith("fairlead_model_")]
             for name in siblings:
-                setattr(sys.modules[name], _MARK, path)
+                setattr(modules[name], _MARK, path)
             if not keep:
                 sys.path.remove(path)
                 _forget(siblings)

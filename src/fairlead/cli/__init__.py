@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": "fairlead.cli.serve:serve",
     "chat": "fairlead.cli.chat:chat",
     "image": "fairlead.cli.image:image",
+    "ui": "fairlead.cli.ui:ui",
     "jobs": "fairlead.cli.jobs:jobs",
     "models": "fairlead.cli.models:models",
     "rollout": "fairlead.cli.rollout:rollout",
@@ -20,7 +21,13 @@ COMMANDS = {
     "tenants": "fairlead.cli.tenants:tenants",
     "usage": "fairlead.cli.usage:usage",
     "audit": "fairlead.cli.audit:audit",
+    "explain": "fairlead.cli.explain:explain",
+    "logs": "fairlead.cli.logs:logs",
+    "profile": "fairlead.cli.profile:profile",
+    "slo": "fairlead.cli.slo:slo",
+    "incident": "fairlead.cli.incident:incident",
     "demo": "fairlead.cli.demo:demo",
+    "dashboards": "fairlead.cli.dashboards:dashboards",
     "doctor": "fairlead.cli.doctor:doctor",
 }
 

@@ -228,6 +228,19 @@ def place_options(command: FC) -> FC:
     return inner  # type: ignore[return-value]
 
 
+def server_options(command: FC) -> FC:
+    """--url, --key, --json of commands that only a running server can answer, and one argument `asks` in place of the first two."""
+
+    @click.option("--url", envvar="FAIRLEAD_ADMIN_URL", default="http://127.0.0.1:8002", show_default=True, help="Its operations port.")
+    @click.option("--key", "admin_key", envvar="FAIRLEAD_ADMIN_KEY", help="A key with the scope admin. Better in FAIRLEAD_ADMIN_KEY.")
+    @click.option("--json", "as_json", is_flag=True, help="JSON, for scripts.")
+    @wraps(command)
+    def inner(url: str, admin_key: str | None, **arguments: Any) -> Any:
+        return command(asks=Remote(url, admin_key or ""), **arguments)
+
+    return inner  # type: ignore[return-value]
+
+
 force_option = click.option("--force", is_flag=True, help="Although it is the last key with the scope admin, or has keys that work.")
 limit_option = click.option(
     "--limit", "limits", multiple=True, metavar="NAME=AMOUNT", help="E.g. tokens_per_minute=90000, concurrent=8. Repeatable."

@@ -69,9 +69,11 @@ def serve(paths: tuple[str, ...], config: Path | None, **flags: Any) -> None:
             "nothing to serve: name a model repository or a model, e.g. `fairlead serve ./models` (`fairlead demo` builds one),"
             " or add a version to the registry: `fairlead models add PATH --name NAME`"
         )
+    from fairlead.observe.log_levels import check_levels
     from fairlead.observe.logs import configure_logs
 
-    configure_logs(settings.logs.level, settings.logs.format)
+    check_levels(settings.logs.levels)
+    configure_logs(settings.logs.level, settings.logs.format, levels=settings.logs.levels, texts=settings.logs.texts)
     from fairlead.app import serve as run
 
     try:

@@ -9,7 +9,7 @@ but whoever held the lease last still takes traffic from a candidate that breaks
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from threading import Lock
 from typing import Protocol
@@ -181,6 +181,12 @@ class Leader:
         self._purged_at = 0.0
         self._ticking = asyncio.Lock()
         self._stopped = False
+
+    def rollouts(self) -> Iterator[Rollout]:
+        """Those under way, where this server decides."""
+        for row in list(self._known.values()):
+            with suppress(ConfigError):  # one of another release
+                yield rollout_of(row)
 
     async def run(self) -> None:
         """For ever."""

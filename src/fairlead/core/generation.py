@@ -234,7 +234,8 @@ class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Phase(Struct, array_like=True):
-    """A stretch of an engine's work on one request. Times count from when the engine got it: clocks of two processes need not agree."""
+    """A stretch of an engine's work on one request. An engine counts from the request's arrival, a timeline from the moment when it was
+    sent to the engine: clocks of two processes need not agree."""
 
     name: str
     """waiting, prefill, decode, preempted; of pictures waiting, encode, denoise, decode."""
@@ -313,6 +314,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     has_chat_template: bool = False
     num_kv_blocks: int = 0
     block_size: int = 0
+    kv_block_bytes: int = 0
+    """Of one block of KV memory, in all layers."""
     embedding_size: int = 0
     image: ImageInfo | None = None
     """Of an image engine."""
@@ -321,7 +324,7 @@ class EngineInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class EngineStats(Struct, kw_only=True):
-    """Counted since the engine was loaded; histograms over `observe.metrics.SECONDS`."""
+    """Counted since the engine was loaded; histograms over `observe.table.SECONDS`."""
 
     num_running: int = 0
     num_waiting: int = 0

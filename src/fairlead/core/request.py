@@ -9,6 +9,7 @@ from fairlead.core.caller import ANYONE, Caller, Envelope
 from fairlead.core.errors import FairleadError
 from fairlead.core.generation import Delta, Prompt, Usage
 from fairlead.core.tensors import Tensors
+from fairlead.core.timeline import Timeline
 
 
 class Raw(Struct, kw_only=True):
@@ -70,6 +71,8 @@ class Request(Struct, kw_only=True):
     """Seconds that it may wait for its turn; 0 for the model's default."""
     trace: str = ""
     """The W3C traceparent that came with it."""
+    timeline: Timeline | None = None
+    """What happens to it is noted here; None for one that nobody asked for: warm-up, shadow copies, the gateway's own."""
     booked: Callable[[Any], None] | None = None
     """Takes its usage record in place of the log: a job's is written together with its end."""
     arrived: float = 0.0
@@ -77,6 +80,12 @@ class Request(Struct, kw_only=True):
     """As limits and usage count it: of the prompts that came in one HTTP request, the first is one and the others are none."""
     num_rows: int = 1
     """Length of the batch dimension; set by the check against the model's spec."""
+
+    @property
+    def traceparent(self) -> str:
+        """What goes with it to the place that computes it: our own, or where nothing is traced, what came with it."""
+        timeline = self.timeline
+        return self.trace if timeline is None or timeline.sample < 0.0 else timeline.outgoing()
 
 
 class Response(Struct, kw_only=True):

@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 
 from fairlead.core.config import read_yaml
 from fairlead.core.errors import ConfigError
+from fairlead.core.logs import Logs
 from fairlead.core.policy import (
     ArtifactSettings,
     AuthSettings,
@@ -18,8 +19,12 @@ from fairlead.core.policy import (
     TlsSettings,
     WebhookSettings,
 )
+from fairlead.core.recent import RequestSettings
 from fairlead.core.rollout import ControlSettings
-from fairlead.core.specs import Positive, Seconds
+from fairlead.core.slo import AlertSettings, IncidentSettings, Objective
+from fairlead.core.specs import Count, Positive, Seconds
+from fairlead.core.tracing import TraceSettings
+from fairlead.core.ui import UiSettings
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
@@ -55,18 +60,15 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds that in-flight requests get after SIGTERM, or when their version is replaced."""
 
 
-class Logs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "json", "console"] = "auto"
-    requests: bool = True
-    """One line per finished request."""
-
-
 class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     triton_names: bool = False
     """Also under Triton's nv_inference_* names."""
     vllm_names: bool = False
     """Those of language models also under vLLM's vllm:* names."""
+    max_tenants: Count = 200
+    """Named in metrics, which ask for no key; those that come later are counted together, as `other`."""
+    gil: bool = True
+    """Measure, ten times a second, how late a thread gets the interpreter."""
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,6 +77,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     limits: Limits = Limits()
     logs: Logs = Logs()
     metrics: MetricsSettings = MetricsSettings()
+    traces: TraceSettings = TraceSettings()
+    requests: RequestSettings = RequestSettings()
     auth: AuthSettings = AuthSettings()
     tls: TlsSettings = TlsSettings()
     store: StoreSettings = StoreSettings()
@@ -83,6 +87,15 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     artifacts: ArtifactSettings = ArtifactSettings()
     webhooks: WebhookSettings = WebhookSettings()
     control: ControlSettings = ControlSettings()
+    slos: Annotated[tuple[Objective, ...], Meta(max_length=100)] = ()
+    alerts: AlertSettings = AlertSettings()
+    incidents: IncidentSettings = IncidentSettings()
+    ui: UiSettings = UiSettings()
+
+    def __post_init__(self) -> None:
+        names = [each.name for each in self.slos]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"`slos` has two objectives of the name `{twice[0]}`")
 
 
 def read_settings(path: Path) -> Settings:

@@ -16,6 +16,7 @@ from fairlead.core.errors import ModelError
 from fairlead.core.generation import Picture
 from fairlead.core.pictures import CONTENT_TYPES, encode
 from fairlead.diffusion.family import Family, State
+from fairlead.observe.nvtx import ranged
 
 log = structlog.get_logger("fairlead.diffusion")
 
@@ -69,6 +70,7 @@ class DecoderHere:
     def seconds(self) -> float:
         return 0.0
 
+    @ranged("decode")
     def decode(self, finished: Sequence[tuple[int, State]]) -> None:
         """Together; one after the other where that fails, so that only the one at fault does."""
         started = time.perf_counter()

@@ -14,12 +14,14 @@ import torch
 from msgspec import structs
 
 from fairlead.core.errors import Cancelled, FairleadError, ModelError, TimeoutExpired
-from fairlead.core.generation import Delta, EngineStats, Paint, Progress, Usage
+from fairlead.core.generation import Delta, EngineStats, Paint, Phase, Progress, Usage
 from fairlead.core.pictures import num_computed, preview, seed_of
 from fairlead.diffusion.decoder import Decoder
 from fairlead.diffusion.family import Family, Inputs, State
 from fairlead.diffusion.scheduler import Row, Scheduler
-from fairlead.observe.metrics import SECONDS, Histogram
+from fairlead.observe.metrics import Histogram
+from fairlead.observe.nvtx import ranged
+from fairlead.observe.table import SECONDS
 
 log = structlog.get_logger("fairlead.diffusion")
 
@@ -55,9 +57,12 @@ class _Picture:
 class _Work:
     """One request."""
 
-    __slots__ = ("id", "inputs", "num_left", "num_steps", "paint", "pictures", "pixels", "started")
+    __slots__ = (
+        "arrived", "began", "denoised", "encoded", "id", "inputs", "max_pictures", "num_left", "num_steps", "paint", "pictures", "pixels",
+        "slowest", "started",
+    )  # fmt: skip
 
-    def __init__(self, id: int, paint: Paint, inputs: Inputs | None) -> None:
+    def __init__(self, id: int, paint: Paint, inputs: Inputs | None, arrived: float) -> None:
         self.id = id
         self.paint = paint
         self.inputs = inputs
@@ -66,6 +71,28 @@ class _Work:
         self.num_steps = 0
         self.pixels = 0
         self.started = False
+        self.arrived = arrived
+        self.began = self.encoded = self.denoised = 0.0
+        """When its first picture began, when the first one's prompt was encoded, and when the last one's last step was computed."""
+        self.max_pictures = 0
+        """The most that shared one of its steps."""
+        self.slowest = 0.0
+        """Seconds of its slowest step."""
+
+    def phases(self, now: float) -> list[Phase]:
+        return [
+            Phase("waiting", 0.0, self.began - self.arrived),
+            Phase("encode", self.began - self.arrived, self.encoded - self.began),
+            Phase(
+                "denoise",
+                self.encoded - self.arrived,
+                self.denoised - self.encoded,
+                self.num_steps,
+                max_seqs=self.max_pictures,
+                slowest=self.slowest,
+            ),
+            Phase("decode", self.denoised - self.arrived, now - self.denoised),
+        ]
 
     def usage(self) -> Usage:
         seconds = sum(picture.seconds for picture in self.pictures)
@@ -118,7 +145,8 @@ class DiffusionEngine:
         the last with `usage`, or as one error. `arrived`, `deadline`: on the engine's clock; 0 is no deadline. `priority`: smaller
         goes first. Raises QueueFull."""
         assert paint.width is not None and paint.height is not None and paint.guidance is not None
-        work = _Work(id, paint, inputs)
+        arrived = self.clock() if arrived is None else arrived
+        work = _Work(id, paint, inputs, arrived)
         guided = self.family.info.has_negative and paint.guidance > 1  # by a second row: some models take guidance as an input
         num_tokens = (1 + guided) * -(-paint.width // TOKEN_SIZE) * -(-paint.height // TOKEN_SIZE)
         for index in range(paint.n):
@@ -128,7 +156,7 @@ class DiffusionEngine:
                 tenant=paint.tenant,
                 shape=(paint.width, paint.height, guided, paint.loras, paint.mode),
                 priority=priority,
-                arrived=self.clock() if arrived is None else arrived,
+                arrived=arrived,
                 deadline=deadline or float("inf"),
                 num_tokens=num_tokens,
                 num_steps=num_computed(paint),
@@ -153,6 +181,7 @@ class DiffusionEngine:
 
     # Steps
 
+    @ranged("step")
     def step(self) -> list[Answer]:
         """Compute one step and return what it gave. Raises EngineBroken where no step succeeds any more."""
         now = self.clock()
@@ -177,6 +206,7 @@ class DiffusionEngine:
             return
         if not work.started:
             work.started = True
+            work.began = self.clock()
             self._queue_time.observe(max(now - row.arrived, 0.0))
             for other in work.pictures:
                 other.row.deadline = float("inf")
@@ -188,7 +218,9 @@ class DiffusionEngine:
             self._fail(work, self._failure(error), answers)
             return
         state.between = lambda: self._between(picture)
-        picture.seconds += self.clock() - began
+        now = self.clock()
+        picture.seconds += now - began
+        work.encoded = work.encoded or now
         self.scheduler.encoded(row, group=state.group, num_tokens=state.num_tokens, num_steps=len(state.timesteps))
 
     def _pick(self) -> list[Row]:
@@ -199,6 +231,7 @@ class DiffusionEngine:
             self._suspects.popleft()  # all of them are gone, or have shown that they can compute
         return self.scheduler.pick()
 
+    @ranged("denoise")
     def _compute(self, batch: list[Row], answers: list[Answer]) -> None:
         began = self.clock()
         pictures = [self._pictures[row.id] for row in batch]
@@ -231,6 +264,9 @@ class DiffusionEngine:
         self._count(moved)
         for picture in moved:
             picture.seconds += seconds * picture.row.num_tokens / num_tokens
+            picture.work.denoised = began + seconds
+            picture.work.max_pictures = max(picture.work.max_pictures, len(batch))
+            picture.work.slowest = max(picture.work.slowest, seconds)
             if picture.state is not None and picture.state.done:
                 self.scheduler.done(picture.row)
                 self.decoder.put(picture.row.id, picture.state)
@@ -301,6 +337,7 @@ class DiffusionEngine:
             self._finished["stop"] += 1
             if not work.num_left:
                 delta.usage = work.usage()
+                delta.phases = work.phases(self.clock())
                 del self._works[work.id]
             answers.append((work.id, delta))
 

@@ -25,7 +25,7 @@ import numpy as np
 import structlog
 from msgspec import structs
 
-from fairlead.core.caller import ANYONE, Caller
+from fairlead.core.caller import ANONYMOUS_TENANT, ANYONE, Caller
 from fairlead.core.errors import (
     Cancelled,
     FairleadError,
@@ -45,7 +45,8 @@ from fairlead.core.request import Request, Response, Sink, Ticket
 from fairlead.core.specs import ModelSpec
 from fairlead.core.tensors import Tensors
 from fairlead.gateway.abuse import Abuse
-from fairlead.gateway.books import Books
+from fairlead.gateway.bodies import Bodies
+from fairlead.gateway.books import Books, kind_of
 from fairlead.gateway.course import Course, Courses
 from fairlead.gateway.estimate import Work, estimate, num_chars
 from fairlead.gateway.filters.filters import Filters
@@ -112,6 +113,10 @@ class Gateway:
         self._subjects: dict[tuple[str, str, str], tuple[Caller, tuple[Subject, ...]]] = {}
         self._timers: dict[FairQueue, asyncio.TimerHandle] = {}
         self.stopping = False
+        self.bodies: Bodies | None = None
+        """Where texts of a sample of requests are written to the log."""
+        self.trace: Callable[[Request], None] | None = None
+        """Called with every request that has a timeline, before anything is asked elsewhere for it."""
 
     def configure(self, settings: GatewaySettings, filters: dict[FilterPolicy, Filters]) -> None:
         """Other policies, from the next request on."""
@@ -124,7 +129,13 @@ class Gateway:
     def submit(self, request: Request, sink: Sink) -> Ticket:
         """For a request with one response. Errors go to the sink, possibly before this returns."""
         course = self.courses[request.model]
+        if (timeline := request.timeline) is not None:
+            timeline.kind = kind_of(request)
+            if self.trace is not None:
+                self.trace(request)
         if self._free(request, course):
+            if timeline is not None:
+                timeline.tenant = ANONYMOUS_TENANT
             return self.dispatch.submit(request, sink)
         visit = Visit(self, course, request)
         visit.begin(sink)
@@ -133,7 +144,13 @@ class Gateway:
     async def infer(self, request: Request) -> AsyncGenerator[Response, None]:
         """The responses. Raises FairleadError; closing it cancels."""
         course = self.courses[request.model]
+        if (timeline := request.timeline) is not None:
+            timeline.kind = kind_of(request)
+            if self.trace is not None:
+                self.trace(request)
         if self._free(request, course):
+            if timeline is not None:
+                timeline.tenant = ANONYMOUS_TENANT
             async with aclosing(self.dispatch.infer(request)) as responses:
                 async for response in responses:
                     yield response
@@ -169,6 +186,7 @@ class Gateway:
             and course.plain
             and not request.qos_class
             and not self.stopping
+            and self.bodies is None
         )
 
     def find(self, name: str, version: str = "") -> Version:
@@ -196,6 +214,10 @@ class Gateway:
 
     def welcome(self, request: Request) -> tuple[str, int]:
         """(class, priority) of a request that its caller will be answered later. Raises what would refuse it at once."""
+        if request.timeline is not None:
+            request.timeline.kind = kind_of(request)
+            if self.trace is not None:
+                self.trace(request)
         visit = Visit(self, self.courses[request.model], request)
         self.allow(visit)
         self.watch(visit)
@@ -246,6 +268,8 @@ class Gateway:
 
     def allow(self, visit: Visit) -> None:
         request, caller = visit.request, visit.caller
+        if (timeline := request.timeline) is not None:
+            timeline.tenant, timeline.key = caller.tenant, caller.key
         if self.stopping:
             raise ShuttingDown("Server is stopping, scheduler for model has stopped accepting new inference requests")
         if caller.models and not may_use(caller, request.model):
@@ -261,6 +285,9 @@ class Gateway:
         visit.priority = classes.get(visit.qos_class, 0)
         if request.priority and "*" not in caller.classes and not classes.keys() <= {caller.qos_class, *caller.classes}:
             raise Forbidden("`priority` may be set by callers of every class only: ask for a class with x-fairlead-class")
+        if timeline is not None:
+            timeline.qos_class = visit.qos_class
+            timeline.note(time.perf_counter(), "admitted", {"class": visit.qos_class, "priority": visit.priority})
         prompt = request.prompt
         if isinstance(prompt, Paint):
             request.prompt = structs.replace(prompt, tenant=caller.tenant)
@@ -285,12 +312,14 @@ class Gateway:
         else:
             found = filters.check(request)
         checked = found.request
-        for rule in found.flagged:
-            self.counts.add("fairlead_gateway_flagged_total", visit.course.label, rule)
+        flagged = list(found.flagged)
         if filters.moderates:
             await visit.in_task()
-            for rule in await filters.moderate(checked, self.moderate):
-                self.counts.add("fairlead_gateway_flagged_total", visit.course.label, rule)
+            flagged += await filters.moderate(checked, self.moderate)
+        for rule in flagged:
+            self.counts.add("fairlead_gateway_flagged_total", visit.course.label, rule)
+        if request.timeline is not None:
+            request.timeline.note(time.perf_counter(), "checked", {"flagged": flagged})
         # in place: its door reads there how many rows it had
         request.inputs, request.prompt, request.raw, request.parameters = checked.inputs, checked.prompt, checked.raw, checked.parameters
         visit.output = filters.output(stream=visit.sink is None, also=visit.output)
@@ -348,6 +377,8 @@ class Gateway:
         visit.headers.update(found.headers)
         if found.answer is not None:
             visit.reused = True
+            if request.timeline is not None:
+                request.timeline.note(time.perf_counter(), "reused", {"outcome": found.headers.get("x-fairlead-cache", "hit")})
             await self.hold(visit)
         return found.answer
 
@@ -364,6 +395,8 @@ class Gateway:
                 await visit.in_task()
                 visit.hold = await self.limits.ask(subjects, amounts, now)
             visit.headers.update(visit.hold.headers)
+            if (timeline := visit.request.timeline) is not None:
+                timeline.note(time.perf_counter(), "held", {"limits": len(subjects)})
 
     def estimate(self, request: Request) -> Work:
         batches = True
@@ -414,9 +447,14 @@ class Gateway:
             assert isinstance(offered.evicted, Turn)
             retry_after = queue.retry_after(offered.evicted, now)
             offered.evicted.refuse(Shed("another request took its place in the line", reason="evicted", retry_after=retry_after))
+        timeline = visit.request.timeline
         if not offered.turn:
+            if timeline is not None:
+                timeline.note(now, "queued", {"ahead": queue.num_waiting - 1, "in_flight": queue.num_in_flight})
             self._arm(queue)
             await item.comes()
+        if timeline is not None:
+            timeline.note(time.perf_counter(), "turn")
         return None
 
     async def degrade(self, visit: Visit, queue: FairQueue, now: float) -> Stored | None:
@@ -430,6 +468,8 @@ class Gateway:
             visit.reused = True
             visit.headers |= {**stored.headers("stale", time.time()), "x-fairlead-degraded": "cached"}
             self.counts.add("fairlead_gateway_reused_total", visit.course.name, "stale")
+            if visit.request.timeline is not None:
+                visit.request.timeline.note(now, "reused", {"outcome": "stale"})
             return stored
         request, done = visit.request, []
         prompt = request.prompt
@@ -460,6 +500,8 @@ class Gateway:
         if done:
             visit.forget()  # what is computed now is no answer to what was asked
             visit.headers["x-fairlead-degraded"] = ", ".join(done)
+            if request.timeline is not None:
+                request.timeline.note(now, "degraded", {"what": ", ".join(done)})
             self.counts.add("fairlead_gateway_degraded_total", visit.course.name, visit.qos_class)
         return None
 

@@ -92,6 +92,8 @@ class Recall:
                 found.answer = stored
                 found.headers = stored.headers(outcome, now)
                 return
+        if policy.mode != "off" and not control.no_cache:
+            self._counts.add("fairlead_response_cache_misses_total", request.model)
         if control.only_if_cached:
             raise NotStored("no answer to this request is stored (`Cache-Control: only-if-cached`)")
         if policy.single_flight:

@@ -12,8 +12,10 @@ from fairlead.core.errors import Cancelled, FairleadError, ModelError
 from fairlead.core.generation import Usage
 from fairlead.core.policy import Amounts, Unit
 from fairlead.core.request import Pausable, Request, Response, Sink, Ticket
+from fairlead.core.timeline import Timeline
+from fairlead.gateway.bodies import Bodies, Sample
 from fairlead.gateway.course import Course
-from fairlead.gateway.ends import CALLERS_FAULT
+from fairlead.gateway.ends import CALLERS_FAULT, ended
 from fairlead.gateway.estimate import Work
 from fairlead.gateway.filters.output import OutputFilter
 from fairlead.gateway.limits.ledger import Hold
@@ -34,6 +36,7 @@ class Way(Protocol):
 
     dispatch: Dispatch
     recalls: Recall
+    bodies: Bodies | None
 
     @property
     def note(self) -> "Callable[[Visit], None]": ...
@@ -122,6 +125,8 @@ class Visit:
     cost = 0.0
     compute_seconds = 0.0
     """As its engine told; else all the time from its turn on."""
+    sample: Sample | None = None
+    """Of the texts that are written to the log."""
     # of the callback form
     taskless = False
     """`begin` drives it, in whatever task or callback that was called."""
@@ -139,6 +144,8 @@ class Visit:
         self.arrived = request.arrived or time.perf_counter()
         self.headers: dict[str, str] = {}
         """What the answer's head says of how it came about."""
+        if gateway.bodies is not None:
+            self.sample = gateway.bodies.begin(request.model)
 
     # The callback form
 
@@ -154,7 +161,7 @@ class Visit:
         except FairleadError as error:
             self.close(error)
         except Exception:
-            log.exception("request_failed", model=self.model)
+            log.exception("request_failed", model=self.model, request_id=self.request.log_id)
             self.close(ModelError("internal error"))
         else:
             self.task = asyncio.get_running_loop().create_task(self._walk(_Resumed(steps, waits_for)))
@@ -177,7 +184,7 @@ class Visit:
             self.close(Cancelled("request was cancelled"))
             raise
         except Exception:
-            log.exception("request_failed", model=self.model)
+            log.exception("request_failed", model=self.model, request_id=self.request.log_id)
             self.close(ModelError("internal error"))
 
     def _go(self, answer: Answer | None) -> None:
@@ -208,7 +215,7 @@ class Visit:
         except FairleadError as error:
             self._break_off(error)
         except Exception:
-            log.exception("request_failed", model=self.model)
+            log.exception("request_failed", model=self.model, request_id=self.request.log_id)
             self._break_off(ModelError("internal error"))
 
     def _break_off(self, error: FairleadError) -> None:
@@ -227,7 +234,7 @@ class Visit:
             except FairleadError as failure:
                 error = failure
             except Exception:
-                log.exception("request_failed", model=self.model)
+                log.exception("request_failed", model=self.model, request_id=self.request.log_id)
                 error = ModelError("internal error")
         if error is not None:
             error = self.told(error)
@@ -296,7 +303,10 @@ class Visit:
             self.status = response.status
             if self.headers:
                 response.headers = {**response.headers, **self.headers}
-        return (response,) if self.output is None else self.output.push(response)
+        given = (response,) if self.output is None else self.output.push(response)
+        if self.sample is not None:
+            self.sample.add(given)
+        return given
 
     def _count(self, response: Response) -> None:
         delta = response.delta
@@ -309,7 +319,10 @@ class Visit:
 
     def last(self) -> Sequence[Response]:
         """What a filter still held back."""
-        return () if self.output is None else self.output.finish()
+        given = () if self.output is None else self.output.finish()
+        if self.sample is not None:
+            self.sample.add(given)
+        return given
 
     def told(self, error: FairleadError) -> FairleadError:
         """The error with what the caller is told of limits. A copy: others may hear of the same one."""
@@ -325,6 +338,10 @@ class Visit:
         if self.finished:
             return
         self.finished, self.error = True, error
+        if self.sample is not None and self.gateway.bodies is not None:
+            self.gateway.bodies.finished(self, self.sample)
+        if self.request.timeline is not None:
+            self._tell(self.request.timeline, error)
         recalled, settled = self.recalled, self.settled
         if recalled is not None and error is None and not self.reused:
             self.gateway.recalls.keep(recalled, self.course.policy.cache)
@@ -334,6 +351,22 @@ class Visit:
             self.gateway.note(self)
         elif not self.leading:
             self.settle(error)
+
+    def _tell(self, timeline: Timeline, error: FairleadError | None) -> None:
+        """How it ended for its caller. Of several prompts of one request, the first that went wrong counts."""
+        if timeline.outcome not in ("", "success"):
+            return
+        outcome, reason = ended(error)
+        if error is None and self.status >= 400:
+            outcome, reason = "failure", "upstream-error"
+        now = time.perf_counter()
+        if self.output is not None and self.output.rules:
+            timeline.note(now, "filtered", {"rules": list(self.output.rules)})
+        if outcome == "refused":
+            timeline.note(now, "refused", {"reason": reason})
+        elif outcome == "cancelled":
+            timeline.note(now, "left")
+        timeline.outcome, timeline.reason = outcome, reason
 
     def computed(self, error: FairleadError | None) -> None:
         """What it led is over, whether or not its own caller is still there."""
@@ -368,6 +401,11 @@ class Visit:
             self.compute_seconds = told or (time.perf_counter() - self.started if self.started else 0.0)
         if self.hold is not None or self.lent is not None or self.course.price is not FREE:
             self._pay(took)
+        timeline = self.request.timeline
+        if timeline is not None and not timeline.ended:
+            timeline.cost += self.cost
+            if self.usage is None and self.took.usage is not None:
+                timeline.used(self.took.usage)  # as far as it came: whoever tells its usage has told it there
         if self.item is not None and self.line is not None:
             self.gateway.leave(self.line, self.item, None if took is None else served_work(took.usage, took.rows))
         if self.finished:

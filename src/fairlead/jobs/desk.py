@@ -73,6 +73,8 @@ class Desk:
             # Every try gives the same pictures.
             request.prompt = structs.replace(request.prompt, seed=randbits(SEED_BITS))
             data = pack(request)
+        if trace := _trace(request):
+            data = pack(request, trace)
         settings, caller, now = self.settings, request.caller, time.time()
         if len(data) > settings.max_input_bytes:
             raise TooLarge(f"this job's request has {len(data)} bytes; `jobs.max_input_bytes` is {settings.max_input_bytes}")
@@ -177,6 +179,12 @@ class Desk:
         if progress is None or row.status not in RUNNING:
             return row
         return structs.replace(row, step=progress.step, num_steps=progress.num_steps, preview=progress.preview or row.preview)
+
+
+def _trace(request: Request) -> str:
+    """The traceparent of what computes it: part of the request that submitted it."""
+    timeline = request.timeline
+    return request.trace if timeline is None or timeline.sample < 0.0 else timeline.context()
 
 
 def _seen(row: JobRow) -> tuple[object, ...]:

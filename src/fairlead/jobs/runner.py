@@ -20,10 +20,12 @@ from fairlead.core.generation import Picture, Progress
 from fairlead.core.jobs import ENDED, Artifact, JobReason, JobResult, JobStatus
 from fairlead.core.policy import JobSettings
 from fairlead.core.request import Inference, Request
+from fairlead.core.timeline import Timeline, parse_traceparent
 from fairlead.jobs.changes import Changes
 from fairlead.jobs.retry import Again, Failed, backoff, decide
 from fairlead.jobs.stored import Collected, unpack
 from fairlead.observe.counts import Counts
+from fairlead.observe.finished import Finished
 from fairlead.store.job_rows import JobRow
 from fairlead.store.jobs import JobStore
 from fairlead.store.rows import UsageRow
@@ -81,6 +83,7 @@ class Runner:
         settings: JobSettings,
         changes: Changes,
         log_seconds: float,
+        finished: Finished,
         counts: Counts,
         poll_seconds: float,
     ) -> None:
@@ -99,6 +102,7 @@ class Runner:
         self.settings = settings
         self.changes = changes
         self.log_seconds = log_seconds
+        self.finished = finished
         self.counts = counts
         self.poll_seconds = poll_seconds
         self.running: dict[str, Run] = {}
@@ -188,17 +192,21 @@ class Runner:
             try:
                 await self._answer(run, data)
             except FairleadError as error:
+                run.error = error
                 await self._failed(run, error)
             except asyncio.CancelledError:
+                run.error = run.why or ShuttingDown("the server is stopping")
                 if run.why is None:
                     raise
                 asyncio.current_task().uncancel()  # type: ignore[union-attr]
                 await self._failed(run, run.why)
             except Exception:
                 log.exception("job_failed", job=row.id, model=row.model)
-                await self._failed(run, ModelError("internal error"))
+                run.error = ModelError("internal error")
+                await self._failed(run, run.error)
         finally:
             run.settling = True
+            self.finished.add(run.ended())
             if self.running.get(row.id) is run:  # and not the same job, lost and leased again meanwhile
                 del self.running[row.id]
                 self.changes.progress.pop(row.id, None)
@@ -215,11 +223,16 @@ class Runner:
         request.caller = self.callers(row)
         request.log_id = row.id
         request.arrived = time.perf_counter()
+        request.timeline = run.timeline
+        if parse_traceparent(request.trace) is not None:
+            run.timeline.traceparent = request.trace
         request.booked = run.book(self.late)
         collected = run.collected
         async with aclosing(self.inference.infer(request)) as responses:
             async for response in responses:
                 collected.take(response)
+                run.timeline.version = response.version
+                run.timeline.rows = request.num_rows if request.inputs else 0
                 delta = response.delta
                 if delta is None:
                     continue
@@ -304,6 +317,7 @@ class Runner:
                 await self._remove_own(run)
             return
         run.written = True
+        run.timeline.note(time.perf_counter(), "stored", {"bytes": sum(each.num_bytes for each in run.collected.artifacts.values())})
         if ended.webhook:
             self.changes.deliver()
         for each in run.usage[len(usage) :]:
@@ -458,12 +472,17 @@ class Run:
     """The store has not always answered to that: it may be written all the same."""
     written = False
     """Its end is."""
+    error: FairleadError | None = None
+    """What became of this try."""
     told = True
     """The store knows of its progress."""
     preview = b""
 
     def __init__(self, row: JobRow) -> None:
         self.row = row
+        self.timeline = timeline = Timeline(row.request_id or row.id, "job", time.perf_counter())
+        timeline.job, timeline.model, timeline.version, timeline.kind = row.id, row.model, row.version, row.kind
+        timeline.note(timeline.arrived, "lease", {"attempt": row.tries})
         self.collected = Collected()
         self.steps: dict[int, Progress] = {}
         self.usage: list[UsageRow] = []
@@ -476,6 +495,13 @@ class Run:
             if self.begun:  # a task that is cancelled before its first step never takes it
                 self.task.cancel()
 
+    def ended(self) -> Timeline:
+        error = self.error
+        outcome, status = end_of(error)
+        message, reason = ("", "") if error is None else (error.message, "model-error" if outcome == "failure" else outcome)
+        self.timeline.end(time.perf_counter(), status, message, outcome, reason)
+        return self.timeline
+
     def book(self, late: Callable[[UsageRow], None]) -> Callable[[Any], None]:
         """Takes the usage records of its try, which are written with its end. One that comes later is of what others computed it for."""
 
@@ -486,6 +512,21 @@ class Run:
                 self.usage.append(row)
 
         return take
+
+
+def end_of(error: FairleadError | None) -> tuple[str, int]:
+    """(outcome, in HTTP's numbers) of a try, where the gateway has not said."""
+    match error:
+        case None:
+            return "success", 200
+        case Cancelled():
+            return "cancelled", 499
+        case Unavailable():
+            return "refused", 503
+        case ModelError():
+            return "failure", 500
+        case _:
+            return "refused", 400
 
 
 def billed(row: UsageRow, status: JobStatus, reason: JobReason) -> UsageRow:

@@ -28,13 +28,20 @@ class StoredRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     session: str = ""
     signed_by: str = ""
     priority: int = 0
+    trace: str = ""
+
+
+class _Traced(Struct, frozen=True):
+    trace: str = ""
 
 
 ENCODER = msgspec.msgpack.Encoder()
 DECODER = msgspec.msgpack.Decoder(StoredRequest)
+TRACE_DECODER = msgspec.msgpack.Decoder(_Traced)
 
 
-def pack(request: Request) -> bytes:
+def pack(request: Request, trace: str = "") -> bytes:
+    """`trace`: the W3C traceparent of what submitted it."""
     raw = request.raw
     return ENCODER.encode(
         StoredRequest(
@@ -49,8 +56,14 @@ def pack(request: Request) -> bytes:
             session=request.session,
             signed_by=request.signed_by,
             priority=request.priority,
+            trace=trace,
         )
     )
+
+
+def trace_of(data: bytes) -> str:
+    """Without reading the rest."""
+    return TRACE_DECODER.decode(data).trace
 
 
 def unpack(data: bytes) -> Request:
@@ -67,6 +80,7 @@ def unpack(data: bytes) -> Request:
         session=stored.session,
         signed_by=stored.signed_by,
         priority=stored.priority,
+        trace=stored.trace,
     )
 
 

@@ -14,21 +14,20 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-import aiohttp
 import structlog
-from msgspec import Struct
-from yarl import URL
 
 from fairlead import __version__
-from fairlead.core.errors import InvalidRequest, Unavailable
+from fairlead.core.errors import NotFound, Unavailable
 from fairlead.core.policy import WebhookSettings
-from fairlead.jobs.addresses import Guard, Lookup, RefusedAddress, check_url
+from fairlead.core.timeline import MAX_CHARS, Timeline, parse_traceparent
+from fairlead.jobs.calls import Answer, Calls
 from fairlead.jobs.secrets import Secrets
+from fairlead.jobs.stored import trace_of
 from fairlead.observe.counts import Counts
+from fairlead.observe.finished import Finished
+from fairlead.observe.tracing.tracing import Tracing
 from fairlead.store.job_rows import DeliveryRow
 from fairlead.store.jobs import JobStore
 
@@ -37,8 +36,6 @@ SECRET_BYTES = 32
 GONE = 410
 MAX_RETRY_AFTER = 3600.0
 """Of what a receiver asks for."""
-MAX_ANSWER_BYTES = 64 << 10
-"""Read of an answer, and thrown away."""
 LEASE_MARGIN = 15.0
 """Of a lease beyond the longest call: for the store to be told how it ended."""
 POLL_SECONDS = 1.0
@@ -56,21 +53,6 @@ Share = tuple[str, str]
 log = structlog.get_logger("fairlead.webhooks")
 
 
-class Answer(Struct, frozen=True):
-    """What came of one call."""
-
-    status: int = 0
-    """0: there was no answer."""
-    error: str = ""
-    """Why not, or what is wrong with it. The tenant reads it."""
-    retry_after: float = 0.0
-    """Seconds that the receiver asks for."""
-
-    @property
-    def taken(self) -> bool:
-        return 200 <= self.status < 300
-
-
 NOTHING_LEFT = Answer(error="the job is no longer there, and nothing was sent of it before")
 
 
@@ -80,17 +62,6 @@ def next_try(answer: Answer, *, tries: int, retries: Sequence[float], now: float
         return None
     wait = retries[tries - 1] * (0.9 + 0.2 * chance)
     return now + max(wait, min(answer.retry_after, MAX_RETRY_AFTER))
-
-
-def retry_after(header: str, now: float) -> float:
-    """Seconds; 0 for what says nothing, or nothing that can be read."""
-    if header.isascii() and header.isdigit():
-        return float(header[:12])
-    try:
-        when = parsedate_to_datetime(header)
-        return max(0.0, (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - now)
-    except (ValueError, OverflowError):
-        return 0.0
 
 
 def signatures(id: str, timestamp: int, body: bytes, secrets: Sequence[str]) -> str:
@@ -133,6 +104,8 @@ class Deliveries:
         counts: Counts,
         *,
         runner: str,
+        finished: Finished | None = None,
+        tracing: Tracing | None = None,
         now: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -145,8 +118,9 @@ class Deliveries:
         self.runner = runner
         self.now = now
         self.chance = chance
-        self.guard = Guard(settings.allow)
-        self.lookup = Lookup(self.guard)
+        self.calls = Calls(settings, now)
+        self.finished = Finished() if finished is None else finished
+        self.tracing = tracing
         self.stopping = False
         self.num_of_receiver = max(1, settings.max_in_flight // 8)
         self.num_of_tenant = max(1, settings.max_in_flight // 2)
@@ -155,7 +129,6 @@ class Deliveries:
         self._busy: Counter[Share] = Counter()
         """Calls under way, by receiver and by tenant: none may hold up the others."""
         self._look = asyncio.Event()
-        self._session: aiohttp.ClientSession | None = None
 
     def look(self) -> None:
         """There may be something to deliver."""
@@ -245,9 +218,7 @@ class Deliveries:
         for task in list(self._calls):
             task.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
-        if self._session is not None:
-            await self._session.close()
-        await self.lookup.close()
+        await self.calls.close()
 
     async def _deliver(self, row: DeliveryRow) -> None:
         try:
@@ -269,29 +240,25 @@ class Deliveries:
         return body if body is not None or row.body is None else row.body.encode()
 
     async def _call(self, row: DeliveryRow, body: bytes) -> Answer:
-        try:
-            check_url(row.url, self.settings)
-        except InvalidRequest as error:
-            return Answer(error=error.message)
         secrets = [secret.value for secret in await self.secrets.rows(row.tenant)]
-        answer = Answer()
-        try:
-            async with (
-                asyncio.timeout(self.settings.timeout),
-                self._client().post(
-                    URL(row.url, encoded=True), data=body, headers=headers_of(row, body, secrets, self.now()), allow_redirects=False
-                ) as response,
-            ):
-                answer = _answer(response, self.now())
-                await _skim(response)
-        except TimeoutError:
-            # What was said before its body hung counts.
-            return answer if answer.status else Answer(error=f"no answer within {self.settings.timeout:g} seconds")
-        except aiohttp.ClientConnectorError as error:
-            return Answer(error=_why(error))
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            return answer if answer.status else Answer(error=f"no answer: {type(error).__name__}")
+        headers = headers_of(row, body, secrets, self.now())
+        if self.tracing is None:
+            return await self.calls.post(row.url, body, headers)
+        call = Timeline(row.id, "webhook", time.perf_counter(), path=row.url, job=row.job)
+        call.traceparent = await self._trace(row)
+        headers["traceparent"] = self.tracing.context(call)
+        answer = await self.calls.post(row.url, body, headers)
+        call.end(time.perf_counter(), answer.status, answer.error, "success" if answer.taken else "failure", "")
+        self.tracing([call])
         return answer
+
+    async def _trace(self, row: DeliveryRow) -> str:
+        """The traceparent that the job was submitted with; "" where that is not to be had."""
+        try:
+            trace = trace_of(await asyncio.to_thread(self.store.data, row.job))
+        except (NotFound, Unavailable):
+            return ""
+        return trace if parse_traceparent(trace) is not None else ""
 
     async def _write(self, row: DeliveryRow, body: bytes | None, answer: Answer) -> None:
         """Raises Unavailable."""
@@ -313,52 +280,10 @@ class Deliveries:
             )
         if ours:
             self.counts.add("fairlead_webhook_deliveries_total", outcome)
-
-    def _client(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector = aiohttp.TCPConnector(
-                limit=0,  # of calls there are no more than `max_in_flight`
-                force_close=True,  # each call's address is looked at
-                use_dns_cache=False,
-                resolver=self.lookup,
-                socket_factory=self.guard.socket,
-            )
-            self._session = aiohttp.ClientSession(
-                connector=connector,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None),
-                auto_decompress=False,
-                trust_env=False,
-            )
-        return self._session
+            details = {"status": answer.status, "attempt": row.tries, "error": answer.error[:MAX_CHARS]}
+            self.finished.afterwards(row.job, time.perf_counter(), "webhook", details)
 
 
 def _shares(row: DeliveryRow) -> tuple[Share, Share]:
     """What a call takes a share of."""
     return ("receiver", urlsplit(row.url).netloc), ("tenant", row.tenant)
-
-
-def _answer(response: aiohttp.ClientResponse, now: float) -> Answer:
-    status = response.status
-    if 200 <= status < 300:
-        return Answer(status)
-    error = f"answered {status}" + (", and redirects are not followed" if 300 <= status < 400 else "")
-    return Answer(status, error, retry_after(response.headers.get("retry-after", ""), now))
-
-
-async def _skim(response: aiohttp.ClientResponse) -> None:
-    """Let the receiver say what it says, within reason."""
-    num_bytes = 0
-    while num_bytes < MAX_ANSWER_BYTES and (chunk := await response.content.readany()):
-        num_bytes += len(chunk)
-
-
-def _why(error: aiohttp.ClientConnectorError) -> str:
-    """Why no connection came about."""
-    if isinstance(error, aiohttp.ClientConnectorDNSError) and not isinstance(error.os_error, RefusedAddress):
-        return "its name has no address"
-    if isinstance(error.os_error, RefusedAddress):
-        return str(error.os_error)
-    if isinstance(error, aiohttp.ClientConnectorSSLError | aiohttp.ClientConnectorCertificateError):
-        return "its certificate is not good, or it speaks no TLS"
-    return "no connection"

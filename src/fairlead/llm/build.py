@@ -89,6 +89,7 @@ def build_generator(
         has_chat_template=tokenizer.has_chat_template,
         num_kv_blocks=num_blocks,
         block_size=spec.block_size,
+        kv_block_bytes=block_bytes_of(loaded.decoder, spec),
         explain=(*loaded.explain, reason),
     )
     return engine, tokenizer, info
@@ -132,10 +133,14 @@ def build_embedder(
     return engine, tokenizer, info
 
 
+def block_bytes_of(decoder: Decoder, spec: LlmSpec) -> int:
+    return spec.block_size * sum(shape.nbytes(decoder.dtype) for shape in decoder.layers)
+
+
 def size_pool(decoder: Decoder, spec: LlmSpec, context: int, instances: int = 1) -> tuple[int, int, str]:
     """(blocks, longest sequence in tokens, why): KV memory from a budget in bytes. Raises LoadError where it cannot hold one
     sequence."""
-    block_bytes = spec.block_size * sum(shape.nbytes(decoder.dtype) for shape in decoder.layers)
+    block_bytes = block_bytes_of(decoder, spec)
     if spec.kv_cache_bytes:
         budget, source = spec.kv_cache_bytes, "`kv_cache_bytes`"
     else:

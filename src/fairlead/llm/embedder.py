@@ -9,8 +9,10 @@ import numpy as np
 import structlog
 
 from fairlead.core.errors import FairleadError, InvalidRequest, ModelError, QueueFull, TimeoutExpired
-from fairlead.core.generation import Delta, EngineStats, Usage
-from fairlead.observe.metrics import SECONDS, Histogram
+from fairlead.core.generation import Delta, EngineStats, Phase, Usage
+from fairlead.observe.metrics import Histogram
+from fairlead.observe.nvtx import ranged
+from fairlead.observe.table import SECONDS
 
 if TYPE_CHECKING:
     from fairlead.llm.pooling import PoolingModel
@@ -95,12 +97,13 @@ class EmbeddingEngine:
         if batch:
             for waiting in batch:
                 self._queue_time.observe(now - waiting.arrived)
-            self._compute(batch, answers)
+            self._compute(batch, now, answers)
             self._num_steps += 1
             self._step_time.observe(self.clock() - now)
         return answers
 
-    def _compute(self, batch: list[_Waiting], answers: list[Answer]) -> None:
+    @ranged("embed")
+    def _compute(self, batch: list[_Waiting], began: float, answers: list[Answer]) -> None:
         """A batch that fails is tried again in halves, down to the one that cannot be computed."""
         try:
             vectors = self.model.embed([waiting.ids for waiting in batch])
@@ -111,13 +114,14 @@ class EmbeddingEngine:
             log.error("step failed", sequences=len(batch), exc_info=error)
             if len(batch) > 1:
                 half = len(batch) // 2
-                self._compute(batch[:half], answers)
-                self._compute(batch[half:], answers)
+                self._compute(batch[:half], began, answers)
+                self._compute(batch[half:], began, answers)
                 return
             self._num_quarantined += 1
             self._finished["error"] += 1
             answers.append((batch[0].id, ModelError(f"the model failed on this request: {type(error).__name__}: {error}")))
             return
+        seconds = self.clock() - began
         for waiting, vector in zip(batch, vectors, strict=True):
             if waiting.dimensions is not None:
                 vector = vector[: waiting.dimensions]
@@ -125,7 +129,10 @@ class EmbeddingEngine:
             self._num_tokens += len(waiting.ids)
             self._finished["stop"] += 1
             data = vector.astype("<f4").tobytes()
-            answers.append((waiting.id, Delta(vector=data, finish_reason="stop", usage=Usage(prompt_tokens=len(waiting.ids)))))
+            num_tokens, waited = len(waiting.ids), began - waiting.arrived
+            phases = [Phase("waiting", 0.0, waited), Phase("prefill", waited, seconds, 1, num_tokens, len(batch), seconds)]
+            usage = Usage(prompt_tokens=num_tokens)
+            answers.append((waiting.id, Delta(vector=data, finish_reason="stop", usage=usage, phases=phases)))
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -16,12 +16,15 @@ from msgspec import structs
 from fairlead.core.errors import ContextExceeded, FairleadError, InvalidRequest, ModelError, TimeoutExpired
 from fairlead.core.generation import Delta, EngineStats, Sampling, TokenLogprob, Usage
 from fairlead.llm.output import OutputStream
+from fairlead.llm.phases import Trail, merged
 from fairlead.llm.runner import Runner, wants_prompt_logits
 from fairlead.llm.sampler import Sampled, Sampler, SampleRow
 from fairlead.llm.scheduler import Chunk, Plan, Scheduler
 from fairlead.llm.sequence import Sequence
 from fairlead.llm.tokenizer import Tokenizer
-from fairlead.observe.metrics import SECONDS, Histogram
+from fairlead.observe.metrics import Histogram
+from fairlead.observe.nvtx import ranged
+from fairlead.observe.table import SECONDS
 
 log = structlog.get_logger("fairlead.llm")
 
@@ -38,7 +41,7 @@ class EngineBroken(Exception):
 class _Choice:
     """One of the n answers to a request."""
 
-    __slots__ = ("delta", "finished", "index", "last_at", "output", "row", "sequence")
+    __slots__ = ("delta", "finished", "index", "last_at", "output", "row", "sequence", "trail")
 
     def __init__(self, index: int, sequence: Sequence, output: OutputStream, row: SampleRow) -> None:
         self.index = index
@@ -50,6 +53,7 @@ class _Choice:
         self.finished = False
         self.last_at: float | None = None
         """When its last token came; None before the first."""
+        self.trail = Trail(sequence.arrived, sequence.num_prompt)
 
 
 class _Generation:
@@ -202,6 +206,7 @@ class Engine:
 
     # Steps
 
+    @ranged("step")
     def step(self) -> list[Answer]:
         """Compute one step and return what it gave. Raises EngineBroken where no step succeeds any more."""
         now = self.clock()
@@ -209,6 +214,9 @@ class Engine:
             self._suspects.popleft()
         plan = self.scheduler.plan(now, only=self._suspects[0] if self._suspects else None)
         answers: list[Answer] = []
+        for sequence in plan.preempted:
+            trail, num_tokens = self._choices[sequence.id][1].trail, len(sequence.token_ids)
+            trail.turn("preempted", now, step=self._num_steps, num_tokens=num_tokens)
         for sequence in plan.expired:
             self._fail(sequence, TimeoutExpired("Request timeout expired"), answers)
         if not plan.chunks:
@@ -229,13 +237,18 @@ class Engine:
         for sequence in plan.admitted:
             if sequence.num_preemptions == 0:
                 self._queue_time.observe(now - sequence.arrived)
+            if sequence.id in self._choices:
+                cached = sequence.cached_tokens if sequence.num_preemptions == 0 else 0
+                self._choices[sequence.id][1].trail.turn("prefill", now, step=self._num_steps - 1, num_tokens=cached)
+        num_seqs = len(plan.chunks)
         for chunk, token in sampled:
             if chunk.seq.id in self._choices:  # not gone with another choice of its request
-                self._advance(chunk.seq, token, done, answers)
+                self._advance(chunk.seq, token, done, num_seqs, answers)
         if self._suspects:  # they have shown that they can compute
             self._suspects[0].difference_update([chunk.seq for chunk in plan.chunks if chunk.samples])
         return answers
 
+    @ranged("sample")
     def _sample(self, plan: Plan, logits_NV: torch.Tensor) -> list[tuple[Chunk, Sampled]]:
         """A token for every chunk that caught up; log-probabilities of prompts on the way."""
         chunks, rows, at = [], [], []
@@ -268,17 +281,24 @@ class Engine:
             known += [self._spelled(each) for each in self.sampler.prompt_logprobs(wanted_PV, ids, count)]
         generation.prompt_logprobs = known
 
-    def _advance(self, sequence: Sequence, sampled: Sampled, now: float, answers: list[Answer]) -> None:
-        """A new token of one sequence: its text, its end, and what of it is delivered."""
+    def _advance(self, sequence: Sequence, sampled: Sampled, now: float, num_seqs: int, answers: list[Answer]) -> None:
+        """A new token of one sequence: its text, its end, and what of it is delivered. `num_seqs`: that shared the step."""
         generation, choice = self._choices[sequence.id]
         if sampled.error:
             self._num_quarantined += 1
             self._fail(sequence, ModelError(sampled.error), answers)
             return
-        delta = choice.delta
+        delta, trail = choice.delta, choice.trail
+        trail.max_seqs = max(trail.max_seqs, num_seqs)
         if choice.last_at is not None:
-            self._inter_token.observe(now - choice.last_at)
+            seconds = now - choice.last_at
+            self._inter_token.observe(seconds)
+            if trail.name != "decode":
+                trail.turn("decode", now, step=self._num_steps, num_tokens=len(sequence.token_ids))
+            elif seconds > trail.slowest:
+                trail.slowest = seconds
         else:
+            trail.turn("decode", now, step=self._num_steps, num_tokens=sequence.num_prompt)
             self._first_token.observe(now - sequence.arrived)
             if choice.index == 0:
                 self._num_prompt_tokens += sequence.num_prompt
@@ -302,11 +322,13 @@ class Engine:
             self._start_choice(generation)
         if delta.finish_reason:
             self._finish(generation, choice)
+            trail.turn("", now, step=self._num_steps, num_tokens=len(sequence.token_ids))
         if delta.finish_reason or (generation.stream and (delta.text or delta.logprobs or delta.prompt_logprobs)):
             choice.delta = Delta(index=choice.index)
             answers.append((generation.id, delta))
             if all(other.finished for other in generation.choices):
                 delta.usage = generation.usage()
+                delta.phases = merged([other.trail for other in generation.choices])
                 del self._generations[generation.id]
 
     def _finish(self, generation: _Generation, choice: _Choice) -> None:

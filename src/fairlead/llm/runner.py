@@ -13,6 +13,12 @@ import torch
 from fairlead.llm.batch import LayerCache, StepBatch, new_cache
 from fairlead.llm.load import Decoder
 from fairlead.llm.scheduler import Chunk
+from fairlead.observe.nvtx import ranged
+
+
+def _kind_of(_: "Runner", chunks: Seq[Chunk]) -> str:
+    num_tokens = sum(chunk.num_tokens for chunk in chunks)
+    return f"decode of {len(chunks)}" if num_tokens == len(chunks) else f"prefill of {num_tokens} tokens"
 
 
 class Runner:
@@ -37,6 +43,7 @@ class Runner:
         self._logit_rows = _Buffer(max_batch_tokens, np.int64, decoder.device)
         self._tables = _Buffer(max_num_seqs * max_blocks, np.int32, decoder.device)
 
+    @ranged(_kind_of)
     def run(self, chunks: Seq[Chunk]) -> torch.Tensor:
         """Compute the chunks: K and V of their tokens go to their blocks.
 

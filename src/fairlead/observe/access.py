@@ -1,24 +1,26 @@
 """One JSON line per finished request, whatever its end, and their count.
 
-Lines are encoded and written with their neighbours a moment later.
+It reads timelines, some together and a moment after they ended.
 """
 
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from itertools import count
-from time import time
+from time import perf_counter, time
 from typing import IO
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
+
+from fairlead.core.timeline import Timeline
+from fairlead.observe.redaction import plain_json, without_secrets
 
 SANE_ID = re.compile(rb"[\x21-\x7e]{1,126}")
 """A caller's request id that is taken over; others are replaced by one of ours. Its length fits one byte of HPACK."""
 SANE_TRACE = re.compile(rb"[\x21-\x7e]{1,256}")
 """A traceparent that is passed through."""
-FLUSH_LINES = 64
-FLUSH_SECONDS = 0.2
 
 _encoder = msgspec.json.Encoder()
 _prefix = os.urandom(6).hex()
@@ -34,6 +36,7 @@ class Line(Struct, omit_defaults=True, gc=False):
     """A finished request, as it is logged."""
 
     time: float
+    """When it ended."""
     level: str
     event: str
     protocol: str
@@ -43,36 +46,61 @@ class Line(Struct, omit_defaults=True, gc=False):
     status: int
     seconds: float
     rows: int
+    outcome: str
+    reason: str = ""
+    tenant: str = ""
+    qos_class: str = field(default="", name="class")
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float | None = None
+    job: str = ""
     traceparent: str = ""
+    trace_id: str = ""
     error: str = ""
 
 
 class AccessLog:
-    """Collects finished requests; the owner calls `flush` every FLUSH_SECONDS and at the end."""
+    """A listener of `Finished`."""
 
     def __init__(self, stream: IO[str] | None, responses: Counter[tuple[str, int]] | None = None) -> None:
         """`stream`: None for no lines; `responses`: counts (protocol, status)."""
-        self._stream = stream
+        self.stream = stream
         self._responses: Counter[tuple[str, int]] = Counter() if responses is None else responses
-        self._lines: list[Line] = []
 
-    def add(
-        self, protocol: str, request_id: str, trace: str, model: str, version: str, status: int, seconds: float, rows: int, error: str
-    ) -> None:
-        """`protocol`: http or grpc; `status`: that protocol's number; `error`: "" if all went well."""
-        self._responses[protocol, status] += 1
-        if self._stream is None:
+    def __call__(self, timelines: Sequence[Timeline]) -> None:
+        for timeline in timelines:
+            if timeline.protocol != "job":  # which nobody was answered at a door
+                self._responses[timeline.protocol, timeline.status] += 1
+        if self.stream is None:
             return
-        level = "warning" if error else "info"
-        self._lines.append(
-            Line(time(), level, "request", protocol, request_id, model, version, status, round(seconds, 6), rows, trace, error)
-        )
-        if len(self._lines) >= FLUSH_LINES:
-            self.flush()
+        since = time() - perf_counter()
+        self.stream.write(plain_json(_encoder.encode_lines([line_of(timeline, since) for timeline in timelines]).decode()))
+        self.stream.flush()
 
-    def flush(self) -> None:
-        if not self._lines or self._stream is None:
-            return
-        lines, self._lines = self._lines, []
-        self._stream.write(_encoder.encode_lines(lines).decode())
-        self._stream.flush()
+
+def line_of(timeline: Timeline, since: float) -> Line:
+    """`since`: the wall clock's time at the performance counter's zero."""
+    usage, trace = timeline.usage, timeline.traceparent
+    return Line(
+        timeline.ended + since,
+        "warning" if timeline.error else "info",
+        "request",
+        timeline.protocol,
+        timeline.request_id,
+        timeline.model,
+        timeline.version,
+        timeline.status,
+        round(timeline.ended - timeline.arrived, 6),
+        timeline.rows,
+        timeline.outcome,
+        timeline.reason,
+        timeline.tenant,
+        timeline.qos_class,
+        0 if usage is None else usage.prompt_tokens,
+        0 if usage is None else usage.completion_tokens,
+        timeline.cost or None,
+        timeline.job,
+        trace,
+        timeline.trace_id if timeline.traced else "",
+        without_secrets(timeline.error),
+    )

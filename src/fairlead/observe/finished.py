@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from fairlead.core.timeline import Timeline
+from fairlead.core.timeline import Details, Timeline
 
 FLUSH_REQUESTS = 64
 FLUSH_SECONDS = 0.2
@@ -20,6 +20,8 @@ class Finished:
 
     def __init__(self, *listeners: Listener) -> None:
         self.listeners = list(listeners)
+        self.afterwards: Callable[[str, float, str, Details], None] = _nobody
+        """Told of what happens to a job after its end: (its id, when, one of EVENTS, details)."""
         self._waiting: list[Timeline] = []
 
     def add(self, timeline: Timeline) -> None:
@@ -37,3 +39,7 @@ class Finished:
                 listener(timelines)
             except Exception:
                 log.exception("not_observed", listener=getattr(listener, "__qualname__", repr(listener)))
+
+
+def _nobody(job: str, at: float, name: str, details: Details) -> None:
+    """Asked."""

@@ -1,67 +1,34 @@
-"""What is counted, and how Prometheus reads it.
+"""What is counted, and how Prometheus reads it. `observe.table` says what each metric means, `observe.page` how it is written.
 
-Counting happens in the event loop only, in plain integers and lists: an observation is a bisect and an
-addition (0.2 microseconds), where a client library's locked histogram costs four times that. The library
-renders at scrape time.
-
-| metric | unit | labels |
-|---|---|---|
-| fairlead_requests_total | requests | model, version, outcome (success, failure, cancelled, refused) |
-| fairlead_rows_total | rows | model, version |
-| fairlead_request_seconds | seconds | model, version |
-| fairlead_queue_seconds | seconds | model, version |
-| fairlead_compute_seconds | seconds, per batch | model, version |
-| fairlead_batch_rows | rows, per batch | model, version |
-| fairlead_batches_total | batches | model, version, close_reason |
-| fairlead_queue_requests | requests waiting now | model, version |
-| fairlead_queue_rows | rows waiting now | model, version |
-| fairlead_instance_restarts_total | restarts | model, version |
-| fairlead_responses_total | infer requests, as the protocol's status tells their end | protocol, status |
-| fairlead_model_loads_total | loads | model, outcome (success, failure) |
-| fairlead_time_to_first_token_seconds | seconds | model, version |
-| fairlead_inter_token_seconds | seconds between two tokens of one answer | model, version |
-| fairlead_generation_queue_seconds | seconds from arrival to the first step | model, version |
-| fairlead_step_seconds | seconds, per step of the engine | model, version |
-| fairlead_prompt_tokens_total | tokens | model, version |
-| fairlead_generated_tokens_total | tokens | model, version |
-| fairlead_prefix_cache_queried_tokens_total | tokens of prompts that were looked up | model, version |
-| fairlead_prefix_cache_hit_tokens_total | tokens found | model, version |
-| fairlead_preemptions_total | sequences that gave their blocks back and started again | model, version |
-| fairlead_finished_sequences_total | sequences | model, version, reason (stop, length, abort, error) |
-| fairlead_pictures_total | pictures that were finished | model, version |
-| fairlead_denoising_steps_total | denoising steps, of every picture in each step | model, version |
-| fairlead_cached_denoising_steps_total | of these, the ones that the first-block cache answered | model, version |
-| fairlead_engine_failed_steps_total | steps | model, version |
-| fairlead_quarantined_requests_total | requests that failed a step on their own | model, version |
-| fairlead_kv_blocks | blocks of KV memory | model, version |
-| fairlead_kv_blocks_free | blocks that are free, or hold nothing but prefix cache | model, version |
-| fairlead_sequences | sequences now | model, version, state (running, waiting) |
-| fairlead_gateway_waiting_requests | requests in the gateway's lines now | model, priority |
-| fairlead_gateway_in_flight_requests | requests now, of models that have such a line | model |
-| (fairlead.observe.counts.COUNTS) | what the gateway counts | |
-| fairlead_process_* , python_* | the client library's own |
+Counting happens in the event loop only, in plain integers and lists: an observation is a bisect and an addition (0.2
+microseconds), where a client library's locked histogram costs four times that. A scrape is written in slices of SLICE_SECONDS
+in the event loop, too, so that requests are served in between: a thread would keep the interpreter from them for longer.
 
 Engines count in their own processes and tell now and then (`EngineStats`); the counts of a replica that died stay.
-
-Cardinality is bounded by the loaded versions; the series of an unloaded version end with it.
 """
 
+import asyncio
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+import structlog
 from msgspec import structs
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
 
 from fairlead.core.generation import EngineStats
+from fairlead.core.timeline import BatchNote, Phases, Timeline
 from fairlead.observe.counts import Counts
+from fairlead.observe.page import Exemplar, Page, labels_of, wants_openmetrics
+from fairlead.observe.table import ROWS, SECONDS, TABLE
 
-SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SLICE_SECONDS = 0.001
+LARGE_BYTES = 1 << 20
+"""Of a text: from here on `join` works without the interpreter's lock, and a thread does it."""
+
+log = structlog.get_logger("fairlead.observe")
 
 
 class Histogram:
@@ -75,19 +42,6 @@ class Histogram:
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
-
-    def buckets(self) -> list[tuple[str, float]]:
-        return buckets(self.bounds, self.counts)
-
-
-def buckets(bounds: tuple[float, ...], counts: list[int]) -> list[tuple[str, float]]:
-    """Cumulative, as Prometheus wants them."""
-    total = 0
-    result: list[tuple[str, float]] = []
-    for bound, number in zip((*map(float, bounds), float("inf")), counts, strict=True):
-        total += number
-        result.append(("+Inf" if bound == float("inf") else repr(bound), total))
-    return result
 
 
 class Durations:
@@ -133,9 +87,21 @@ class ModelMetrics:
         queue: Callable[[], tuple[int, int]],
         restarts: Callable[[], int],
         engine: Callable[[], EngineStats] | None = None,
+        *,
+        max_batch_size: int = 0,
+        kv_bytes: int = 0,
     ) -> None:
+        """`max_batch_size`: 0 for a model that does not batch. `kv_bytes`: of all replicas together."""
         self.model = model
         self.version = version
+        self.labels = labels_of(("model", "version"), (model, version))
+        self.around = labels_of(("model",), (model,)), labels_of(("version",), (version,))
+        """The same, for what stands between."""
+        self.max_batch_size = max_batch_size
+        self.kv_bytes = kv_bytes
+        self.load_seconds = 0.0
+        self.exemplars: dict[str, list[Exemplar | None]] = {}
+        """By histogram: the latest kept trace of each bucket."""
         self.queue = queue
         """(requests, rows) waiting now."""
         self.restarts = restarts
@@ -156,6 +122,11 @@ class ModelMetrics:
         self.queue_time = Durations()
         self.total = BatchDurations()
         self.batches: dict[int, BatchDurations] = {}
+
+    def exemplify(self, name: str, exemplar: Exemplar) -> None:
+        """In the place of the one before, in its bucket."""
+        kept = self.exemplars.setdefault(name, [None] * (len(SECONDS) + 1))
+        kept[bisect_left(SECONDS, exemplar.value)] = exemplar
 
     def batch(self, rows: int, reason: str, gather: float, compute: float, split: float) -> None:
         self.executions += 1
@@ -198,49 +169,109 @@ class ModelMetrics:
         }
 
 
+Sample = tuple[str, tuple[str, ...], "float | Histogram"]
+"""(name, labels, value)."""
+Source = Callable[[], Iterable[Sample | None]]
+"""Tells, when it is asked, what is true at the moment; None between two samples where finding the next one takes a while."""
+
+
 class Metrics:
     """All of one server's numbers."""
 
     def __init__(self, *, triton_names: bool = False, vllm_names: bool = False) -> None:
         self.models: dict[tuple[str, str], ModelMetrics] = {}
         self.responses: Counter[tuple[str, int]] = Counter()
-        """Finished infer requests by (protocol, status)."""
+        """Finished requests by (protocol, status)."""
         self.loads: Counter[tuple[str, str]] = Counter()
         self.counts = Counts()
         """The gateway's."""
         self.lines: Callable[[], Iterable[Line]] = tuple
         """The gateway's waiting lines."""
+        self.sources: list[Source] = []
+        """Of what is counted elsewhere."""
         self.triton_names = triton_names
         self.vllm_names = vllm_names
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
-        PlatformCollector(registry=self._registry)
+        self.scrape_seconds = 0.0
+
+    async def scrape(self, accept: str = "") -> tuple[str, bytes]:
+        """(content type, exposition) in the format that the scraper accepts; others have their turn meanwhile."""
+        began = time.perf_counter()
+        page, pieces, due = self._page(accept), list[bytes](), began + SLICE_SECONDS
+        for piece in self._written(page):
+            if piece is not None:
+                pieces.append(piece)
+            if time.perf_counter() >= due:
+                await asyncio.sleep(0)
+                due = time.perf_counter() + SLICE_SECONDS
+        large = sum(map(len, pieces)) > LARGE_BYTES
+        text = await asyncio.to_thread(b"".join, pieces) if large else b"".join(pieces)
+        self.scrape_seconds = time.perf_counter() - began
+        return page.content_type, text
 
     def text(self, accept: str = "") -> tuple[str, bytes]:
-        """(content type, exposition) in the format that the scraper accepts."""
-        encode, content_type = choose_encoder(accept)
-        return content_type, encode(self._registry)
+        """The same at once."""
+        page = self._page(accept)
+        return page.content_type, b"".join(piece for piece in self._written(page) if piece is not None)
 
-    def collect(self) -> Iterator[Metric]:
-        models = list(self.models.values())
-        engines = [(model, model.engine()) for model in models if model.engine is not None]
-        yield from _families(models)
-        yield from _engine_families(engines)
-        responses = CounterMetricFamily("fairlead_responses", "Infer requests by how they ended", labels=["protocol", "status"])
-        for (protocol, status), number in self.responses.items():
-            responses.add_metric([protocol, str(status)], number)
-        yield responses
-        loads = CounterMetricFamily("fairlead_model_loads", "Versions loaded, or not", labels=["model", "outcome"])
-        for key, number in self.loads.items():
-            loads.add_metric(key, number)
-        yield loads
-        yield from self.counts.collect()
-        yield from _line_families(self.lines())
-        if self.triton_names:
-            yield from _triton_families(models)
-        if self.vllm_names:
-            yield from _vllm_families(engines)
+    def _page(self, accept: str) -> Page:
+        hidden = {"triton": not self.triton_names, "vllm": not self.vllm_names}
+        return Page(openmetrics=wants_openmetrics(accept), hidden=[group for group, hides in hidden.items() if hides])
+
+    def _written(self, page: Page) -> Iterator[bytes | None]:
+        yield from self._fill(page)
+        yield from page.pieces()
+
+    def _fill(self, page: Page) -> Iterator[None]:
+        """None between two steps that may be far apart in time."""
+        page.put("fairlead_scrape_seconds", self.scrape_seconds)
+        of_models: dict[str, tuple[EngineStats, Told]] = {}
+        for m in list(self.models.values()):
+            _add_version(page, m)
+            if m.engine is not None:
+                stats = m.engine()
+                _add_engine(page, m, stats)
+                told, latency = of_models.get(m.model, (EngineStats(), _NONE))
+                if self.vllm_names:
+                    of_models[m.model] = (add_stats(told, stats), _add_told(latency, (m.latency.counts, m.latency.sum)))
+            if self.triton_names:
+                _add_triton(page, m)
+            yield
+        for model, (stats, latency) in of_models.items():
+            _add_vllm(page, labels_of(("model_name",), (model,)), stats, latency)
+            yield
+        for source in (self._own, self.counts.samples, *self.sources):
+            try:
+                for sample in source():
+                    if sample is not None:
+                        _add_sample(page, *sample)
+                    yield
+            except Exception:  # the other metrics are worth having
+                log.exception("not_shown", source=getattr(source, "__qualname__", repr(source)))
+
+    def _own(self) -> Iterator[Sample]:
+        for (protocol, status), num in list(self.responses.items()):
+            yield "fairlead_responses_total", (protocol, str(status)), num
+        for key, num in list(self.loads.items()):
+            yield "fairlead_model_loads_total", key, num
+        for line in list(self.lines()):
+            for priority, num in line.waiting.items():
+                yield "fairlead_gateway_waiting_requests", (line.model, str(priority)), num
+            yield "fairlead_gateway_in_flight_requests", (line.model,), line.in_flight
+
+    def exemplify(self, timeline: Timeline) -> None:
+        """Its trace is kept, and it has just ended: it may stand for its buckets."""
+        model, version = timeline.model, timeline.version
+        for _, _, details in timeline.events:
+            if isinstance(details, (BatchNote, Phases)):
+                model, version = details.model, details.version
+        m = self.models.get((model, version))
+        if m is None or timeline.outcome != "success":
+            return
+        now = time.time()
+        m.exemplify("fairlead_request_seconds", Exemplar(timeline.trace_id, timeline.seconds, now))
+        if m.engine is not None and timeline.first_at:
+            first = Exemplar(timeline.trace_id, timeline.first_at - timeline.arrived, now)
+            m.exemplify("fairlead_time_to_first_token_seconds", first)
 
 
 class Line(NamedTuple):
@@ -252,80 +283,53 @@ class Line(NamedTuple):
     in_flight: int
 
 
-def _line_families(lines: Iterable[Line]) -> Iterator[Metric]:
-    waiting = GaugeMetricFamily("fairlead_gateway_waiting_requests", "Requests in the gateway's lines now", labels=["model", "priority"])
-    in_flight = GaugeMetricFamily("fairlead_gateway_in_flight_requests", "Requests of such models under way now", labels=["model"])
-    for line in lines:
-        for priority, number in line.waiting.items():
-            waiting.add_metric([line.model, str(priority)], number)
-        in_flight.add_metric([line.model], line.in_flight)
-    yield waiting
-    yield in_flight
+def _add_sample(page: Page, name: str, values: tuple[str, ...], value: "float | Histogram") -> None:
+    labels = labels_of(TABLE[name].labels, values)
+    if isinstance(value, Histogram):
+        page.histogram(name, value.counts, value.sum, labels)
+    else:
+        page.put(name, value, labels)
 
 
-def _families(models: Iterable[ModelMetrics]) -> Iterator[Metric]:
-    labels = ["model", "version"]
-    requests = CounterMetricFamily("fairlead_requests", "Requests by how they ended", labels=[*labels, "outcome"])
-    rows = CounterMetricFamily("fairlead_rows", "Rows answered", labels=labels)
-    batches = CounterMetricFamily("fairlead_batches", "Batches by why they closed", labels=[*labels, "close_reason"])
-    waiting = GaugeMetricFamily("fairlead_queue_requests", "Requests waiting now", labels=labels)
-    waiting_rows = GaugeMetricFamily("fairlead_queue_rows", "Rows waiting now", labels=labels)
-    restarts = CounterMetricFamily("fairlead_instance_restarts", "Replica processes that died and were started again", labels=labels)
-    histograms = {
-        "latency": HistogramMetricFamily("fairlead_request_seconds", "From arrival to answer", labels=labels),
-        "queued": HistogramMetricFamily("fairlead_queue_seconds", "From arrival to dispatch", labels=labels),
-        "compute": HistogramMetricFamily("fairlead_compute_seconds", "The model's time for one batch", labels=labels),
-        "batch_rows": HistogramMetricFamily("fairlead_batch_rows", "Rows of one batch", labels=labels),
-    }
-    for m in models:
-        key = [m.model, m.version]
-        for outcome, number in (
-            ("success", m.success.count),
-            ("failure", m.fail.count),
-            ("cancelled", m.cancelled),
-            ("refused", m.refused),
-        ):
-            requests.add_metric([*key, outcome], number)
-        rows.add_metric(key, m.rows)
-        for reason, number in m.close_reasons.items():
-            batches.add_metric([*key, reason], number)
-        num_requests, num_rows = m.queue()
-        waiting.add_metric(key, num_requests)
-        waiting_rows.add_metric(key, num_rows)
-        restarts.add_metric(key, m.restarts())
-        for name, family in histograms.items():
-            histogram: Histogram = getattr(m, name)
-            family.add_metric(key, histogram.buckets(), histogram.sum)
-    yield from (requests, rows, batches, waiting, waiting_rows, restarts, *histograms.values())
+def _add_version(page: Page, m: ModelMetrics) -> None:
+    labels, put = m.labels, page.put
+    of, at = m.around
+    put("fairlead_requests_total", m.success.count, f'{of},outcome="success",{at}')
+    put("fairlead_requests_total", m.fail.count, f'{of},outcome="failure",{at}')
+    put("fairlead_requests_total", m.cancelled, f'{of},outcome="cancelled",{at}')
+    put("fairlead_requests_total", m.refused, f'{of},outcome="refused",{at}')
+    put("fairlead_rows_total", m.rows, labels)
+    for reason, num in m.close_reasons.items():
+        put("fairlead_batches_total", num, f'close_reason="{reason}",{labels}')
+    if m.max_batch_size:
+        put("fairlead_batch_capacity_rows_total", m.executions * m.max_batch_size, labels)
+    num_requests, num_rows = m.queue()
+    put("fairlead_queue_requests", num_requests, labels)
+    put("fairlead_queue_rows", num_rows, labels)
+    put("fairlead_instance_restarts_total", m.restarts(), labels)
+    put("fairlead_model_load_seconds", m.load_seconds, labels)
+    page.histogram("fairlead_request_seconds", m.latency.counts, m.latency.sum, labels, m.exemplars.get("fairlead_request_seconds", ()))
+    if m.engine is None:
+        page.histogram("fairlead_queue_seconds", m.queued.counts, m.queued.sum, labels)
+        page.histogram("fairlead_compute_seconds", m.compute.counts, m.compute.sum, labels)
+        page.histogram("fairlead_batch_rows", m.batch_rows.counts, m.batch_rows.sum, labels)
 
 
-def _triton_families(models: Iterable[ModelMetrics]) -> Iterator[Metric]:
-    """Triton's names (docs/user_guide/metrics.md of its server), for dashboards that exist."""
-    labels = ["model", "version"]
-    counters: dict[str, Callable[[ModelMetrics], int]] = {
-        "nv_inference_request_success": lambda m: m.success.count,
-        "nv_inference_count": lambda m: m.rows,
-        "nv_inference_exec_count": lambda m: m.executions,
-        "nv_inference_request_duration_us": lambda m: (m.success.ns + m.fail.ns) // 1000,
-        "nv_inference_queue_duration_us": lambda m: m.queue_time.ns // 1000,
-        "nv_inference_compute_input_duration_us": lambda m: m.total.compute_input.ns // 1000,
-        "nv_inference_compute_infer_duration_us": lambda m: m.total.compute_infer.ns // 1000,
-        "nv_inference_compute_output_duration_us": lambda m: m.total.compute_output.ns // 1000,
-    }
-    for name, value in counters.items():
-        # Triton's counters have no `_total`: a gauge family keeps the exact name in the text format.
-        family = GaugeMetricFamily(name, name.removeprefix("nv_").replace("_", " "), labels=labels)
-        for m in models:
-            family.add_metric([m.model, m.version], value(m))
-        yield family
-    failures = GaugeMetricFamily("nv_inference_request_failure", "inference requests failed, by reason", labels=[*labels, "reason"])
-    pending = GaugeMetricFamily("nv_inference_pending_request_count", "inference requests waiting", labels=labels)
-    for m in models:
-        for reason, number in (("REJECTED", m.refused), ("CANCELED", m.cancelled), ("BACKEND", m.fail.count)):
-            failures.add_metric([m.model, m.version, reason], number)
-        pending.add_metric([m.model, m.version], m.queue()[0])
-    yield failures
-    yield pending
+def _add_triton(page: Page, m: ModelMetrics) -> None:
+    """Its docs/user_guide/metrics.md, for dashboards that exist."""
+    labels, put = m.labels, page.put
+    of, at = m.around
+    put("nv_inference_request_success", m.success.count, labels)
+    for reason, num in (("REJECTED", m.refused), ("CANCELED", m.cancelled), ("BACKEND", m.fail.count)):
+        put("nv_inference_request_failure", num, f'{of},reason="{reason}",{at}')
+    put("nv_inference_count", m.rows, labels)
+    put("nv_inference_exec_count", m.executions, labels)
+    put("nv_inference_request_duration_us", (m.success.ns + m.fail.ns) // 1000, labels)
+    put("nv_inference_queue_duration_us", m.queue_time.ns // 1000, labels)
+    put("nv_inference_compute_input_duration_us", m.total.compute_input.ns // 1000, labels)
+    put("nv_inference_compute_infer_duration_us", m.total.compute_infer.ns // 1000, labels)
+    put("nv_inference_compute_output_duration_us", m.total.compute_output.ns // 1000, labels)
+    put("nv_inference_pending_request_count", m.queue()[0], labels)
 
 
 # Engines
@@ -365,103 +369,71 @@ def _durations_json(told: Told) -> dict[str, int]:
     return {"count": sum(told[0]), "ns": int(told[1] * 1e9)}
 
 
-def _histogram(family: HistogramMetricFamily, key: list[str], told: Told) -> None:
-    family.add_metric(key, buckets(SECONDS, told[0] or [0] * (len(SECONDS) + 1)), told[1])
+ENGINE_HISTOGRAMS = {
+    "fairlead_time_to_first_token_seconds": "time_to_first_token",
+    "fairlead_inter_token_seconds": "inter_token",
+    "fairlead_generation_queue_seconds": "queue_time",
+    "fairlead_step_seconds": "step_time",
+}
+ENGINE_NUMBERS = {
+    "fairlead_prompt_tokens_total": "num_prompt_tokens",
+    "fairlead_generated_tokens_total": "num_generated_tokens",
+    "fairlead_prefix_cache_queried_tokens_total": "num_prefix_queried_tokens",
+    "fairlead_prefix_cache_hit_tokens_total": "num_prefix_hit_tokens",
+    "fairlead_preemptions_total": "num_preemptions",
+    "fairlead_pictures_total": "num_pictures",
+    "fairlead_denoising_steps_total": "num_denoising_steps",
+    "fairlead_cached_denoising_steps_total": "num_cached_steps",
+    "fairlead_engine_failed_steps_total": "num_failed_steps",
+    "fairlead_quarantined_requests_total": "num_quarantined",
+    "fairlead_kv_blocks": "num_blocks",
+    "fairlead_kv_blocks_free": "num_free_blocks",
+}
 
 
-ENGINE_HISTOGRAMS = (
-    ("fairlead_time_to_first_token_seconds", "From arrival to the first token", "time_to_first_token"),
-    ("fairlead_inter_token_seconds", "Between two tokens of one answer", "inter_token"),
-    ("fairlead_generation_queue_seconds", "From arrival to the first step", "queue_time"),
-    ("fairlead_step_seconds", "One step of the engine", "step_time"),
-)
-ENGINE_COUNTERS = (
-    ("fairlead_prompt_tokens", "Tokens of prompts", "num_prompt_tokens"),
-    ("fairlead_generated_tokens", "Tokens generated", "num_generated_tokens"),
-    ("fairlead_prefix_cache_queried_tokens", "Tokens of prompts looked up in the prefix cache", "num_prefix_queried_tokens"),
-    ("fairlead_prefix_cache_hit_tokens", "Tokens of prompts found in the prefix cache", "num_prefix_hit_tokens"),
-    ("fairlead_preemptions", "Sequences that gave their blocks back and started again", "num_preemptions"),
-    ("fairlead_pictures", "Pictures that were finished", "num_pictures"),
-    ("fairlead_denoising_steps", "Denoising steps, of every picture in each step", "num_denoising_steps"),
-    ("fairlead_cached_denoising_steps", "Denoising steps that the first-block cache answered", "num_cached_steps"),
-    ("fairlead_engine_failed_steps", "Steps of the engine that failed", "num_failed_steps"),
-    ("fairlead_quarantined_requests", "Requests that failed a step on their own", "num_quarantined"),
-)
-ENGINE_GAUGES = (
-    ("fairlead_kv_blocks", "Blocks of KV memory", "num_blocks"),
-    ("fairlead_kv_blocks_free", "Blocks that are free, or hold nothing but prefix cache", "num_free_blocks"),
-)
-Engines = list[tuple[ModelMetrics, EngineStats]]
-
-
-def _engine_families(engines: Engines) -> Iterator[Metric]:
-    labels = ["model", "version"]
-    for name, text, field in ENGINE_HISTOGRAMS:
-        histogram = HistogramMetricFamily(name, text, labels=labels)
-        for m, stats in engines:
-            _histogram(histogram, [m.model, m.version], getattr(stats, field))
-        yield histogram
-    for family, rows in ((CounterMetricFamily, ENGINE_COUNTERS), (GaugeMetricFamily, ENGINE_GAUGES)):
-        for name, text, field in rows:
-            single = family(name, text, labels=labels)
-            for m, stats in engines:
-                single.add_metric([m.model, m.version], getattr(stats, field))
-            yield single
-    finished = CounterMetricFamily("fairlead_finished_sequences", "Sequences by why they ended", labels=[*labels, "reason"])
-    sequences = GaugeMetricFamily("fairlead_sequences", "Sequences now", labels=[*labels, "state"])
-    for m, stats in engines:
-        for reason, number in stats.finished.items():
-            finished.add_metric([m.model, m.version, reason], number)
-        sequences.add_metric([m.model, m.version, "running"], stats.num_running)
-        sequences.add_metric([m.model, m.version, "waiting"], stats.num_waiting)
-    yield finished
-    yield sequences
+def _add_engine(page: Page, m: ModelMetrics, stats: EngineStats) -> None:
+    labels, put = m.labels, page.put
+    of, at = m.around
+    for name, field in ENGINE_HISTOGRAMS.items():
+        counts, total = getattr(stats, field)
+        page.histogram(name, counts, total, labels, m.exemplars.get(name, ()))
+    for name, field in ENGINE_NUMBERS.items():
+        put(name, getattr(stats, field), labels)
+    if stats.num_blocks:
+        put("fairlead_kv_used_ratio", _kv_usage(stats), labels)
+    if m.kv_bytes:
+        put("fairlead_kv_bytes", m.kv_bytes, labels)
+    for reason, num in stats.finished.items():
+        put("fairlead_finished_sequences_total", num, f'{of},reason="{reason}",{at}')
+    put("fairlead_sequences", stats.num_running, f'{of},state="running",{at}')
+    put("fairlead_sequences", stats.num_waiting, f'{of},state="waiting",{at}')
 
 
 def _kv_usage(stats: EngineStats) -> float:
     return 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
 
 
-def _vllm_families(engines: Engines) -> Iterator[Metric]:
-    """vLLM's names (docs/usage/metrics.md of its repository), for dashboards that exist. They know no versions: a model's are added up."""
-    labels = ["model_name"]
-    of_models: dict[str, tuple[EngineStats, Told]] = {}
-    for m, stats in engines:
-        told, latency = of_models.get(m.model, (EngineStats(), _NONE))
-        of_models[m.model] = (add_stats(told, stats), _add_told(latency, (m.latency.counts, m.latency.sum)))
-    gauges: dict[str, Callable[[EngineStats], float]] = {
-        "num_requests_running": lambda s: s.num_running,
-        "num_requests_waiting": lambda s: s.num_waiting,
-        "kv_cache_usage_perc": _kv_usage,
-        "gpu_cache_usage_perc": _kv_usage,  # the older name, which dashboards still ask for
-    }
-    counters: dict[str, Callable[[EngineStats], int]] = {
-        "prefix_cache_queries": lambda s: s.num_prefix_queried_tokens,
-        "prefix_cache_hits": lambda s: s.num_prefix_hit_tokens,
-        "num_preemptions": lambda s: s.num_preemptions,
-        "prompt_tokens": lambda s: s.num_prompt_tokens,
-        "generation_tokens": lambda s: s.num_generated_tokens,
-    }
-    histograms: dict[str, Callable[[EngineStats, Told], Told]] = {
-        "time_to_first_token_seconds": lambda s, _: s.time_to_first_token,
-        "inter_token_latency_seconds": lambda s, _: s.inter_token,
-        "time_per_output_token_seconds": lambda s, _: s.inter_token,
-        "request_queue_time_seconds": lambda s, _: s.queue_time,
-        "e2e_request_latency_seconds": lambda _, latency: latency,
-    }
-    for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
-        for name, value in values.items():
-            single = family(f"vllm:{name}", name.replace("_", " "), labels=labels)
-            for model, (stats, _) in of_models.items():
-                single.add_metric([model], value(stats))
-            yield single
-    for name, pick in histograms.items():
-        histogram = HistogramMetricFamily(f"vllm:{name}", name.replace("_", " "), labels=labels)
-        for model, (stats, latency) in of_models.items():
-            _histogram(histogram, [model], pick(stats, latency))
-        yield histogram
-    success = CounterMetricFamily("vllm:request_success", "requests by why they ended", labels=[*labels, "finished_reason"])
-    for model, (stats, _) in of_models.items():
-        for reason, number in stats.finished.items():
-            success.add_metric([model, reason], number)
-    yield success
+def _add_vllm(page: Page, labels: str, stats: EngineStats, latency: Told) -> None:
+    """Its docs/usage/metrics.md, for dashboards that exist. They know no versions: a model's are added up."""
+    for name, value in (
+        ("vllm:num_requests_running", stats.num_running),
+        ("vllm:num_requests_waiting", stats.num_waiting),
+        ("vllm:kv_cache_usage_perc", _kv_usage(stats)),
+        ("vllm:gpu_cache_usage_perc", _kv_usage(stats)),
+        ("vllm:prefix_cache_queries_total", stats.num_prefix_queried_tokens),
+        ("vllm:prefix_cache_hits_total", stats.num_prefix_hit_tokens),
+        ("vllm:num_preemptions_total", stats.num_preemptions),
+        ("vllm:prompt_tokens_total", stats.num_prompt_tokens),
+        ("vllm:generation_tokens_total", stats.num_generated_tokens),
+    ):
+        page.put(name, value, labels)
+    for name, (counts, total) in (
+        ("vllm:time_to_first_token_seconds", stats.time_to_first_token),
+        ("vllm:inter_token_latency_seconds", stats.inter_token),
+        ("vllm:time_per_output_token_seconds", stats.inter_token),
+        ("vllm:request_queue_time_seconds", stats.queue_time),
+        ("vllm:e2e_request_latency_seconds", latency),
+    ):
+        page.histogram(name, counts, total, labels)
+    for reason, num in stats.finished.items():
+        page.put("vllm:request_success_total", num, f'finished_reason="{reason}",{labels}')

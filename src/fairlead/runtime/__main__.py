@@ -1,4 +1,4 @@
-"""`python -m fairlead.runtime forkserver FD LOG_LEVEL LOG_FORMAT`: the process that replicas are forked from."""
+"""`python -m fairlead.runtime forkserver FD LOG_LEVEL LOG_FORMAT [texts]`: the process that replicas are forked from."""
 
 import sys
 
@@ -8,8 +8,8 @@ from fairlead.runtime.forkserver import serve_forks
 
 def main(arguments: list[str]) -> int:
     match arguments:
-        case ["forkserver", fd, level, style] if fd.isdecimal():
-            configure_logs(level, style)  # type: ignore[arg-type]
+        case ["forkserver", fd, level, style, *more] if fd.isdecimal() and more in ([], ["texts"]):
+            configure_logs(level, style, texts=bool(more))  # type: ignore[arg-type]
             return serve_forks(int(fd))
     print(__doc__, file=sys.stderr)
     return 2

@@ -32,6 +32,7 @@ from itertools import count
 from fairlead.core.errors import FairleadError, QueueFull
 from fairlead.core.specs import BatchingSpec, QueuePolicy, TimeoutAction
 from fairlead.core.tensors import Tensors
+from fairlead.core.timeline import BatchNote
 
 DEADLINE_MARGIN = 0.001
 """Seconds before a member's time-out at which a waiting batch closes, at the least."""
@@ -67,7 +68,7 @@ class Entry:
 
 
 class Batch:
-    __slots__ = ("close_reason", "entries", "error", "finished", "number", "outputs", "rows", "started", "wanted")
+    __slots__ = ("close_reason", "entries", "error", "finished", "note", "number", "outputs", "rows", "started", "wanted")
 
     def __init__(self, entries: list[Entry], rows: int, close_reason: CloseReason, number: int) -> None:
         self.entries = entries
@@ -77,6 +78,8 @@ class Batch:
         """Counts up in the order of dispatch."""
         self.finished = False
         # Kept here by who runs it:
+        self.note: BatchNote | None = None
+        """As its members' timelines have it."""
         self.started = 0.0
         self.wanted: frozenset[str] | None = None
         """Names of the outputs that a member asked for; None for all."""

@@ -22,6 +22,8 @@ from fairlead.backends import import_backend
 from fairlead.backends.base import Engine, EngineBackend
 from fairlead.core.errors import FairleadError
 from fairlead.core.generation import Delta, EngineStats
+from fairlead.observe.logs import journal
+from fairlead.runtime.profiling import SelfPortrait
 from fairlead.runtime.wire import (
     BROKEN_EXIT,
     HUNG_EXIT,
@@ -88,6 +90,7 @@ class EngineReplica:
         self._thread = threading.Thread(target=self._compute, name="engine", daemon=True)
         self._returned = asyncio.Event()
         self._connection = Connection("gateway", self._on_frame, self._ended.set)
+        self._portrait = SelfPortrait(engine.between_steps, lambda found: self._connection.send(Frame(Kind.PROFILED, profile=found)))
 
     async def run(self, sock: socket.socket) -> int:
         """Until the gateway says CLOSE or is gone, or the engine fails. Returns the exit code."""
@@ -96,6 +99,7 @@ class EngineReplica:
         await self._loop.create_unix_connection(lambda: self._connection, sock=sock)
         self._thread.start()
         await self._ended.wait()
+        self._portrait.close()
         self.engine.close()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._returned.wait(), END_SECONDS)
@@ -117,6 +121,10 @@ class EngineReplica:
                     self._works.remove(frame.work)
                     self.engine.cancel(frame.work)
                     self._end_if_done()
+            case Kind.PROFILE if frame.order is not None:
+                self._portrait.begin(frame.order)
+            case Kind.LEVELS:
+                journal().set_levels(frame.levels)
             case Kind.CLOSE:
                 self._closing = True
                 self._end_if_done()

@@ -8,12 +8,14 @@ from contextlib import suppress
 from msgspec import structs
 
 from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, ShuttingDown, TimeoutExpired, Unavailable, Unsupported
-from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
+from fairlead.core.generation import Delta, EngineInfo, EngineStats, Phase, Prompt, Usage
 from fairlead.core.request import Request, Response, Sink
 from fairlead.core.specs import InputCheck, ModelSpec
 from fairlead.core.tensors import Tensors
+from fairlead.core.timeline import Phases
 from fairlead.observe.metrics import ModelMetrics, add_stats
 from fairlead.runtime.engine_instance import EngineInstance
+from fairlead.runtime.lives import ReplicaProcess
 from fairlead.runtime.text_tensors import TextForm, tensor_specs, text_form
 from fairlead.runtime.version import WARMUP_SECONDS
 
@@ -24,7 +26,7 @@ UNRANKED = 1 << 31
 class EngineTicket:
     """A request on its way through an engine. `cancel` stops it at any stage."""
 
-    __slots__ = ("arrived", "done", "form", "instance", "owner", "reader", "work")
+    __slots__ = ("age", "arrived", "done", "form", "instance", "note", "owner", "reader", "timeline", "work")
 
     def __init__(self, owner: "EngineVersion", request: Request, reader: "_ToSink | _Merging") -> None:
         self.owner = owner
@@ -35,6 +37,11 @@ class EngineTicket:
         """Of a request with tensors."""
         self.instance: EngineInstance | None = None
         self.work = 0
+        self.timeline = request.timeline
+        self.note: Phases | None = None
+        """In its timeline: what its engine did."""
+        self.age = 0.0
+        """Seconds since it arrived, when it was sent to the engine."""
 
     def cancel(self) -> None:
         """The caller left. Its sink is closed with Cancelled unless it was already closed."""
@@ -44,7 +51,18 @@ class EngineTicket:
     # From the instance
 
     def respond(self, delta: Delta) -> None:
+        if delta.finish_reason and self.timeline is not None:
+            self.timeline.finish_reasons += (delta.finish_reason,)
+        if delta.usage is not None:
+            self._told(delta, delta.usage)
         self.reader.respond(delta)
+
+    def _told(self, delta: Delta, usage: Usage) -> None:
+        """The last piece says what the engine did: for the timeline alone, which is nobody's who is given the same answer later."""
+        phases, delta.phases = delta.phases, []
+        if self.timeline is not None and self.note is not None:
+            self.note.phases = [since(phase, self.age) for phase in phases]
+            self.timeline.used(usage)
 
     def close(self, error: FairleadError | None) -> None:
         self.owner.ended(self, error)
@@ -75,11 +93,16 @@ class EngineVersion:
             queue=lambda: (self.stats.num_waiting, self.stats.num_waiting),
             restarts=lambda: sum(instance.restarts for instance in self.instances),
             engine=lambda: self.stats,
+            kv_bytes=len(instances) * info.num_kv_blocks * info.kv_block_bytes,
         )
 
     @property
     def ready(self) -> bool:
         return not self.draining and any(instance.ready and not instance.recovering for instance in self.instances)
+
+    @property
+    def processes(self) -> Sequence[ReplicaProcess]:
+        return self.instances
 
     @property
     def stats(self) -> EngineStats:
@@ -161,6 +184,10 @@ class EngineVersion:
             self._close(ticket, error)
             return
         ticket.instance = chosen
+        if ticket.timeline is not None:
+            ticket.age = age
+            ticket.note = Phases(self.name, self.version, self.instances.index(chosen), [])
+            ticket.timeline.note(ticket.arrived + age, "engine", ticket.note)
         self._tickets.add(ticket)
         self._idle.clear()
 
@@ -322,4 +349,15 @@ def joined(first: Delta, then: Delta) -> Delta:
         first.progress = then.progress if then.progress.preview or not seen else structs.replace(then.progress, preview=seen)
     if then.picture is not None:
         first.picture = then.picture
+    if then.phases:
+        first.phases = then.phases
     return first
+
+
+def since(phase: Phase, age: float) -> Phase:
+    """As counted from when a request of this age was sent, of one that an engine counts from its arrival."""
+    start = phase.start - age
+    if start < 0:
+        phase.seconds = max(phase.seconds + start, 0.0)
+    phase.start = max(start, 0.0)
+    return phase

@@ -21,6 +21,8 @@ from typing import NoReturn
 import structlog
 
 from fairlead.core.errors import Unavailable
+from fairlead.core.logs import Levels
+from fairlead.observe.logs import journal
 from fairlead.runtime.wire import Frame, Kind, Receiver, WireError, encode_frame
 
 log = structlog.get_logger("fairlead.runtime")
@@ -44,10 +46,13 @@ class Process:
 class ForkServer:
     """The gateway's end. The server starts with the first `spawn`, and again with the first one after its death."""
 
-    def __init__(self, log_level: str = "info", log_format: str = "auto") -> None:
+    def __init__(self, log_level: str = "info", log_format: str = "auto", *, log_texts: bool = False, levels: Levels | None = None) -> None:
+        """`levels`: of single rooms; `log_texts`: as `observe.logs.configure_logs` takes it."""
         self.restarts = 0
         """Deaths of the server itself; replicas that it started live on."""
-        self._arguments = (log_level, log_format)
+        self.levels: Levels = levels or {}
+        """What replicas begin with."""
+        self._arguments = (log_level, log_format, *(("texts",) if log_texts else ()))
         self._starting = asyncio.Lock()
         self._server: _Server | None = None
 
@@ -56,12 +61,23 @@ class ForkServer:
         """None while no server runs."""
         return self._server.process.pid if self._server is not None else None
 
-    async def spawn(self, descriptors: Sequence[int], modules: Sequence[str] = ()) -> Process:
-        """Fork a replica that serves these descriptors, after importing `modules` (once). Raises Unavailable if that fails."""
+    async def spawn(self, descriptors: Sequence[int], modules: Sequence[str] = (), *, mark: str = "") -> Process:
+        """Fork a replica that serves these descriptors, after importing `modules` (once). Raises Unavailable if that fails.
+
+        `mark`: then the last descriptor is for what it prints, and this stands before lines of its log.
+        """
         async with self._starting:
             if self._server is None:
                 self._server = await self._start()
-        return await self._server.spawn(descriptors, modules)
+                self._server.set_levels(self.levels)
+        return await self._server.spawn(descriptors, modules, mark=mark)
+
+    def set_levels(self, levels: Levels) -> None:
+        """For replicas that start from now on."""
+        self.levels = levels
+        if self._server is not None:
+            with suppress(Unavailable):  # the next one begins with them
+                self._server.set_levels(levels)
 
     def kill(self, process: Process) -> bool:
         """End it at once. False if it has ended, or if the server that forked it has: then nobody here can tell whose its pid is."""
@@ -108,9 +124,13 @@ class _Server:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock.fileno(), self._read)
 
-    async def spawn(self, descriptors: Sequence[int], modules: Sequence[str]) -> Process:
+    def set_levels(self, levels: Levels) -> None:
+        """Raises Unavailable."""
+        self._send(Frame(Kind.LEVELS, levels=levels))
+
+    async def spawn(self, descriptors: Sequence[int], modules: Sequence[str], *, mark: str) -> Process:
         spawned: asyncio.Future[Process] = self._loop.create_future()
-        self._send(Frame(Kind.SPAWN, modules=list(modules), num_fds=len(descriptors)), descriptors)
+        self._send(Frame(Kind.SPAWN, modules=list(modules), num_fds=len(descriptors), mark=mark), descriptors)
         self._spawning.append(spawned)
         return await asyncio.shield(spawned)  # a caller that gives up must not shift the answers
 
@@ -235,6 +255,8 @@ class _Forks:
         for frame, _ in self.receiver.received(len(data)):
             if frame.kind is Kind.SPAWN:
                 self.spawn(frame)
+            elif frame.kind is Kind.LEVELS:
+                journal().set_levels(frame.levels)
             elif frame.kind is Kind.KILL and frame.pid in self.children:
                 os.kill(frame.pid, signal.SIGKILL)  # not yet reaped: the pid is still its own
         return bool(data)
@@ -269,13 +291,13 @@ class _Forks:
             self.send(Frame(Kind.SPAWNED, pid=-1, message=str(error)))
         else:
             if pid == 0:
-                self.become_replica(descriptors)
+                self.become_replica(descriptors, mark=frame.mark)
             self.children.add(pid)
             self.send(Frame(Kind.SPAWNED, pid=pid))
         for fd in descriptors:
             os.close(fd)
 
-    def become_replica(self, descriptors: list[int]) -> NoReturn:
+    def become_replica(self, descriptors: list[int], *, mark: str) -> NoReturn:
         from fairlead.runtime import replica  # not above: the gateway imports this file and does not need it
 
         code = 1
@@ -287,6 +309,12 @@ class _Forks:
                 mine.close()
             for later in self.descriptors:  # another replica's socket, held open here, would hide that one's death
                 os.close(later)
+            if mark:
+                out = descriptors.pop()
+                os.dup2(out, 1)
+                os.dup2(out, 2)
+                os.close(out)
+                journal().to_machine(mark)
             code = replica.serve(descriptors)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)

@@ -15,8 +15,11 @@ import structlog
 
 from fairlead.backends.base import Kind as BackendKind
 from fairlead.core.errors import FairleadError, LoadError, ReplicaDied, ShuttingDown, Unavailable
+from fairlead.core.logs import Levels
 from fairlead.core.specs import ModelSpec
+from fairlead.observe.profile.orders import ProfileOrder, ReplicaProfile
 from fairlead.runtime.forkserver import ForkServer, Process
+from fairlead.runtime.printed import Printed
 from fairlead.runtime.slab import Slab, create_slab
 from fairlead.runtime.wire import Buffer, Connection, Frame, Kind, Load, WireError
 
@@ -48,9 +51,11 @@ def describe_exit(status: int | None) -> str:
 class Life:
     """One life of the process: its socket, its slabs, its end."""
 
-    def __init__(self, model: str, on_lost: Callable[["Life"], None]) -> None:
+    def __init__(self, model: str, on_lost: Callable[["Life"], None], version: str = "") -> None:
         loop = asyncio.get_running_loop()
         self.model = model
+        self.version = version
+        self.printed: Printed | None = None
         self.process: Process | None = None
         self.requests: Slab | None = None
         self.responses: Slab | None = None
@@ -65,6 +70,7 @@ class Life:
         """Start the process and have it load; its READY or ERROR. Raises LoadError where it ends without either."""
         ours, theirs = socket.socketpair()
         descriptors = [theirs.detach()]
+        printed = self.printed = Printed(self.model, self.version)
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: self.connection, sock=ours)
             if slab_bytes and hasattr(os, "memfd_create"):
@@ -72,10 +78,12 @@ class Life:
                 descriptors.append(create_slab(slab_bytes, "fairlead responses"))
                 self.requests, self.responses = Slab(descriptors[1], writer=True), Slab(descriptors[2], writer=False)
                 self.connection.slab = self.requests
-            self.process = await forkserver.spawn(descriptors, modules)
+            self.process = await forkserver.spawn([*descriptors, printed.theirs], modules, mark=printed.mark)
+            printed.pid = self.process.pid
         finally:
             for fd in descriptors:
                 os.close(fd)
+            printed.handed_over()
         self.process.exited.add_done_callback(self._exited)
         self.connection.send(Frame(Kind.LOAD, load=load))
         ends: set[asyncio.Future[Any]] = {self.loaded, self.lost}
@@ -113,6 +121,8 @@ class Life:
 
     def _end(self) -> None:
         self.requests = self.responses = self.connection.slab = None  # unmapped now, not when the garbage collector comes
+        if self.printed is not None:
+            self.printed.close(after=EXIT_SECONDS)
         self.lost.set_result(None)
         self._on_lost(self)
 
@@ -180,6 +190,34 @@ class ReplicaProcess(ABC):
             self._life = None
         self._fail_running(ShuttingDown(f"model '{self.model}' was unloaded before it answered"))
 
+    def set_levels(self, levels: Levels) -> None:
+        """Which lines its process writes."""
+        if (life := self._life) is not None and life.loaded.done():
+            life.connection.send(Frame(Kind.LEVELS, levels=levels))
+
+    async def profile(self, order: ProfileOrder, timeout: float) -> ReplicaProfile:
+        """What its process sees of itself. Raises Unavailable where it does not answer."""
+        life = self._life
+        if life is None or not self.ready:
+            raise Unavailable("its process is not there")
+        answer: asyncio.Future[ReplicaProfile] = asyncio.get_running_loop().create_future()
+
+        def on_frame(frame: Frame, body: Buffer) -> None:
+            if frame.kind is not Kind.PROFILED or frame.profile is None:
+                self._on_frame(frame, body)
+            elif not answer.done():
+                answer.set_result(frame.profile)
+
+        # Left there where it gives no answer: a late one is no error
+        life.connection.on_frame = on_frame
+        life.connection.send(Frame(Kind.PROFILE, order=order))
+        ends: set[asyncio.Future[Any]] = {answer, life.lost}
+        await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise Unavailable("its process died" if life.lost.done() else f"its process gave no answer within {timeout:g} s")
+        life.connection.on_frame = self._on_frame
+        return answer.result()
+
     # What the subclass knows
 
     exits: Mapping[int, str] = {}
@@ -210,7 +248,8 @@ class ReplicaProcess(ABC):
 
     async def _start_life(self) -> None:
         """Raises LoadError."""
-        life = self._life = Life(self.model, self._lost)
+        life = self._life = Life(self.model, self._lost, self._load.version)
+        levels = self._forkserver.levels
         try:
             async with asyncio.timeout(self._load_seconds):
                 frame, body = await life.load(self._load, self._forkserver, self._preload, self._slab_bytes)
@@ -229,6 +268,8 @@ class ReplicaProcess(ABC):
             raise
         life.since = time.monotonic()
         life.connection.on_frame = self._on_frame
+        if self._forkserver.levels is not levels:  # changed since it was forked
+            self.set_levels(self._forkserver.levels)
         self.ready = not life.lost.done()
 
     def _lost(self, life: Life) -> None:

@@ -95,8 +95,9 @@ class ProcessInstance(ReplicaProcess):
         frame = Frame(kind, work=self._work, freed=_received(life), credit=credit)
         if outputs is not None:
             frame.outputs = list(outputs)
-        if any(request.id or request.trace or request.parameters for request in requests):
-            frame.requests = [RequestContext(r.id, r.trace, r.parameters, r.num_rows) for r in requests]
+        traces = [request.traceparent for request in requests]
+        if any(traces) or any(request.id or request.parameters for request in requests):
+            frame.requests = [RequestContext(r.id, trace, r.parameters, r.num_rows) for r, trace in zip(requests, traces, strict=True)]
         try:
             frame.tensors, body = pack(inputs, life.requests)
             life.connection.send(frame, body)

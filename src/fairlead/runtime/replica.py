@@ -19,7 +19,10 @@ from fairlead.backends import import_backend
 from fairlead.backends.base import Backend, Executable, requests
 from fairlead.core.errors import Cancelled, FairleadError, ModelError
 from fairlead.core.tensors import Tensors
+from fairlead.observe.logs import journal
+from fairlead.observe.nvtx import ranged
 from fairlead.runtime.engine_replica import load_engine, serve_engine
+from fairlead.runtime.profiling import SelfPortrait
 from fairlead.runtime.slab import Slab
 from fairlead.runtime.wire import (
     MAX_MESSAGE_CHARS,
@@ -147,11 +150,13 @@ class Replica:
         self._ended = asyncio.Event()
         self._connection = Connection("gateway", self._on_frame, self._ended.set)
         self._connection.slab = outputs
+        self._portrait = SelfPortrait(lambda work: work(), lambda found: self._connection.send(Frame(Kind.PROFILED, profile=found)))
 
     async def run(self, sock: socket.socket) -> None:
         """Until the gateway says CLOSE or is gone."""
         await asyncio.get_running_loop().create_unix_connection(lambda: self._connection, sock=sock)
         await self._ended.wait()
+        self._portrait.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task}, timeout=END_SECONDS)
@@ -171,6 +176,10 @@ class Replica:
                 if self._task is not None:
                     self._cancelled = True
                     self._task.cancel()
+            case Kind.PROFILE if frame.order is not None:
+                self._portrait.begin(frame.order)
+            case Kind.LEVELS:
+                journal().set_levels(frame.levels)
             case Kind.CLOSE:
                 self._closing = True
                 if self._task is None:
@@ -199,6 +208,7 @@ class Replica:
         if self._closing:
             self._ended.set()
 
+    @ranged("batch")
     def _infer(self, frame: Frame, inputs: Tensors) -> None:
         outputs = None if frame.outputs is None else frozenset(frame.outputs)
         started = time.perf_counter()

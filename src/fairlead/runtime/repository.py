@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing, suppress
 from enum import StrEnum
 from functools import partial
@@ -22,6 +22,7 @@ from msgspec import Struct, field
 from fairlead.core.config import read_yaml
 from fairlead.core.errors import ConfigError, FairleadError, InvalidRequest, LoadError, NotFound, ShuttingDown, Unavailable
 from fairlead.core.generation import EngineInfo
+from fairlead.core.logs import Levels
 from fairlead.core.request import Request, Response, Sink
 from fairlead.core.specs import ModelSpec
 from fairlead.observe.metrics import Metrics
@@ -222,6 +223,18 @@ class ModelRepository:
         """Loaded versions, ascending."""
         served = self._served.get(name)
         return list(served.by_version) if served else []
+
+    def loaded(self) -> Iterator[Version]:
+        """Every version that requests can reach."""
+        for served in list(self._served.values()):
+            yield from served.by_version.values()
+
+    def set_log_levels(self, levels: Levels) -> None:
+        """Of the processes that compute, now and later."""
+        self._forkserver.set_levels(levels)
+        for version in self.loaded():
+            for process in version.processes:
+                process.set_levels(levels)
 
     def _missing(self, name: str, version: str) -> FairleadError:
         if self.stopping:
@@ -566,9 +579,10 @@ class ModelRepository:
             log.exception("model failed to load", model=name, version=number)
             reason = f"{type(error).__name__}: {error}"
         else:
+            version.metrics.load_seconds = time.perf_counter() - began
             model.states[number] = (State.READY, "")
             self.metrics.loads[name, "success"] += 1
-            log.info("model loaded", model=name, version=number, platform=version.platform, seconds=round(time.perf_counter() - began, 3))
+            log.info("model loaded", model=name, version=number, platform=version.platform, seconds=round(version.metrics.load_seconds, 3))
             return version
         # A version that serves goes on serving what it was loaded from before.
         model.states[number] = (State.READY if number in model.versions else State.UNAVAILABLE, reason)

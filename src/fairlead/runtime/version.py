@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Hashable
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -13,9 +13,11 @@ from fairlead.core.errors import Cancelled, FairleadError, ModelError, ReplicaDi
 from fairlead.core.request import Request, Response, Sink
 from fairlead.core.specs import InputCheck, ModelSpec
 from fairlead.core.tensors import Tensors, nbytes_of
+from fairlead.core.timeline import MAX_CHARS, BatchNote, Timeline
 from fairlead.observe.metrics import ModelMetrics
 from fairlead.runtime.batcher import Batch, Batcher, CloseReason, Entry
 from fairlead.runtime.instances import Instance
+from fairlead.runtime.lives import ReplicaProcess
 
 log = structlog.get_logger("fairlead.runtime")
 
@@ -45,6 +47,10 @@ class Version(Protocol):
 
     @property
     def ready(self) -> bool: ...
+
+    @property
+    def processes(self) -> Sequence[ReplicaProcess]:
+        """Those that compute for it; none where this one does."""
 
     def statistics(self) -> dict[str, object]:
         """One entry of Triton's `model_stats`."""
@@ -86,10 +92,11 @@ class BatchTicket(Entry):
 
 
 class _Slot:
-    __slots__ = ("batch", "instance")
+    __slots__ = ("batch", "instance", "number")
 
-    def __init__(self, instance: Instance) -> None:
+    def __init__(self, instance: Instance, number: int) -> None:
         self.instance = instance
+        self.number = number
         self.batch: Batch | None = None
 
 
@@ -103,7 +110,7 @@ class ModelVersion:
         self.platform = platform
         self.batcher = Batcher(spec.batching)
         self.check = InputCheck(spec)
-        self.slots = [_Slot(instance) for instance in instances]
+        self.slots = [_Slot(instance, number) for number, instance in enumerate(instances)]
         self.example: Tensors | None = None
         """Inputs that work, where the artefact tells some."""
         self.draining = False
@@ -123,11 +130,16 @@ class ModelVersion:
             version,
             queue=lambda: (self.batcher.num_requests, self.batcher.num_rows),
             restarts=lambda: sum(slot.instance.restarts for slot in self.slots),
+            max_batch_size=spec.batching.max_batch_size,
         )
 
     @property
     def ready(self) -> bool:
         return not self.draining and any(slot.instance.ready for slot in self.slots)
+
+    @property
+    def processes(self) -> Sequence[ReplicaProcess]:
+        return [slot.instance for slot in self.slots if isinstance(slot.instance, ReplicaProcess)]
 
     def statistics(self) -> dict[str, object]:
         return self.metrics.statistics()
@@ -270,6 +282,7 @@ class ModelVersion:
         if self.spec.streams:
             ticket = tickets[0]
             ticket.slot = slot
+            self._note(slot, batch, ticket.request.timeline)
             slot.instance.stream(ticket.request, _StreamSink(self, slot, ticket), CREDIT)
             return
         outputs: set[str] | None = set()
@@ -277,6 +290,8 @@ class ModelVersion:
         requests = []
         for ticket in tickets:
             request = ticket.request
+            if request.timeline is not None:
+                self._note(slot, batch, request.timeline)
             requests.append(request)
             inputs.append(request.inputs)
             if request.outputs is None:
@@ -286,6 +301,17 @@ class ModelVersion:
         batch.wanted = None if outputs is None else frozenset(outputs)
         slot.instance.run(inputs, batch.wanted, lambda result, error: self._done(slot, result, error), requests)
 
+    def _note(self, slot: _Slot, batch: Batch, timeline: Timeline | None) -> None:
+        """All members share one note."""
+        if timeline is None:
+            return
+        note = batch.note
+        if note is None:
+            reason, number = batch.close_reason.value, len(batch.entries)
+            note = BatchNote(self.name, self.version, batch.number, reason, batch.rows, number, slot.number, batch.started)
+            batch.note = note
+        timeline.note(batch.started, "batched", note)
+
     def _done(self, slot: _Slot, outputs: Tensors | None, error: FairleadError | None) -> None:
         batch = slot.batch
         assert batch is not None
@@ -294,6 +320,13 @@ class ModelVersion:
         now = time.perf_counter()
         if outputs is not None and (error := self._wrong(batch, outputs)) is not None:
             outputs = None
+        note = batch.note
+        if note is not None:
+            note.ended = now
+            if error is None:
+                note.gather_seconds, note.compute_seconds = slot.instance.gather_seconds, slot.instance.compute_seconds
+            else:
+                note.error = error.message[:MAX_CHARS]
         if error is not None and len(batch.entries) > 1 and not isinstance(error, ReplicaDied) and not self.batcher.preserve_ordering:
             # One request's values may have spoiled its neighbours': each gets a try of its own. Not where order is
             # promised: the tries would overtake, or hold up, what came after.
@@ -338,6 +371,8 @@ class ModelVersion:
                 continue
             ticket.done = True
             request = ticket.request
+            if (timeline := request.timeline) is not None and not timeline.ended:
+                timeline.events.append((now, "computed", None))
             sink = ticket.sink
             arrived = ticket.arrived
             num += 1
@@ -371,6 +406,10 @@ class ModelVersion:
         ticket.slot = None
         self._running -= 1
         now = time.perf_counter()
+        if (note := batch.note) is not None:
+            note.ended, note.compute_seconds, note.error = now, now - batch.started, "" if error is None else error.message[:MAX_CHARS]
+            if ticket.request.timeline is not None:
+                ticket.request.timeline.note(now, "computed")
         self.batcher.finish(batch)
         if not ticket.done:
             self.metrics.latency.observe(now - ticket.arrived)

@@ -17,6 +17,8 @@ socket or TCP; only the slab needs one host. A peer that breaks these rules is h
 | DELTAS | replica | what one step of the engine gave: pieces of answers, and errors |
 | STATS | replica | the engine's counts: now and then while it is busy, and when it has become idle |
 | CANCEL | gateway | the caller of an engine's request left: nothing more is said of it |
+| LEVELS | gateway | which lines are written from now on; to the fork server, which its replicas inherit it from, and to those that run |
+| PROFILE | gateway | look at what this process does for so long; answered by PROFILED, whatever else runs |
 | CLOSE | gateway | finish what runs and exit |
 | SPAWN, KILL | gateway | to the fork server: a process for these descriptors; end one |
 | SPAWNED, EXITED | fork server | its pid; how a process ended |
@@ -39,8 +41,10 @@ from fairlead.backends.base import RequestContext
 from fairlead.core import errors
 from fairlead.core.errors import FairleadError, InvalidRequest, ModelError
 from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
+from fairlead.core.logs import Level
 from fairlead.core.specs import ModelSpec, TensorSpec
 from fairlead.core.tensors import DATATYPES, DTYPES, Tensors, datatype_of, decode_bytes, encode_bytes, object_array
+from fairlead.observe.profile.orders import ProfileOrder, ReplicaProfile
 from fairlead.runtime.slab import Slab, StaleRange
 
 log = structlog.get_logger("fairlead.runtime")
@@ -85,6 +89,9 @@ class Kind(IntEnum):
     GENERATE = 11
     DELTAS = 12
     STATS = 13
+    LEVELS = 14
+    PROFILE = 15
+    PROFILED = 16
     SPAWN = 20
     SPAWNED = 21
     KILL = 22
@@ -167,6 +174,11 @@ class Frame(Struct, omit_defaults=True):
     """To import before forking."""
     num_fds: Count = 0
     """Descriptors that travel with the frame."""
+    mark: str = ""
+    """Then the last of them is for what the process prints, and this stands before lines of its log."""
+    levels: dict[str, Level] = {}
+    order: ProfileOrder | None = None
+    profile: ReplicaProfile | None = None
     pid: int = 0
     status: int = 0
     """Exit code, or the negative number of the signal."""

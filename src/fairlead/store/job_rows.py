@@ -82,6 +82,15 @@ class JobQuery(Struct, frozen=True, kw_only=True):
     """With previews and results, which may be large; else those fields are empty."""
 
 
+class Backlog(Struct, frozen=True, kw_only=True):
+    """What there is still to do."""
+
+    jobs: dict[tuple[str, str], tuple[int, float]] = {}
+    """(model, status) → (how many, when the oldest was submitted)."""
+    num_calls: int = 0
+    """Of webhooks."""
+
+
 class DeliveryState(StrEnum):
     PENDING = "pending"
     DELIVERED = "delivered"

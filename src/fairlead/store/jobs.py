@@ -31,7 +31,7 @@ from fairlead.core.errors import InvalidRequest, LimitExceeded, NotFound
 from fairlead.core.jobs import RUNNING, JobReason, JobResult, JobStatus
 from fairlead.store import job_rules
 from fairlead.store.grouped import Grouped
-from fairlead.store.job_rows import DeliveryRow, DeliveryState, JobQuery, JobRow, SecretRow
+from fairlead.store.job_rows import Backlog, DeliveryRow, DeliveryState, JobQuery, JobRow, SecretRow
 from fairlead.store.job_rules import Ending
 from fairlead.store.job_sql import DELIVERY, SECRET, JobSql, delivery, secret
 from fairlead.store.rows import UsageRow
@@ -328,6 +328,14 @@ class JobStore:
         self._sql.put_jobs(connection, rows)
         self._sql.add_deliveries(connection, [call for row in rows if (call := job_rules.called_for(row, now)) is not None])
         self._sql.notify(connection, [row.id for row in rows])
+
+    def backlog(self) -> Backlog:
+        """What is to be done, of all servers together."""
+        unfinished = "SELECT model, status, count(*), min(created) FROM jobs WHERE ended IS NULL GROUP BY model, status"
+        with self._transactions.reads() as connection:
+            rows = self._sql.run(connection, unfinished).fetchall()
+            calls = self._sql.run(connection, "SELECT count(*) FROM deliveries WHERE state = 'pending'").scalar()
+        return Backlog(jobs={(row[0], row[1]): (row[2], row[3]) for row in rows}, num_calls=calls or 0)
 
     # Upkeep
 

@@ -30,6 +30,7 @@ from fairlead.store.rows import (
     UsageRow,
     UsageSum,
 )
+from fairlead.store.slo import SloStore
 from fairlead.store.spent import SUMS, insert_usage, widened
 from fairlead.store.sql import Sql, find, select, write_audit
 from fairlead.store.transactions import Conflict, Transactions
@@ -51,6 +52,7 @@ class Store:
         control = Sql(engine, "fairlead_control")
         self.registry = RegistryStore(self._transactions, control)
         self.control = ControlStore(self._transactions, control)
+        self.slos = SloStore(self._transactions, control)
 
     @classmethod
     def open(cls, url: str) -> "Store":

@@ -456,3 +456,17 @@ feedback_sums = Table(
     PrimaryKeyConstraint("rollout", "model", "version", "name"),
 )
 """The same feedback added up: what is asked at every decision, and what purging leaves."""
+
+slo_hours = Table(
+    "slo_hours",
+    metadata,
+    Column("slo", String, nullable=False),
+    Column("digest", String, nullable=False),
+    Column("hour", BigInteger, nullable=False),
+    Column("server", String, nullable=False),
+    Column("good", BigInteger, nullable=False),
+    Column("bad", BigInteger, nullable=False),
+    PrimaryKeyConstraint("slo", "digest", "hour", "server"),
+    Index("slo_hours_hour", "hour"),
+)
+"""Each server writes its own rows. `hour` is its first second; of `digest` another one means that something else was counted."""

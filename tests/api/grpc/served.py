@@ -21,7 +21,9 @@ from tritonclient.grpc import service_pb2 as pb
 from fairlead.api.grpc.http2 import Limits
 from fairlead.api.grpc.server import GrpcServer
 from fairlead.core.tensors import DTYPES
+from fairlead.core.timeline import Timeline
 from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.repository import Control, ModelRepository, RepositorySettings
 
@@ -128,17 +130,19 @@ class Gated:
 }
 
 
-class Lines(AccessLog):
-    """An access log that can be waited for."""
+class Lines(Finished):
+    """Finished requests that can be waited for."""
 
     def __init__(self, metrics: Metrics) -> None:
-        super().__init__(None, metrics.responses)
+        super().__init__(AccessLog(None, metrics.responses))
+        self.responses = metrics.responses
         self.queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
-    def add(self, protocol, request_id, trace, model, version, status, seconds, rows, error):
-        super().add(protocol, request_id, trace, model, version, status, seconds, rows, error)
-        line = {"protocol": protocol, "request_id": request_id, "trace": trace, "model": model, "version": version}
-        self.queue.put_nowait({**line, "status": int(status), "seconds": seconds, "rows": rows, "error": error})
+    def add(self, timeline: Timeline) -> None:
+        super().add(timeline)
+        self.flush()
+        names = ("protocol", "request_id", "model", "version", "status", "seconds", "rows", "error", "outcome", "reason", "path")
+        self.queue.put_nowait({name: getattr(timeline, name) for name in names} | {"trace": timeline.traceparent, "timeline": timeline})
 
     async def next(self) -> dict[str, Any]:
         async with asyncio.timeout(10):

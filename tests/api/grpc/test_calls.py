@@ -18,6 +18,7 @@ from tests.api.grpc.served import INFER, STREAM_INFER, framed, only, request, ro
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 IDENTITY = request("identity", x=row(1, 2)).SerializeToString()
 LIMIT = 1 << 20
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -184,13 +185,15 @@ async def test_a_connection_that_is_lost_cancels_its_calls(port):
 async def test_request_ids_and_traces_are_passed_on(port):
     while not port.lines.queue.empty():
         port.lines.queue.get_nowait()
-    call = port.channel.unary_unary(INFER)(IDENTITY, metadata=[("x-request-id", "mine"), ("traceparent", "00-aa-bb-01")])
+    call = port.channel.unary_unary(INFER)(IDENTITY, metadata=[("x-request-id", "mine"), ("traceparent", TRACE)])
     await call
     assert dict(await call.initial_metadata())["x-request-id"] == "mine"
     line = await port.lines.next()
     assert line.pop("seconds") > 0
+    assert line.pop("timeline").bytes_in == len(IDENTITY)
     assert line == {
-        "protocol": "grpc", "request_id": "mine", "trace": "00-aa-bb-01", "model": "identity", "version": "1", "status": 0, "rows": 1, "error": "",
+        "protocol": "grpc", "request_id": "mine", "trace": TRACE, "model": "identity", "version": "1", "status": 0, "rows": 1, "error": "",
+        "outcome": "success", "reason": "", "path": "/inference.GRPCInferenceService/ModelInfer",
     }  # fmt: skip
     call = port.channel.unary_unary(INFER)(IDENTITY)
     await call
@@ -226,7 +229,7 @@ async def test_every_end_of_a_request_is_one_line_in_the_log(port):
         assert (line["model"], line["error"]) == (message.model_name, told)
         assert (line["status"] == 0) == (told == "")
     assert port.lines.queue.empty()
-    assert port.lines._responses["grpc", 0] > 0
+    assert port.lines.responses["grpc", 0] > 0
 
 
 async def test_a_stream_that_ends_inside_a_message_fails(port):

@@ -82,6 +82,10 @@ async def test_errors_are_the_calls_status_for_those_who_ask_so(port):
     assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'nobody' is not found")
     lines = [await port.lines.next(), await port.lines.next()]
     assert [(line["model"], line["status"]) for line in lines] == [("identity", 0), ("nobody", 5)]
+    assert [(line["outcome"], line["reason"]) for line in lines] == [("success", ""), ("refused", "not-found")]
+    served, refused = (line["timeline"] for line in lines)
+    assert served is not refused and served.request_id == refused.request_id
+    assert [name for _, name, _ in served.events] == ["decoded", "batched", "computed"] and served.bytes_in > 0
     assert port.lines.queue.empty()
 
 
@@ -105,6 +109,7 @@ async def test_a_streaming_model_that_fails_ends_its_answers_only(port):
     assert len(await exchange(port, count(-1), request("identity", x=row(1)))) == 3
     lines = sorted([await port.lines.next(), await port.lines.next()], key=lambda line: line["model"])
     assert [(line["model"], line["status"], bool(line["error"])) for line in lines] == [("count", 13, True), ("identity", 0, False)]
+    assert [line["outcome"] for line in lines] == ["failure", "success"]
 
 
 async def test_ordinary_and_streaming_answers_interleave(port):

@@ -118,12 +118,12 @@ class Studio:
                 await asyncio.sleep(0.01)
 
     async def lines(self, request_id: str, count: int = 1) -> list[dict[str, Any]]:
-        """The access log's lines of a request; some ends are written a moment after the answer."""
+        """The access log's lines of a request at its door; some ends are written a moment after the answer."""
         async with asyncio.timeout(SECONDS):
             while True:
-                self.server.access_log.flush()
+                self.server.telemetry.finished.flush()
                 lines = [json.loads(line) for line in self.log.getvalue().splitlines()]
-                found = [line for line in lines if line["request_id"] == request_id]
+                found = [line for line in lines if line["request_id"] == request_id and line["protocol"] != "job"]
                 if len(found) >= count:
                     return found
                 await asyncio.sleep(0.005)
@@ -168,7 +168,7 @@ gateway:
             KeyRow(id=first.id, tenant="acme", digest=first.digest, signing_key=first.signing_key, prefix=first.prefix, created=1.0), AUDIT
         )
         server = Server(parse_settings(text, "test"), None, text)
-        log = server.access_log._stream = io.StringIO()
+        log = server.telemetry.access_log.stream = io.StringIO()
         try:
             await server.start()
             async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{server.http.port}", timeout=SECONDS) as client:

@@ -26,6 +26,12 @@ async def port(tmp_path_factory):
         yield running
 
 
+@pytest.fixture(autouse=True)
+def no_lines_of_others(port: Served) -> None:
+    while not port.lines.queue.empty():
+        port.lines.queue.get_nowait()
+
+
 @pytest.fixture
 def client(port: Served) -> httpx2.AsyncClient:
     return port.client

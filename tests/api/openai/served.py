@@ -148,7 +148,7 @@ class Door:
 async def door(*, max_body_bytes: int = 1 << 20) -> AsyncIterator[Door]:
     metrics = Metrics()
     repository, lines = Played(), Lines(metrics)
-    app = data_app(repository, access_log=lines, max_body_bytes=max_body_bytes)  # type: ignore[arg-type]
+    app = data_app(repository, finished=lines, max_body_bytes=max_body_bytes)  # type: ignore[arg-type]
     server = HttpServer(None, app, lines)
     await server.listen(port=0)
     try:

@@ -18,7 +18,8 @@ from fairlead.gateway.identity.keyring import Keyring
 from fairlead.gateway.identity.keys import NewKey, new_key
 from fairlead.gateway.identity.subject import INVALID
 from fairlead.gateway.signing import key_id
-from fairlead.observe.counts import COUNTS, Counts
+from fairlead.observe.counts import Counts
+from fairlead.observe.table import TABLE
 from fairlead.store.rows import AuditRow, KeyRow, ProjectRow, TenantRow
 from fairlead.store.store import Store
 
@@ -61,7 +62,7 @@ class Place:
             (self.open if open else self.required).known(shown, now)
         assert refused.value.headers["WWW-Authenticate"].startswith("Bearer")
         ((name, kind),) = {labels for labels, number in self.counts._counts.items() if number != before.get(labels, 0)}
-        assert name == "fairlead_auth_failures_total" and len(COUNTS[name][1]) == 1
+        assert name == "fairlead_auth_failures_total" and len(TABLE[name].labels) == 1
         return kind, refused.value.message
 
 

@@ -59,6 +59,14 @@ def test_a_bucket_is_full_at_first_and_fills_all_the_time():
     refused(limiter, acme, tokens(0), NOON + 1)
 
 
+def test_an_overview_tells_of_everybody_what_is_spent_and_held_now():
+    limiter, acme, zoo = Limiter(), tenant({"requests_per_minute": 60}), tenant({"tokens_per_day": 100}, "zoo")
+    used(limiter, acme, tokens(0), NOON)
+    limiter.hold(zoo, tokens(40), NOON)
+    told = {each.subject: (each.rule.unit, each.spent, each.held, each.remaining) for each in limiter.overview(NOON + 0.5)}
+    assert told == {"tenant:acme": (Unit.REQUESTS, 0.5, 0.0, 59.5), "tenant:zoo": (Unit.TOKENS, 0.0, 40.0, 60.0)}
+
+
 def test_what_was_held_too_much_comes_back_when_the_request_settles():
     limiter, acme = Limiter(), tenant({"tokens_per_minute": 1000})
     hold = limiter.hold(acme, tokens(900), NOON)

@@ -26,12 +26,14 @@ from fairlead.core.errors import (
 from fairlead.core.policy import Breaker, DegradeStep, GatewaySettings, ModelPolicy, QueueSettings, RoutingSettings, Upstream
 from fairlead.core.request import Raw, Request
 from fairlead.core.routes import Routes
+from fairlead.core.timeline import Timeline
 from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.routing.fake import FakePlace, VirtualTime
 from fairlead.gateway.routing.fallbacks import check_fallbacks, unknown_fallbacks
 from fairlead.gateway.upstream.errors import UpstreamGone
-from fairlead.observe.counts import COUNTS, Counts
+from fairlead.observe.counts import Counts
 from fairlead.observe.metrics import Metrics
+from fairlead.observe.table import TABLE
 from fairlead.runtime.repository import ModelRepository, RepositorySettings
 
 CHAT = "/v1/chat/completions"
@@ -100,7 +102,7 @@ class House:
             return [response async for response in responses]
 
     def count(self, name, *labels):
-        assert f"fairlead_gateway_{name}_total" in COUNTS
+        assert f"fairlead_gateway_{name}_total" in TABLE
         return self.counts.get(f"fairlead_gateway_{name}_total", *labels)
 
     def loads(self):
@@ -638,3 +640,51 @@ async def test_whatever_fails_every_request_ends_once_and_nothing_stays_counted(
     outcomes = Counter(type(sink.error).__name__ for sink in sinks)
     assert outcomes["NoneType"] > 300 and all(sink.responses for sink in sinks if sink.error is None)
     assert all(not place.in_flight for place in house.all) and all(not any(load) for load in house.loads())
+
+
+# What is told of a request
+
+
+def traced(request):
+    request.timeline = Timeline("id", "http", 0.0)
+    return request
+
+
+def told(request):
+    return [(name, *details.values()) for _, name, details in request.timeline.events]
+
+
+async def test_a_timeline_tells_of_every_place_that_was_asked():
+    a, b = places("a", "b")
+    a.fails = gone()
+    house = House({"m": [a], "n": [b]}, m=RoutingSettings(retries=0, fallback=("n",)))
+    request = traced(chat())
+    house.ask(request)
+    assert told(request) == [("sent", "a", "", 1), ("failed", "a", "unavailable"), ("fallback", "n"), ("sent", "b", "", 2)]
+    streamed = traced(chat())
+    await house.stream(streamed)
+    assert told(streamed) == told(request)
+
+
+async def test_a_timeline_tells_of_a_retry_and_of_a_hedge():
+    a, b = places("a", "b")
+    a.status = b.status = 503
+    house = House({"m": [a, b]}, m=RoutingSettings(retry_budget=1.0))
+    request = traced(chat())
+    house.ask(request)
+    assert [name for name, *_ in told(request)] == ["sent", "failed", "retried", "sent", "failed"]
+    slow, fast = places("slow", "fast", seconds=0.3)
+    house = House({"m": [slow, fast]}, m=HEDGE)
+    request = traced(tensors())
+    house.ask(request)
+    assert [name for name, *_ in told(request)] == ["sent", "sent", "hedged"]
+    assert {each[1] for each in told(request)} == {"slow", "fast"}
+
+
+async def test_what_nobody_asked_for_leaves_no_trace():
+    (a,) = places("a")
+    a.fails = gone()
+    house = House({"m": [a]}, m=RoutingSettings(retries=0))
+    request = chat()
+    house.ask(request)
+    assert request.timeline is None

@@ -5,6 +5,7 @@ import datetime
 import ipaddress
 import json
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from fairlead.core.errors import Cancelled, ConfigError, FairleadError, InvalidR
 from fairlead.core.generation import Usage
 from fairlead.core.policy import Upstream
 from fairlead.core.request import Raw, Request, Response
+from fairlead.core.timeline import Timeline, parse_traceparent
 from fairlead.gateway.upstream.client import MAX_HEAD_BYTES
 from fairlead.gateway.upstream.errors import UpstreamCut, UpstreamFull, UpstreamGone
 from fairlead.gateway.upstream.fake import Fake, Received, Script, text_of
@@ -124,6 +126,20 @@ async def test_the_callers_credentials_never_reach_the_upstream_its_own_key_does
         "traceparent": trace,
         "x-request-id": "id-1",
     }
+
+
+async def test_a_traced_request_goes_on_as_part_of_the_span_of_its_try() -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    timeline = Timeline("id-1", "http", time.perf_counter(), traceparent=trace, tracestate="vendor=1", sample=1.0)
+    sent: list[str] = []
+    async with upstream() as (fake, place):
+        for attempt in (1, 2):
+            timeline.note(time.perf_counter(), "sent", {"place": place.id, "version": "", "attempt": attempt})
+            await one(place, chat(trace=trace, timeline=timeline))
+            sent.append(last(fake).headers["traceparent"])
+            assert last(fake).headers["tracestate"] == "vendor=1"
+    assert sent == [timeline.context(1), timeline.context(2)]
+    assert len({timeline.span_id, *(parse_traceparent(each)[1] for each in sent)}) == 3  # type: ignore[index]
 
 
 async def test_an_upstream_may_call_the_model_by_another_name() -> None:

@@ -22,11 +22,14 @@ from fairlead.api.grpc import http2
 from fairlead.api.grpc.headers import Headers
 from fairlead.api.grpc.http2 import Buffer, Connection, Limits, Stream, literal
 from fairlead.api.offload import Offload
-from fairlead.api.status import INTERNAL, GrpcStatus, grpc_status, told
+from fairlead.api.status import INTERNAL, GrpcStatus, grpc_end_of, grpc_status, told
 from fairlead.core.caller import ANYONE, Caller
 from fairlead.core.errors import FairleadError, ShuttingDown
 from fairlead.core.policy import Scope
-from fairlead.observe.access import SANE_ID, SANE_TRACE, AccessLog, new_request_id
+from fairlead.core.timeline import Timeline, parse_traceparent
+from fairlead.gateway.ends import ended
+from fairlead.observe.access import SANE_ID, SANE_TRACE, new_request_id
+from fairlead.observe.finished import Finished
 
 T = TypeVar("T")
 log = structlog.get_logger("fairlead.grpc")
@@ -90,6 +93,8 @@ class Head(Struct):
     """The same as it came, with what comes twice."""
     request_id: str = ""
     trace: str = ""
+    path: str = ""
+    """"" for a method that is not known."""
     timeout: float = 0.0
     encoding: str = ""
     """How messages are compressed that say they are."""
@@ -126,7 +131,9 @@ def read_head(methods: dict[bytes, Method], headers: Headers) -> Head:
         head.encoding = encoding.decode()
     elif encoding != b"identity":
         head.fault = GrpcStatus.UNIMPLEMENTED, f"grpc-encoding {encoding.decode('ascii', 'replace')!r} is not supported"
-    if head.method is None:
+    if head.method is not None:
+        head.path = path.decode()
+    else:
         head.fault = GrpcStatus.UNIMPLEMENTED, f"unknown method {path.decode('utf-8', 'replace')}"
     return head
 
@@ -135,7 +142,7 @@ class Calls(Struct, kw_only=True):
     """What all calls of a server share."""
 
     methods: dict[bytes, Method]
-    access_log: AccessLog
+    finished: Finished
     offload: Offload
     max_message_bytes: int
     limits: Limits
@@ -149,7 +156,7 @@ class Call(Stream):
     __slots__ = (
         "_have", "_inbox", "_message", "_need", "_parts", "_prefix", "_room", "_streaming", "_task", "_timer", "_wake",
         "answer_metadata", "arrived", "caller", "calls", "cancel", "done", "head", "head_sent", "leaving", "loop", "model", "num_rows", "quiet",
-        "request_id", "trace", "version",
+        "request_id", "timeline", "trace", "version",
     )  # fmt: skip
 
     def __init__(self, calls: Calls, connection: Connection, number: int, head: Head, loop: asyncio.AbstractEventLoop) -> None:
@@ -170,6 +177,7 @@ class Call(Stream):
         self.arrived = time.perf_counter()
         self.request_id = head.request_id or new_request_id()
         self.trace = head.trace
+        self.timeline = self.new_timeline(self.arrived)
         self.model = ""
         self.version = ""
         self.num_rows = 0
@@ -198,6 +206,7 @@ class Call(Stream):
         if head.refusal:
             self.done = True
             self.connection.send_headers(self, head.refusal, ended=True)
+            self._log(GrpcStatus.UNKNOWN, "not a gRPC request")
             return
         if head.fault is not None:
             self.fail(*head.fault)
@@ -225,6 +234,14 @@ class Call(Stream):
     def metadata(self) -> dict[bytes, bytes]:
         return self.head.metadata
 
+    def new_timeline(self, arrived: float) -> Timeline:
+        head = self.head
+        timeline = Timeline(self.request_id, "grpc", arrived)
+        timeline.path = head.path
+        if head.trace and parse_traceparent(head.trace) is not None:
+            timeline.traceparent = head.trace
+        return timeline
+
     def tell(self, headers: Mapping[str, str]) -> None:
         """Further fields of the answer's head, while that is not sent."""
         self.answer_metadata += b"".join(literal(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items())
@@ -235,6 +252,7 @@ class Call(Stream):
             return
         self._over()
         size = sum([len(part) for part in parts])
+        self.timeline.bytes_out = size
         self.connection.send_whole(self, self._head_block(), [PREFIX.pack(0, size), *parts], size + 5, OK_TRAILERS)
         self._log(GrpcStatus.OK, "")
 
@@ -258,6 +276,9 @@ class Call(Stream):
     def refuse(self, error: FairleadError, message: str) -> None:
         """End the call with an error of ours, and what the caller is told beside it."""
         self.tell(told(error))
+        timeline = self.timeline
+        if not timeline.outcome:
+            timeline.outcome, timeline.reason = ended(error)
         self.fail(grpc_status(error), message)
 
     def fail_with(self, error: Exception) -> None:
@@ -577,8 +598,10 @@ class Call(Stream):
 
     def _log(self, status: GrpcStatus, error: str) -> None:
         if not self.quiet or (error and status is not GrpcStatus.CANCELLED):
-            access_log, seconds = self.calls.access_log, time.perf_counter() - self.arrived
-            access_log.add("grpc", self.request_id, self.trace, self.model, self.version, status, seconds, self.num_rows, error)
+            timeline = self.timeline
+            timeline.model, timeline.version, timeline.rows = self.model, self.version, self.num_rows
+            timeline.end(time.perf_counter(), status, error, *grpc_end_of(status))
+            self.calls.finished.add(timeline)
 
 
 class Broken(Exception):

@@ -11,7 +11,7 @@ from fairlead.api.grpc.http2 import Connection, Limits
 from fairlead.api.grpc.service import methods_of
 from fairlead.api.offload import Offload
 from fairlead.core.request import Inference
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.runtime.repository import ModelRepository
 
 BACKLOG = 1024
@@ -24,7 +24,7 @@ class GrpcServer:
     def __init__(
         self,
         repository: ModelRepository,
-        access_log: AccessLog,
+        finished: Finished,
         *,
         gateway: Inference | None = None,
         doorkeeper: Doorkeeper | None = None,
@@ -35,11 +35,11 @@ class GrpcServer:
         self.limits = limits or Limits(max_buffered_bytes=max(256 << 20, 2 * max_message_bytes))
         self.max_connections = max_connections
         self.port = 0
-        methods = methods_of(repository, gateway or repository, access_log)
+        methods = methods_of(repository, gateway or repository, finished)
         self._offload = Offload()
         self._calls = Calls(
             methods=methods,
-            access_log=access_log,
+            finished=finished,
             offload=self._offload,
             max_message_bytes=max_message_bytes,
             limits=self.limits,

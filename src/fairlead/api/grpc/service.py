@@ -24,13 +24,15 @@ from fairlead.api.grpc.messages import from_dict, message_class, parse
 from fairlead.api.kserve.codec import Form, TooSlow, message_of, with_labels
 from fairlead.api.kserve.metadata import model_config, model_metadata, model_ready, server_metadata
 from fairlead.api.kserve.parameters import file_path
-from fairlead.api.status import GrpcStatus, grpc_status
+from fairlead.api.status import GrpcStatus, grpc_end_of, grpc_status
 from fairlead.core.caller import Caller
 from fairlead.core.errors import FairleadError, InvalidRequest, ModelError, NotFound, ShuttingDown, Unsupported
 from fairlead.core.policy import Scope
 from fairlead.core.request import Inference, Request, Response, Ticket
+from fairlead.core.timeline import Timeline
+from fairlead.gateway.ends import ended
 from fairlead.gateway.identity.identity import may_use
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.runtime.repository import ModelRepository
 
 INFERENCE = "inference.GRPCInferenceService"
@@ -47,9 +49,9 @@ NOT_OFFERED = {
 }
 
 
-def methods_of(repository: ModelRepository, gateway: Inference, access_log: AccessLog) -> dict[bytes, Method]:
+def methods_of(repository: ModelRepository, gateway: Inference, finished: Finished) -> dict[bytes, Method]:
     """The table of methods by path."""
-    service = Service(repository, gateway, access_log)
+    service = Service(repository, gateway, finished)
     answers: dict[str, tuple[type, Callable[[Any, Caller], Any]]] = {
         name: (message_class(f"inference.{name}Request"), getattr(service, method))
         for name, method in {
@@ -114,14 +116,15 @@ class Service:
     LoadRequest = message_class("inference.RepositoryModelLoadRequest")
     UnloadRequest = message_class("inference.RepositoryModelUnloadRequest")
 
-    def __init__(self, repository: ModelRepository, gateway: Inference, access_log: AccessLog) -> None:
+    def __init__(self, repository: ModelRepository, gateway: Inference, finished: Finished) -> None:
         self.repository = repository
         self.gateway = gateway
-        self.access_log = access_log
+        self.finished = finished
 
     # Inference
 
     def model_infer(self, call: Call, message: Buffer) -> None:
+        call.timeline.bytes_in = len(message)
         try:
             infer = decode_request(message)
         except Refused as refused:
@@ -134,7 +137,7 @@ class Service:
     def _submit(self, call: Call, infer: InferCall) -> None:
         request = infer.request
         call.model, call.version = request.model, request.version
-        complete(request, call, call.arrived)
+        complete(request, call, call.timeline)
         form = None if not infer.classes else self.form_of(infer)
         ticket = self.gateway.submit(request, _Answer(self, call, infer, form))
         if not call.done:
@@ -268,10 +271,11 @@ class Service:
         return SERVING if self.repository.ready else NOT_SERVING
 
 
-def complete(request: Request, call: Call, arrived: float) -> None:
+def complete(request: Request, call: Call, timeline: Timeline) -> None:
     """Add what the call's metadata says to a request."""
     assert call.caller is not None
-    request.arrived, request.trace, request.caller = arrived, call.trace, call.caller
+    timeline.note(time.perf_counter(), "decoded")
+    request.arrived, request.trace, request.timeline, request.caller = timeline.arrived, call.trace, timeline, call.caller
     request.log_id = call.request_id
     metadata = call.metadata
     if b"x-fairlead-class" in metadata:
@@ -376,6 +380,7 @@ class _InferStream:
 
     async def _begin(self, message: Buffer) -> None:
         turn = _Turn(self)
+        turn.timeline.bytes_in = len(message)
         try:
             try:
                 infer = decode_request(message)
@@ -423,12 +428,15 @@ class _InferStream:
     def error(self, turn: "_Turn", error: FairleadError) -> None:
         """What went wrong with one request."""
         message, status = message_of(error, turn.id), grpc_status(error)
-        call = self.call
+        call, timeline = self.call, turn.timeline
+        if not timeline.outcome:
+            timeline.outcome, timeline.reason = ended(error)
         if self.in_band or call.done:
             self.log(turn, status, message)
             call.write([encode_stream_error(message, turn.id)])
         else:
             call.model, call.version, call.num_rows = turn.model, turn.version, turn.num_rows
+            call.timeline = timeline
             call.refuse(error, message)
 
     async def _relay(self, infer: InferCall, turn: "_Turn") -> None:
@@ -438,6 +446,8 @@ class _InferStream:
             async with aclosing(self.service.gateway.infer(request)) as responses:
                 async for response in responses:
                     self.tell(response)
+                    if not turn.timeline.first_at:
+                        turn.timeline.first_at = time.perf_counter()
                     if is_slow(response, turn.form):
                         parts = await call.in_thread(encode_response, response, request.outputs, turn.form, final=False)
                     else:
@@ -460,18 +470,20 @@ class _InferStream:
         self.advance()
 
     def log(self, turn: "_Turn", status: GrpcStatus, error: str) -> None:
-        call, seconds = self.call, time.perf_counter() - turn.arrived
-        self.service.access_log.add("grpc", call.request_id, call.trace, turn.model, turn.version, status, seconds, turn.num_rows, error)
+        timeline = turn.timeline
+        timeline.model, timeline.version, timeline.rows = turn.model, turn.version, turn.num_rows
+        timeline.end(time.perf_counter(), status, error, *grpc_end_of(status))
+        self.service.finished.add(timeline)
 
 
 class _Turn:
     """A request of a stream, and the sink of its one answer."""
 
-    __slots__ = ("arrived", "complete", "encoding", "error", "form", "id", "model", "parts", "request", "stream", "ticket", "version")
+    __slots__ = ("complete", "encoding", "error", "form", "id", "model", "parts", "request", "stream", "ticket", "timeline", "version")
 
     def __init__(self, stream: _InferStream) -> None:
         self.stream = stream
-        self.arrived = time.perf_counter()
+        self.timeline = stream.call.new_timeline(time.perf_counter())
         self.id = self.model = self.version = ""
         self.request: Request | None = None
         self.form: Form | None = None
@@ -488,7 +500,7 @@ class _Turn:
 
     def take(self, infer: InferCall) -> Request:
         request = self.request = infer.request
-        complete(request, self.stream.call, self.arrived)
+        complete(request, self.stream.call, self.timeline)
         self.id, self.model, self.version = request.id, request.model, request.version
         return request
 

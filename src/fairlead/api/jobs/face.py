@@ -27,7 +27,7 @@ from fairlead.core.pictures import check
 from fairlead.core.request import Request
 from fairlead.gateway.identity.identity import may_use
 from fairlead.jobs.desk import Desk, Wishes, unknown
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.runtime.repository import ModelRepository
 from fairlead.store.job_rows import JobRow
 
@@ -66,7 +66,7 @@ class Shared(Struct, frozen=True):
     desk: Desk
     repository: ModelRepository
     remote: Remote
-    access_log: AccessLog
+    finished: Finished
     links: Links
     check_webhook: Callable[[str, str], None]
     """(URL, the field that it stands in). Raises InvalidRequest for a URL that will not be called."""
@@ -93,7 +93,7 @@ class Face:
         """With its line in the access log and its errors in the face's shape, whatever happens."""
 
         async def answer(http: HttpRequest) -> Any:
-            line = AccessLine(self.shared.access_log, http)
+            line = AccessLine(self.shared.finished, http)
             try:
                 response = await serve(http, line)
             except FairleadError as error:
@@ -158,7 +158,10 @@ class Face:
     async def hand_in(self, request: Request, wishes: Wishes) -> tuple[JobRow, bool]:
         if wishes.webhook:
             self.shared.check_webhook(wishes.webhook, self.webhook_field)
-        return await self.desk.submit(request, wishes)
+        row, new = await self.desk.submit(request, wishes)
+        if request.timeline is not None:
+            request.timeline.job = row.id
+        return row, new
 
     async def pictures(self, id: str, caller: Caller) -> JobRow:
         """A job that makes pictures, whichever face it came by. Raises NotFound."""

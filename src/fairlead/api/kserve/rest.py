@@ -34,7 +34,7 @@ from fairlead.core.errors import InvalidRequest, Unsupported
 from fairlead.core.policy import Scope
 from fairlead.core.request import Inference
 from fairlead.gateway.identity.identity import may_use
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.runtime.repository import ModelRepository
 
 T = TypeVar("T")
@@ -47,10 +47,10 @@ MEMORY_KINDS = ("systemsharedmemory", "cudasharedmemory")
 class Rest:
     """The operations upon one repository."""
 
-    def __init__(self, repository: ModelRepository, gateway: Inference, access_log: AccessLog, max_body_bytes: int) -> None:
+    def __init__(self, repository: ModelRepository, gateway: Inference, finished: Finished, max_body_bytes: int) -> None:
         self.repository = repository
         self.max_body_bytes = max_body_bytes
-        self.streaming = Streaming(repository, gateway, access_log, max_body_bytes)
+        self.streaming = Streaming(repository, gateway, finished, max_body_bytes)
         self.operations = (*self._health(), *self._models(), *self._inference(), *self._repository(), *_not_offered())
 
     # The table

@@ -20,7 +20,7 @@ from fairlead.api.web import EventStream, error_response, framed, read_body, whi
 from fairlead.core.errors import FairleadError, InvalidRequest, TooLarge
 from fairlead.core.request import Inference, Request, Response
 from fairlead.core.specs import ModelSpec
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.runtime.repository import ModelRepository
 
 MAX_JSON_BYTES = 1 << 20
@@ -32,10 +32,10 @@ Encode = Callable[[Response], Awaitable[bytes]]
 class Streaming:
     """Endpoints whose answers come in several parts, or could."""
 
-    def __init__(self, repository: ModelRepository, gateway: Inference, access_log: AccessLog, max_body_bytes: int) -> None:
+    def __init__(self, repository: ModelRepository, gateway: Inference, finished: Finished, max_body_bytes: int) -> None:
         self.repository = repository
         self.gateway = gateway
-        self.access_log = access_log
+        self.finished = finished
         self.max_body_bytes = max_body_bytes
 
     async def infer(self, http: HttpRequest) -> Any:
@@ -50,7 +50,7 @@ class Streaming:
 
     async def _logged(self, http: HttpRequest, serve: Callable[[HttpRequest, AccessLine], Awaitable[Any]]) -> Any:
         """Every end that comes before the answer has begun is logged here."""
-        line = AccessLine(self.access_log, http)
+        line = AccessLine(self.finished, http)
         try:
             line.model, line.version = place(http)
             return await serve(http, line)

@@ -52,7 +52,7 @@ from fairlead.core.generation import Delta, Detokenize, Embed, EngineInfo, Gener
 from fairlead.core.request import Inference, Raw, Request, Response
 from fairlead.gateway.filters.moderation import by_label, check_classifier, text_rows
 from fairlead.gateway.identity.identity import may_use
-from fairlead.observe.access import AccessLog
+from fairlead.observe.finished import Finished
 from fairlead.runtime.repository import ModelRepository
 
 B = TypeVar("B", ChatBody, CompletionBody, EmbeddingBody, ModerationBody, TokenizeBody, DetokenizeBody)
@@ -82,13 +82,13 @@ class OpenAI:
     """The operations upon one repository."""
 
     def __init__(
-        self, repository: ModelRepository, gateway: Inference, access_log: AccessLog, max_body_bytes: int, elsewhere: Elsewhere | None
+        self, repository: ModelRepository, gateway: Inference, finished: Finished, max_body_bytes: int, elsewhere: Elsewhere | None
     ) -> None:
         """`elsewhere`: which models other servers compute; None: none."""
         self.repository = repository
         self.gateway = gateway
         self.elsewhere = elsewhere
-        self.access_log = access_log
+        self.finished = finished
         self.max_body_bytes = min(max_body_bytes, MAX_BODY_BYTES)
         self.since = int(time.time())
         self.operations = (
@@ -356,7 +356,7 @@ class OpenAI:
         errors = OpenAIErrors(type_.prompt_parameter)
 
         async def endpoint(http: HttpRequest) -> Any:
-            line = AccessLine(self.access_log, http)
+            line = AccessLine(self.finished, http)
             try:
                 data = await read_body(http, self.max_body_bytes)
                 if self.elsewhere is not None and (path := http.scope["path"]) in PASSED_ON:

@@ -121,6 +121,14 @@ class Identity:
             caller = self._of_subject(None)
         return structs.replace(caller, address=address)
 
+    def again(self, caller: Caller, now: float) -> Caller:
+        """Who was known by a key of the store, as that key is now. Raises Refused for one that is gone, revoked or expired."""
+        entry = self._keyring.snapshot.of_id(caller.key)
+        if entry is None:
+            raise Refused("unknown")
+        entry.check(now)
+        return structs.replace(entry.caller, address=caller.address)
+
     def _caller(self, credentials: Credentials, now: float) -> Caller | None:
         if shown := _shown(credentials):
             if shown.startswith(PREFIX):

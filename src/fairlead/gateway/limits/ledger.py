@@ -227,6 +227,13 @@ class Limiter:
     async def standing(self, subjects: Sequence[Subject], now: float) -> list[Standing]:
         return self.standings(subjects, now)
 
+    def overview(self, now: float) -> Iterator[Standing]:
+        """Of everybody who is remembered: between two of them others may have their turn."""
+        for account in list(self._accounts.values()):
+            for meter in account.meters:
+                meter.flow(now)
+                yield meter.standing(now)
+
     def remember(self, subject: str, unit: Unit, window: str, spent: float, now: float) -> None:
         """At least so much of a budget was spent in the period of `now`."""
         for meter in self._accounts[subject].meters if subject in self._accounts else ():

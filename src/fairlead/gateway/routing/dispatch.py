@@ -330,6 +330,7 @@ class _Flight:
         sent = self._trip.send(now, partial(_Sent, self))
         if not isinstance(sent, FairleadError):
             self._hedge = sent
+            self._trip.note(now, "hedged", {"place": sent.candidate.place.id})
             self._submit(sent)
 
     def _submit(self, sent: _Sent) -> None:

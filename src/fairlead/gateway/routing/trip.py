@@ -1,9 +1,9 @@
 """One request's way through the places: which one is asked, and whether another one is after a failure. Acts on nothing itself."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, count
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import structlog
 from msgspec import structs
@@ -189,7 +189,12 @@ class Trip:
         self._tries += 1
         chosen, size, overlap = self._choose(among)
         self._tried.append(chosen)
+        self.note(now, "sent", {"place": chosen.place.id, "version": self.version, "attempt": self.num_attempts})
         return make(chosen, size, overlap, now)
+
+    def note(self, now: float, name: str, details: Mapping[str, Any]) -> None:
+        if self._asked.timeline is not None:
+            self._asked.timeline.note(now, name, details)
 
     def _untried(self, now: float) -> list[Candidate]:
         """Where it may go next."""
@@ -276,6 +281,8 @@ class Trip:
         opened = attempt.candidate.circuit.opened
         attempt.over(now, verdict, error)
         self._note_opening(attempt.candidate, opened)
+        if not verdict.well:
+            self.note(now, "failed", {"place": attempt.candidate.place.id, "error": verdict.reason or type(error).__name__})
         if verdict is DIED:
             self._deaths += 1
         return self._again(verdict, now) if may_go_on else None
@@ -286,6 +293,7 @@ class Trip:
         pause = self._retry(now) if verdict.retry else None
         if pause is not None:
             self._guide.counts.add("fairlead_gateway_retries_total", self.choices.label, verdict.reason)
+            self.note(now, "retried", {"reason": verdict.reason})
             return pause
         return 0.0 if verdict.fallback and self._fall_back(now) else None
 
@@ -315,6 +323,7 @@ class Trip:
             asked, model = self._asked, self.choices.label
             self._enter(choices, structs.replace(asked, model=name, version=""))
             self._guide.counts.add("fairlead_gateway_fallbacks_total", model, name)
+            self.note(now, "fallback", {"model": name})
             return True
         return False
 

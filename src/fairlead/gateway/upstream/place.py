@@ -197,8 +197,11 @@ class UpstreamTicket(Exchange):
             lines += f"inference-header-content-length: {raw.header_length}\r\n"
         if request.id and _WORD.fullmatch(request.id):
             lines += f"x-request-id: {request.id}\r\n"
-        if request.trace and _WORD.fullmatch(request.trace):
-            lines += f"traceparent: {request.trace}\r\n"
+        trace = request.traceparent
+        if trace and _WORD.fullmatch(trace):
+            lines += f"traceparent: {trace}\r\n"
+            if request.timeline is not None and request.timeline.tracestate:
+                lines += f"tracestate: {request.timeline.tracestate}\r\n"
         if raw.accept and _VALUE.fullmatch(raw.accept):
             lines += f"accept: {raw.accept}\r\n"
         self.head = (lines + "\r\n").encode("ascii")

@@ -1,0 +1,1 @@
+"""Objectives, their error budgets, and alerts: what they decide has the time as an argument and does nothing."""
