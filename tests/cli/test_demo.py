@@ -166,6 +166,7 @@ TOOLS = (
     "tritonclient, HTTP",
     "tritonclient, gRPC",
     "Python",
+    "why the slowest requests were slow",
     "the gates of a version",
 )
 
@@ -181,6 +182,8 @@ def test_what_it_says_to_try_works_as_it_stands(terminal: Terminal, tool: str) -
             with Image.open(file) as picture:
                 assert picture.size == (PIXELS, PIXELS)
             file.unlink()
+        case "why the slowest requests were slow":
+            assert "digits" in done.stdout
         case "the gates of a version":
             assert done.stdout.strip().endswith("diabetes_sklearn@1 may serve")
         case "chat":

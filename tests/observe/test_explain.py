@@ -188,6 +188,14 @@ def test_a_job_and_what_came_after_its_end():
     assert sum(phase.seconds for phase in said.request.phases) == pytest.approx(6.0)
 
 
+@pytest.mark.parametrize(("status", "last"), [(200, "job"), (202, "answer")])
+def test_a_request_that_is_answered_by_a_job_waited_for_it_unless_it_only_handed_it_in(status: int, last: str):
+    timeline = Timeline("r1", "http", 10.0, model="art", kind="paint", job="job_1")
+    timeline.note(10.5, "admitted", {"class": "", "priority": 0})
+    timeline.end(14.0, status, "", "success", "")
+    assert [phase.name for phase in explained(timeline, SINCE).request.phases] == ["gateway", last]
+
+
 def test_it_says_which_steps_were_too_many():
     timeline = request()
     for at in range(1000):

@@ -290,7 +290,8 @@ class Exchange:
                     self._fail(error)
             except Exception:
                 log.exception("request_failed", model=self.model)
-                self._fail(INTERNAL)
+                if not self.response_complete:
+                    self._fail(INTERNAL)
             else:
                 if not self.response_complete:
                     self.run()

@@ -573,7 +573,7 @@ class ServerProcess:
             text=True,
             start_new_session=True,  # Ctrl-C is ours to pass on
         )
-        self.http = self.grpc = ""
+        self.http = self.grpc = self.ops = ""
         """Addresses, HOST:PORT."""
 
     def wait(self) -> None:
@@ -592,7 +592,7 @@ class ServerProcess:
                 if "error" in told and "model" in told:
                     failures.append(f"{told['model']}: {told['error']}\n")
                 if told.get("event") == "serving":
-                    self.http, self.grpc = told["http"].removeprefix("http://"), told["grpc"]
+                    self.http, self.grpc, self.ops = (told[door].removeprefix("http://") for door in ("http", "grpc", "ops"))
                     break
         watchdog.cancel()
         Thread(target=self._keep_log, args=(output,), daemon=True).start()
@@ -785,8 +785,8 @@ def _first(outputs: Tensors) -> float:
 # Tell
 
 
-def things_to_try(client: Client, http: str, grpc: str, models: dict[str, DemoModel], folder: Path) -> dict[str, str]:
-    """Lines for a terminal that work as they stand while a server is at `http` and `grpc` (host:port), by what they use."""
+def things_to_try(client: Client, http: str, grpc: str, ops: str, models: dict[str, DemoModel], folder: Path) -> dict[str, str]:
+    """Lines for a terminal that work as they stand while a server is at `http`, `grpc` and `ops` (host:port), by what they use."""
     url = f"http://{http}"
     patient = models["diabetes_sklearn"]
     (tensor,) = client.metadata(patient.name)["inputs"]
@@ -834,6 +834,7 @@ END"""
         "tritonclient, HTTP": triton.format(python=python, protocol="http", address=http),
         "tritonclient, gRPC": triton.format(python=python, protocol="grpc", address=grpc),
         "Python": plain,
+        "why the slowest requests were slow": f"{_python()} -m fairlead explain --slow --url http://{ops}",
         "the gates of a version": f"{_python()} -m fairlead models validate {shlex.quote(str(folder.resolve() / patient.name))}",
     }
 
@@ -877,10 +878,12 @@ def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, con
         with closing(Client(server.http)) as client:
             answers = [ask(client, model, folder) for model in models]
             # Once this server has ended, the lines are for one at its usual ports
-            http, grpc = ("127.0.0.1:8000", "127.0.0.1:8001") if once and not as_json else (server.http, server.grpc)
-            lines = things_to_try(client, http, grpc, {model.name: model for model in models}, folder)
+            usual = [f"127.0.0.1:{port}" for port in USUAL_PORTS]
+            http, grpc, ops = usual if once and not as_json else (server.http, server.grpc, server.ops)
+            lines = things_to_try(client, http, grpc, ops, {model.name: model for model in models}, folder)
         if as_json:
-            click.echo(msgspec.json.encode({"http": server.http, "grpc": server.grpc, "models": answers, "try": lines}).decode())
+            told = {"http": server.http, "grpc": server.grpc, "ops": server.ops, "models": answers, "try": lines}
+            click.echo(msgspec.json.encode(told).decode())
             return
         show(console, answers)
         if once:
@@ -889,6 +892,7 @@ def run(folder: Path, models: list[DemoModel], *, once: bool, as_json: bool, con
         for tool, text in lines.items():
             console.print(f"\n[bold]# {tool}[/]")
             click.echo(text)
+        console.print(f"\nAnd in a browser, the dashboard and the playground: http://{ops}/ui", soft_wrap=True)
         if once:
             return
         console.print(

@@ -169,11 +169,13 @@ class Timeline(Struct, gc=False):
         self.ended = now
         self.status = status
         if error:
-            self.error = error[:MAX_CHARS]
+            self.error = kept(error)
             if self.outcome == "success":
                 self.outcome = ""  # the gateway answered, and then it went wrong
-        if len(self.model) > MAX_CHARS:
-            self.model = self.model[:MAX_CHARS]
+        if len(self.model) > MAX_CHARS or not self.model.isascii():
+            self.model = kept(self.model)
+        if len(self.version) > MAX_CHARS or not self.version.isascii():
+            self.version = kept(self.version)
         if not self.outcome:
             self.outcome, self.reason = outcome, reason
 
@@ -230,6 +232,12 @@ class Timeline(Struct, gc=False):
     def outgoing(self) -> str:
         """The traceparent for the place that it was sent to just now."""
         return self.context(max(sum([name == "sent" for _, name, _ in self.events]), 1))
+
+
+def kept(text: str) -> str:
+    """As much of what a caller or a model said as is kept, without half characters, which no encoder takes."""
+    text = text[:MAX_CHARS]
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def added(first: Usage, then: Usage) -> Usage:

@@ -31,6 +31,7 @@ MEANINGS = {
     "denoise": "its picture was denoised, step by step",
     "decode picture": "its picture was decoded and written",
     "store": "its result was kept",
+    "job": "it waited for its job, which has a timeline of its own",
     "answer": "its answer was written",
     REST: "no part of the server accounts for it",
 }
@@ -254,6 +255,8 @@ def _stretches(timeline: Timeline) -> Iterator[Stretch]:
         yield computed, timeline.ended, "answer"
     elif not timeline.events:
         yield timeline.arrived, timeline.ended, "receive"
+    elif timeline.job and timeline.protocol != "job" and timeline.status != 202:
+        yield before, timeline.ended, "job"
     elif timeline.reason == "queue-timeout":
         yield ready, timeline.ended, "batch wait"
     else:

@@ -127,7 +127,7 @@ class Processes:
             yield "process_resident_memory_bytes", (), self.own.rss_bytes
         for name, value in self._numbers.items():
             yield name, (), value
-        for key, usage in self.replicas.items():
+        for key, usage in list(self.replicas.items()):
             if usage.read_at:
                 yield "fairlead_replica_cpu_seconds_total", key, usage.total_seconds
             if usage.pid:

@@ -93,7 +93,7 @@ class Traffic:
 
     def samples(self) -> Iterator[Sample]:
         for tenant, sums in list(self._tenants.items()):
-            for outcome, number in sums.outcomes.items():
+            for outcome, number in list(sums.outcomes.items()):
                 yield "fairlead_tenant_requests_total", (tenant, outcome), number
             if sums.input_tokens or sums.output_tokens:
                 yield "fairlead_tenant_tokens_total", (tenant, "input"), sums.input_tokens

@@ -51,7 +51,7 @@ class EngineTicket:
     # From the instance
 
     def respond(self, delta: Delta) -> None:
-        if delta.finish_reason and self.timeline is not None:
+        if delta.finish_reason and self.timeline is not None and not self.timeline.ended:
             self.timeline.finish_reasons += (delta.finish_reason,)
         if delta.usage is not None:
             self._told(delta, delta.usage)
@@ -60,7 +60,7 @@ class EngineTicket:
     def _told(self, delta: Delta, usage: Usage) -> None:
         """The last piece says what the engine did: for the timeline alone, which is nobody's who is given the same answer later."""
         phases, delta.phases = delta.phases, []
-        if self.timeline is not None and self.note is not None:
+        if self.timeline is not None and self.note is not None and not self.timeline.ended:
             self.note.phases = [since(phase, self.age) for phase in phases]
             self.timeline.used(usage)
 

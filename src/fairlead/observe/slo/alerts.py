@@ -275,10 +275,12 @@ class Watcher:
                 yield Sighting(rule.name, rule.severity, subject, said(rule, subject, value), active, pending=rule.pending)
 
     def _grown(self, signal: str, subject: str, seconds: float, now: float) -> float:
-        """What was not there at the first look began at 0."""
+        """What was not there at the first look began at 0, unless it may have been one of too many then."""
         past = self._past[signal]
         values = past[-1][1]
         before = next((each for at, each in past if at >= now - seconds), values)
+        if subject not in before and len(before) >= MAX_SUBJECTS:
+            return 0.0
         grown = values.get(subject, 0.0) - before.get(subject, 0.0)
         return max(grown, 0.0)
 

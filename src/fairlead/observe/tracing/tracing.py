@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import structlog
+from msgspec import structs
 
 from fairlead.core.errors import ConfigError
-from fairlead.core.generation import Generate
+from fairlead.core.generation import Generate, Sampling
 from fairlead.core.request import Request
 from fairlead.core.timeline import BatchNote, Timeline, new_id
 from fairlead.core.tracing import TraceSettings
@@ -68,7 +69,7 @@ class Tracing:
         if timeline is not None:
             timeline.sample = self.settings.sample
             if isinstance(request.prompt, Generate):
-                timeline.asked = request.prompt.sampling
+                timeline.asked = _short(request.prompt.sampling)
 
     def context(self, timeline: Timeline) -> str:
         """The traceparent of what is asked as this."""
@@ -99,13 +100,20 @@ class Tracing:
                 self._loop.call_soon_threadsafe(lambda: self.counts.add("fairlead_traces_total", outcome, by=number))
 
 
+def _short(sampling: Sampling) -> Sampling:
+    """Without what may be long, or a text of the caller's: timelines are kept for a while."""
+    if sampling.logit_bias or sampling.stop or sampling.stop_token_ids:
+        return structs.replace(sampling, logit_bias={}, stop=(), stop_token_ids=())
+    return sampling
+
+
 def build(requests: Sequence[Kept]) -> Iterator[list[Span]]:
     """The spans of each request, then those of batches that are met for the first time."""
     batches: dict[str, tuple[BatchNote, float, list[tuple[str, str]]]] = {}
     for kept in requests:
         timeline = kept.timeline
         for note in notes_of(timeline):
-            if not note.span_id:
+            if not note.span_id and note.ended:  # one that lasts is told of by a member that did not leave before its end
                 note.trace_id, note.span_id = new_id(128), new_id(64)
                 batches[note.span_id] = note, kept.offset, []
             if note.span_id in batches:

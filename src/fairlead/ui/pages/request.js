@@ -8,7 +8,7 @@ import { TONES } from "./requests.js";
 
 /** @typedef {{name: string, start: number, seconds: number}} Phase  `start`: seconds after its arrival. */
 
-const WAITS = ["queue", "batch wait", "engine queue", "limits", "retry", "preempted"];
+const WAITS = ["queue", "job", "batch wait", "engine queue", "limits", "retry", "preempted"];
 const COMPUTES = ["compute", "prefill", "denoise", "encode prompt", "gather"];
 const DECODES = ["decode", "decode picture"];
 
