@@ -16,7 +16,7 @@ FIRST = Objective(name="first", kind="time_to_first_token", threshold=0.25)
 TOKENS = Objective(name="tokens", kind="inter_token", threshold=0.05)
 
 
-def request(outcome="success", seconds=0.1, *, reason="", kind="infer", protocol="http", first=0.0, tokens=0, model="m"):
+def request(outcome="success", seconds=0.1, *, reason="", kind="infer", protocol="http", first=0.0, tokens=0, model="m", status=200):
     return Timeline(
         request_id="r",
         protocol=protocol,
@@ -26,6 +26,7 @@ def request(outcome="success", seconds=0.1, *, reason="", kind="infer", protocol
         qos_class="standard",
         outcome=outcome,
         reason=reason,
+        status=status,
         first_at=100.0 + first if first else 0.0,
         ended=100.0 + seconds,
         usage=Usage(completion_tokens=tokens) if tokens else None,
@@ -47,6 +48,9 @@ def request(outcome="success", seconds=0.1, *, reason="", kind="infer", protocol
         (request("refused", reason="not-found"), None),
         (request("refused", reason="filtered"), None),
         (request("refused", reason="a-reason-of-tomorrow"), "bad"),
+        (request("failure", reason="upstream-error", status=503), "bad"),
+        (request("failure", reason="upstream-error", status=404), "bad"),
+        (request("failure", reason="upstream-error", status=400), None),
         (request("failure", kind=""), None),
         (request("failure", protocol="job"), None),
     ],

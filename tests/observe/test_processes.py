@@ -40,6 +40,18 @@ async def test_what_a_replica_used_before_it_died_stays_counted():
     assert await house.look() == {"fairlead_replica_cpu_seconds_total": 5.5, "fairlead_replica_resident_memory_bytes": 90}
 
 
+async def test_replicas_that_come_while_a_page_is_written_do_not_break_it_off():
+    keys = [KEY]
+    processes = Processes(lambda: [(key, 7) for key in keys], lambda pid: Reading(1.0, 2.0, 100))
+    await processes.look()
+    samples = processes.samples()
+    while next(samples)[1] != KEY:
+        pass
+    keys.append(("m", "1", "1"))
+    await processes.look()
+    assert [name for name, _, _ in samples] == ["fairlead_replica_resident_memory_bytes"]
+
+
 async def test_a_new_process_with_an_old_ones_number_is_another_life():
     house = House()
     await house.look()

@@ -1,9 +1,13 @@
 """What a timeline takes, and when it takes no more."""
 
+import json
+from io import StringIO
+
 import pytest
 
 from fairlead.core.generation import Usage
 from fairlead.core.timeline import EVENTS, MAX_CHARS, MAX_EVENTS, Timeline, parse_traceparent
+from fairlead.observe.access import AccessLog
 from fairlead.observe.finished import FLUSH_REQUESTS, Finished
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -34,9 +38,21 @@ def test_what_the_gateway_said_of_its_end_counts_more_than_what_the_status_says(
 
 
 def test_a_callers_words_are_cut():
-    timeline = Timeline("id", "http", 0.0, model="m" * 5000)
+    timeline = Timeline("id", "grpc", 0.0, model="m" * 5000, version="1" * 5000)
     timeline.end(1.0, 404, "x" * 5000, "refused", "not-found")
-    assert len(timeline.model) == len(timeline.error) == MAX_CHARS
+    assert len(timeline.model) == len(timeline.version) == len(timeline.error) == MAX_CHARS
+
+
+def test_half_characters_do_not_keep_others_from_the_log():
+    log = StringIO()
+    finished = Finished(AccessLog(log))
+    for error in ("", "no such file: \udcff\ud800", ""):
+        timeline = Timeline("id", "http", 0.0, model="m\ud800")
+        timeline.end(1.0, 500, error, "failure", "model-error")
+        finished.add(timeline)
+    finished.flush()
+    assert [json.loads(line)["error"] for line in log.getvalue().splitlines() if "error" in json.loads(line)] == ["no such file: ??"]
+    assert len(log.getvalue().splitlines()) == 3
 
 
 def test_several_prompts_of_one_request_add_up():

@@ -30,6 +30,15 @@ def test_requests_tokens_and_cost_go_to_their_tenant():
     assert ("fairlead_tenant_tokens_total", "zoo", "input") not in told
 
 
+def test_requests_that_end_while_a_page_is_written_do_not_break_it_off():
+    traffic = Traffic()
+    traffic([asked()])
+    samples = traffic.samples()
+    next(samples)
+    traffic([asked(outcome="failure"), asked("zoo", cost=1.0)])
+    assert [name for name, _, _ in samples] == ["fairlead_cost_total"]
+
+
 def test_tenants_beyond_the_most_are_counted_together():
     traffic = Traffic(max_tenants=2)
     traffic([asked(name) for name in ("a", "b", "c", "d", "a")])

@@ -537,6 +537,15 @@ async def test_the_timeline_gets_what_the_engine_did_and_nobody_else_does(load):
     assert not any(piece.phases for piece in pieces), "an answer that is stored would tell of another's time"
 
 
+async def test_a_timeline_that_has_ended_is_left_as_it_is(load):
+    version = await load(step_seconds=0.005)
+    request = prompt("a b c ")
+    request.timeline = timeline = Timeline("7", "http", time.perf_counter())
+    timeline.end(time.perf_counter(), 499, "the client left", "cancelled", "cancelled")
+    await deltas(version, request)
+    assert (timeline.events, timeline.usage, timeline.finish_reasons) == ([], None, ())
+
+
 async def test_a_timeline_of_what_was_given_up_says_that_the_engine_had_it(load):
     version = await load(step_seconds=0.01)
     request = prompt("a ", ignore_eos=True)

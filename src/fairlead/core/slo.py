@@ -49,6 +49,8 @@ CALLERS = frozenset(
     }
 )
 """Reasons that the caller answers for, beside limits and budgets, which begin with `limit-` and `budget-`."""
+WRONG_REQUEST = (400, 413, 422)
+"""Statuses by which another server says that its caller asked for what cannot be."""
 
 
 class Objective(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,7 +107,7 @@ def judge(timeline: Timeline, objective: Objective) -> Judgement | None:
     | its client left | | |
     | refused, and its caller answers for it: CALLERS, limits, budgets | | |
     | refused, and the server answers for it: OURS, or a reason that is new | bad | |
-    | failed | bad | |
+    | failed; but not where another server says that the request is wrong: WRONG_REQUEST | bad | |
     | answered | good | good or bad by `threshold`; not where there is nothing to measure: no pieces, or one token |
 
     Speed is measured of answers only, so that one outage does not use up two budgets.
@@ -116,7 +118,9 @@ def judge(timeline: Timeline, objective: Objective) -> Judgement | None:
     if objective.kind == "availability":
         if outcome == "success":
             return "good"
-        return "bad" if outcome == "failure" or (outcome == "refused" and not _is_callers(timeline.reason)) else None
+        if outcome == "failure":
+            return None if timeline.reason == "upstream-error" and timeline.status in WRONG_REQUEST else "bad"
+        return "bad" if outcome == "refused" and not _is_callers(timeline.reason) else None
     seconds = measured(timeline, objective.kind) if outcome == "success" else None
     return None if seconds is None else "good" if seconds <= objective.threshold else "bad"
 

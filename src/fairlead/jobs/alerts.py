@@ -4,6 +4,7 @@ Receivers are the operator's, but what a name leads to is checked as for the web
 """
 
 import asyncio
+import hashlib
 import random
 import time
 from collections import deque
@@ -29,6 +30,8 @@ from fairlead.observe.slo.board import Alert
 
 MAX_WAITING = 100
 """Calls to one receiver; of more the oldest are dropped."""
+MAX_KEY = 255
+"""Of PagerDuty's `dedup_key`, which refuses longer ones."""
 CALLS = "fairlead_alert_calls_total"
 
 log = structlog.get_logger("fairlead.alerts")
@@ -168,7 +171,7 @@ class AlertCalls:
                     "routing_key": receiver.secret,
                     "event_action": "resolve" if alert.state == "resolved" else "trigger",
                     # not its id: a server that began anew takes up what it told of before
-                    "dedup_key": "/".join((alert.id.rsplit("-", 3)[0], alert.name, alert.severity, alert.subject)),
+                    "dedup_key": _key(alert),
                     "payload": {
                         "summary": f"{alert.name}: {alert.summary}"[:1024],
                         "source": alert.subject or "fairlead",
@@ -213,6 +216,11 @@ class Line:
 
     def due(self, now: float) -> bool:
         return bool(self.waiting) and self.waiting[0].due <= now
+
+
+def _key(alert: Alert) -> str:
+    key = "/".join((alert.id.rsplit("-", 3)[0], alert.name, alert.severity, alert.subject))
+    return key if len(key) <= MAX_KEY else hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
 
 
 def _why(answer: Answer) -> str:

@@ -11,6 +11,7 @@ import pytest_asyncio
 import tritonclient.grpc
 from tritonclient.grpc import service_pb2 as pb
 
+from fairlead.api.grpc import service
 from tests.api.grpc.gates import GATES, close_gates, reached
 from tests.api.grpc.served import Served, count, only, request, row, served
 
@@ -110,6 +111,17 @@ async def test_a_streaming_model_that_fails_ends_its_answers_only(port):
     lines = sorted([await port.lines.next(), await port.lines.next()], key=lambda line: line["model"])
     assert [(line["model"], line["status"], bool(line["error"])) for line in lines] == [("count", 13, True), ("identity", 0, False)]
     assert [line["outcome"] for line in lines] == ["failure", "success"]
+
+
+async def test_a_bug_ends_one_request_which_has_its_line(port, monkeypatch):
+    while not port.lines.queue.empty():
+        port.lines.queue.get_nowait()
+    monkeypatch.setattr(service, "encode_response", lambda *_, **__: 1 / 0)
+    (answer,) = await exchange(port, count(3, id="c"))
+    assert (answer.error_message, answer.infer_response.id) == ("internal error", "c")
+    line = await port.lines.next()
+    assert (line["model"], line["outcome"], line["status"]) == ("count", "failure", 13)
+    assert port.lines.queue.empty()
 
 
 async def test_ordinary_and_streaming_answers_interleave(port):

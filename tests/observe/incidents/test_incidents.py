@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -308,3 +309,47 @@ async def test_an_incident_is_sampled_from_its_beginning_on(ward):
             await asyncio.sleep(0.001)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_one_that_begins_while_a_sample_is_taken_gets_one_of_its_own(ward):
+    task = asyncio.create_task(ward.incidents.run())
+    scraping, go_on, scrape = asyncio.Event(), asyncio.Event(), ward.scrape
+
+    async def slow():
+        text = await scrape()
+        scraping.set()
+        await go_on.wait()
+        return text
+
+    ward.incidents.scrape = slow
+    await scraping.wait()
+    begun = await ward.incidents.start("", "me")
+    ward.incidents.scrape = scrape
+    go_on.set()
+    async with asyncio.timeout(8):  # sooner than the next one's time
+        while ward.requests < 20:
+            await asyncio.sleep(0.001)
+    assert ward.incidents.running.incident == begun
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_incident_whose_folder_somebody_removed_can_be_stopped(ward):
+    begun = await ward.incidents.start("", "me")
+    shutil.rmtree(ward.incidents.running.folder)
+    ended = await ward.incidents.stop("me")
+    assert ended.id == begun.id and "postmortem.md" in ward.archive(ended.id)
+    assert (await ward.incidents.start("", "me")).id != begun.id
+
+
+async def test_an_old_archive_that_cannot_be_removed_does_not_keep_an_incident_running(tmp_path):
+    ward = Ward(tmp_path / "incidents", IncidentSettings(sample_seconds=10.0, keep=1))
+    first = await ward.incidents.start("", "me")
+    await ward.incidents.stop("me")
+    old = ward.incidents.path(first.id)
+    old.unlink()
+    old.mkdir()  # which no `unlink` removes
+    await ward.go_on(60)
+    second = await ward.incidents.start("", "me")
+    assert (await ward.incidents.stop("me")).id == second.id
+    assert ward.incidents.running is None

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fairlead.observe.slo.alerts import BURN, RULES, Above, Below, Growth, Share, Watcher
+from fairlead.observe.slo.alerts import BURN, MAX_SUBJECTS, RULES, Above, Below, Growth, Share, Watcher
 from fairlead.observe.slo.board import MAX_ALERTS, Board, Sighting
 from fairlead.observe.slo.standing import Standing, step
 from fairlead.observe.table import TABLE
@@ -54,14 +54,22 @@ def test_a_counter_that_begins_again_is_no_growth():
     assert watch.look(restarts={"m@1": 0.0}) == {}
 
 
-def test_a_store_that_is_away_for_a_minute_pages():
+def test_a_store_that_is_away_for_two_minutes_pages():
     watch = Watch()
     watch.look(store_failures={"": 0.0})
-    for number in range(1, 6):
-        assert watch.look(store_failures={"": float(number)}) == {("FairleadStoreUnreachable", ""): "pending"}
-    for number in range(6, 10):
-        standing = watch.look(store_failures={"": float(number)})
+    for number in range(1, 13):  # it is asked once a minute
+        assert watch.look(store_failures={"": 1.0 + number // 6}) == {("FairleadStoreUnreachable", ""): "pending"}
+    for number in range(13, 18):
+        standing = watch.look(store_failures={"": 1.0 + number // 6})
     assert standing == {("FairleadStoreUnreachable", ""): "firing"}
+
+
+def test_a_store_that_failed_once_wakes_nobody():
+    watch = Watch()
+    watch.look(store_failures={"": 0.0})
+    for _ in range(60):
+        watch.look(store_failures={"": 1.0})
+    assert watch.told == []
 
 
 def test_a_share_counts_from_so_many_requests_on():
@@ -93,6 +101,14 @@ def test_a_clock_that_leaps_ahead_fires_nothing():
     watch.look(restarts={"m@1": 1.0}, store_failures={"": 1.0})
     assert watch.look(1e7, restarts={"m@1": 1.0}, store_failures={"": 1.0}) == {}
     assert watch.look(-1e7, restarts={"m@1": 1.0}, store_failures={"": 1.0}) == {}
+
+
+def test_what_finds_room_among_too_many_has_not_grown():
+    watch = Watch()
+    many = {f"m{number:04}@1": 5.0 for number in range(MAX_SUBJECTS + 1)}
+    watch.look(restarts=many)
+    del many["m0000@1"]
+    assert watch.look(restarts=many) == {}
 
 
 def test_a_million_subjects_are_bounded():

@@ -135,6 +135,22 @@ async def test_members_of_a_batch_are_linked_to_it_in_the_collector_too(collecto
     assert [span.links for span in collector.spans if span.name == "compute"] == [((batch.trace_id, batch.span_id),)] * 2
 
 
+async def test_a_member_that_left_does_not_tell_of_a_batch_that_lasts(collector: FakeCollector) -> None:
+    traces = tracing(collector.url)
+    traces.start()
+    note = batch_note()
+    ended, note.ended = note.ended, 0.0
+    traces([batched(100.0, note, "a")])
+    await until(lambda: bool(collector.spans))
+    note.ended = ended
+
+    traces([batched(100.001, note, "b")])
+    await traces.stop()
+
+    [batch] = [span for span in collector.spans if span.name == "batch fraud"]
+    assert batch.end > batch.start and len(batch.links) == 1
+
+
 async def test_those_that_are_told_of_kept_traces_find_them_at_the_collector(collector: FakeCollector) -> None:
     traces = tracing(collector.url, sample=0.3, slowest=0.0)
     told: list[Timeline] = []
@@ -277,14 +293,14 @@ async def test_too_many_a_second_are_counted_and_failed_ones_go_first(collector:
 def test_what_is_asked_of_others_for_a_request_belongs_to_its_trace(collector: FakeCollector) -> None:
     traces = tracing(collector.url, sample=0.0)
     made = timeline(ended=0.0, traceparent=CALLERS)
-    request = Request(model="m", trace=CALLERS, timeline=made, prompt=Generate(text="hi", sampling=Sampling(max_tokens=3)))
+    request = Request(model="m", trace=CALLERS, timeline=made, prompt=Generate(text="hi", sampling=Sampling(max_tokens=3, stop=("x",), logit_bias={7: 1.0})))
     assert request.traceparent == CALLERS  # nobody traces it yet
 
     traces.begin(request)
 
     version, trace, parent, flags = request.traceparent.split("-")
     assert (version, trace, flags) == ("00", TRACE, "01") and parent not in (PARENT, made.span_id)
-    assert made.asked == Sampling(max_tokens=3)
+    assert made.asked == Sampling(max_tokens=3), "what is long, and texts, are not kept"
 
 
 def test_the_flag_that_goes_on_is_the_callers_or_that_of_chance() -> None:

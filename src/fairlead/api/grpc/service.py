@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
+import structlog
+
 from fairlead.api.doorkeeper import see
 from fairlead.api.grpc.calls import Awaited, Call, Method, Streaming, Unary
 from fairlead.api.grpc.codec import (
@@ -24,7 +26,7 @@ from fairlead.api.grpc.messages import from_dict, message_class, parse
 from fairlead.api.kserve.codec import Form, TooSlow, message_of, with_labels
 from fairlead.api.kserve.metadata import model_config, model_metadata, model_ready, server_metadata
 from fairlead.api.kserve.parameters import file_path
-from fairlead.api.status import GrpcStatus, grpc_end_of, grpc_status
+from fairlead.api.status import INTERNAL, GrpcStatus, grpc_end_of, grpc_status
 from fairlead.core.caller import Caller
 from fairlead.core.errors import FairleadError, InvalidRequest, ModelError, NotFound, ShuttingDown, Unsupported
 from fairlead.core.policy import Scope
@@ -34,6 +36,8 @@ from fairlead.gateway.ends import ended
 from fairlead.gateway.identity.identity import may_use
 from fairlead.observe.finished import Finished
 from fairlead.runtime.repository import ModelRepository
+
+log = structlog.get_logger("fairlead.grpc")
 
 INFERENCE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
@@ -363,7 +367,7 @@ class _InferStream:
                 raise
             await self._fewer_than(1)
         finally:
-            for turn in self.turns:
+            for turn in tuple(self.turns):  # one that is cancelled leaves
                 turn.cancel()
             relays = tuple(self.relays)
             for relay in relays:
@@ -461,6 +465,9 @@ class _InferStream:
         except asyncio.CancelledError:
             self.log(turn, GrpcStatus.CANCELLED, "the call ended before the model did")
             raise
+        except Exception:
+            log.exception("request_failed", request_id=call.request_id, model=request.model)
+            self.error(turn, INTERNAL)
 
     def _relayed(self, relay: asyncio.Task[None]) -> None:
         self.relays.discard(relay)

@@ -136,9 +136,9 @@ class Incidents:
         await self._resume()
         while True:
             began = self.now()
+            self._wake.clear()  # what begins while this sample is taken wants one of its own
             if self.running is not None or self.settings.before_seconds:
                 await self.sample()
-            self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.pause(self.now() - began)):
                     await self._wake.wait()
@@ -291,7 +291,7 @@ class Incidents:
             archive.missing += missing.items()
             archive.add_all(sorted(exhibits.items()))
             archive.add("alerts.json", written([_during(each, ended) for each in alerts]))
-            for path in sorted((running.folder / "start").iterdir()):
+            for path in sorted((running.folder / "start").glob("*")):  # none where somebody tidied up
                 archive.add(f"start/{path.name}", path.read_bytes())
             archive.add_spread([(f"metrics/{path.name}", path) for path in samples])
             happenings = [each for exhibit in exhibits.values() for each in exhibit.happenings]
@@ -320,9 +320,12 @@ class Incidents:
         _write(_beside(archive.path), msgspec.json.encode(ended))
         os.close(running.lock)
         shutil.rmtree(running.folder, ignore_errors=True)
-        for path in _archives(archive.path.parent)[self.settings.keep :]:
-            path.unlink(missing_ok=True)
-            _beside(path).unlink(missing_ok=True)
+        try:
+            for path in _archives(archive.path.parent)[self.settings.keep :]:
+                path.unlink(missing_ok=True)
+                _beside(path).unlink(missing_ok=True)
+        except OSError as error:  # the incident has its archive all the same
+            log.warning("archive_not_removed", error=str(error))
         return ended
 
     # Shown

@@ -107,10 +107,10 @@ RULES = (
         name="FairleadStoreUnreachable",
         severity="page",
         summary="the store does not answer",
-        expr=" or ".join(grew(each, "2m") for each in STORE),
+        expr=" or ".join(grew(each, "90s") for each in STORE),
         labels=("instance",),
-        pending=60.0,
-        watch=Growth("store_failures", 120.0),
+        pending=120.0,  # more than the span: what failed once and went well the next time wakes nobody
+        watch=Growth("store_failures", 90.0),
     ),
     Rule(
         name="FairleadUsageLost",
