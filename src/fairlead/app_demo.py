@@ -64,7 +64,7 @@ async def open_demo(server: Server, port: int, *, guests: int) -> Links:
     jobs = () if server.jobs is None else server.jobs.operations
     finished = server.telemetry.finished
     app = Demo(house, Files()).app(
-        Playground(server.repository, server.gateway, lambda http: _programs(server, http), keys=False).operations,
+        Playground(server.repository, server.gateway, lambda http: _programs(server, http), keys=False),
         [*data_operations(server.repository, server.gateway, finished, server.gateway, limit), *jobs],
     )
     door = HttpServer(None, app, Finished(), shapes=OPS_SHAPES, max_body_bytes=limit)

@@ -126,10 +126,8 @@ class Telemetry:
         if self.inspection is not None:
             await self.inspection.stop()
         self.finished.flush()
-        if self.reliability is not None:
-            await self.reliability.stop()
-        if self.tracing is not None:
-            await self.tracing.stop()
+        # at once: each waits a while for somebody who may not answer
+        await asyncio.gather(*(each.stop() for each in (self.reliability, self.tracing) if each is not None))
 
     async def _flush(self) -> None:
         while True:

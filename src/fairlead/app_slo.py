@@ -28,7 +28,7 @@ from fairlead.observe.incidents.incidents import BEFORE_SECONDS, Incidents
 from fairlead.observe.logs import journal
 from fairlead.observe.metrics import Metrics, Sample
 from fairlead.observe.recent import Kind, Recent
-from fairlead.observe.redaction import redacted
+from fairlead.observe.redaction import SECRET, redacted
 from fairlead.observe.slo.alerts import Signals
 from fairlead.observe.slo.slos import Slos
 from fairlead.runtime.repository import ModelRepository
@@ -41,6 +41,8 @@ Begin = Callable[[str, Callable[[], Coroutine[Any, Any, None]]], None]
 
 MODELS_AT_ONCE = 100
 """Versions whose numbers are read before others have their turn."""
+COUNTS_AT_ONCE = 300
+"""The same of counters."""
 DISK_SECONDS = 30.0
 STOP_SECONDS = 5.0
 MAX_AUDIT = 5000
@@ -131,8 +133,7 @@ class Reliability:
 
     async def stop(self) -> None:
         """Before the store is closed."""
-        await self.slos.stop()
-        await self.calls.stop(STOP_SECONDS)
+        await asyncio.gather(self.slos.stop(), self.calls.stop(STOP_SECONDS))
         await self.incidents.stop_sampling()
 
     # What alerts look at
@@ -153,7 +154,7 @@ class Reliability:
                 if stats.num_blocks and stats.num_waiting:
                     kv_free[name] = stats.num_free_blocks / stats.num_blocks
         found |= {"restarts": dict(restarts), "preemptions": dict(preemptions), "kv_free": kv_free}
-        counted = _counted(self.metrics)
+        counted = await _counted(self.metrics)
         for model, shed in counted["shed"].items():
             asked[model] += int(shed)
         found |= {**counted, "asked": dict(asked), "loop_lag": {"": self.loop_lag()}}
@@ -246,7 +247,7 @@ class Reliability:
         return Exhibit(rollouts[::-1], tuple(happenings))
 
 
-def _counted(metrics: Metrics) -> dict[str, dict[str, float]]:
+async def _counted(metrics: Metrics) -> dict[str, dict[str, float]]:
     """Signals of what is counted."""
     names = (
         "shed",
@@ -261,7 +262,9 @@ def _counted(metrics: Metrics) -> dict[str, dict[str, float]]:
         "rollouts_aborted",
     )
     found: dict[str, Counter[str]] = {name: Counter() for name in names}
-    for name, labels, number in metrics.counts.samples():
+    for nth, (name, labels, number) in enumerate(metrics.counts.samples()):
+        if nth % COUNTS_AT_ONCE == 0:
+            await asyncio.sleep(0)
         match name, labels:
             case "fairlead_gateway_refused_total", (model, reason) if reason in SHED:
                 found["shed"][model] += number
@@ -295,8 +298,20 @@ def shown_config(text: str) -> str:
         alerts = config.get("alerts")
         for receiver in alerts.get("webhooks") or () if isinstance(alerts, dict) else ():
             if isinstance(receiver, dict) and "url" in receiver:
-                receiver["url"] = "[SECRET]"
-    return str(yaml.safe_dump(redacted(config, texts=True), sort_keys=False, allow_unicode=True))
+                receiver["url"] = SECRET
+    return str(yaml.safe_dump(_without_keys(redacted(config, texts=True)), sort_keys=False, allow_unicode=True))
+
+
+def _without_keys(config: Any) -> Any:
+    """Without what settings call a `key` (of an upstream), and the values of `headers` (of a collector), whose names say nothing."""
+    if isinstance(config, list):
+        return [_without_keys(each) for each in config]
+    if not isinstance(config, dict):
+        return config
+    shown = {name: SECRET if name == "key" and each else _without_keys(each) for name, each in config.items()}
+    if isinstance(headers := shown.get("headers"), dict):
+        shown["headers"] = dict.fromkeys(headers, SECRET)
+    return shown
 
 
 def _slowest(told: Sequence[Explained]) -> Rows:

@@ -12,7 +12,7 @@ from fairlead.core.generation import Chat, Delta, Generate, Message
 from fairlead.core.logs import Bodies as Settings
 from fairlead.core.policy import TenantPolicy
 from fairlead.core.request import Raw, Request, Response
-from fairlead.gateway.bodies import MAX_WAITING, Bodies, Sample, cut, texts_of
+from fairlead.gateway.bodies import MARGIN, MAX_WAITING, Bodies, Sample, cut, texts_of
 
 
 class Visited:
@@ -67,11 +67,25 @@ def test_long_texts_are_cut_and_long_answers_are_not_even_kept() -> None:
     sample = begun(bodies)
     for _ in range(1000):
         sample.add([delta("12345")])
-    assert len(sample.texts) == 2
+    assert sample.num_bytes < 10 + MARGIN + 5
     bodies.finished(Visited(chat("äöü" * 100), ModelError("it broke")), sample)
     (line,) = flushed(bodies)
-    assert (line["asked"], line["answered"], line["error"]) == (["äöüäö ..."], "1234512345", "it broke")
+    assert (line["asked"], line["answered"], line["error"]) == (["äöüäö ..."], "1234512345 ...", "it broke")
     assert cut("ä" * 3, 3) == "ä ..."
+
+
+def test_what_is_private_is_not_cut_in_two() -> None:
+    bodies = Bodies(Settings(share=1.0, max_bytes=40))
+    for secret in ("ann.of.somewhere@example.com", "4111 1111 1111 1111", "sk-abcdefghijklmnopqrstuv"):
+        for before in range(10, 40):
+            text = f"{'-' * before} {secret} {'and so on ' * 200}"
+            sample = begun(bodies)
+            for at in range(0, len(text), 7):
+                sample.add([delta(text[at : at + 7])])
+            bodies.finished(Visited(chat(text)), sample)
+            (line,) = flushed(bodies)
+            for shown in (*line["asked"], line["answered"]):
+                assert secret[:7] not in shown and shown.endswith("...") and len(shown) <= 44
 
 
 def test_tensors_never_stand_there() -> None:

@@ -6,12 +6,13 @@ import json
 from contextlib import asynccontextmanager
 
 import pytest
+from msgspec import structs
 from standardwebhooks import Webhook
 
 from fairlead.core.errors import ConfigError
 from fairlead.core.policy import WebhookSettings
 from fairlead.core.slo import AlertSettings, AlertWebhook
-from fairlead.jobs.alerts import CALLS, MAX_WAITING, AlertCalls
+from fairlead.jobs.alerts import CALLS, MAX_KEY, MAX_WAITING, AlertCalls
 from fairlead.jobs.fake_receiver import FakeReceiver, Reply
 from fairlead.observe.counts import Counts
 from fairlead.observe.slo.board import Alert
@@ -117,6 +118,15 @@ async def test_each_receiver_gets_what_it_asked_for_in_its_words():
         ]
         assert paged[0]["payload"]["severity"] == "critical"
         assert [json.loads(call.body)["data"]["id"] for call in tickets.received] == ["host-1-ab-2"]
+
+
+async def test_a_long_subject_is_one_that_pagerduty_takes():
+    async with FakeReceiver() as pager, office(AlertWebhook(url=pager.url, format="pagerduty", secret="routing-key")) as here:
+        long, other = (structs.replace(alert(number), subject=f"{'m' * 300}@{number}") for number in (1, 2))
+        here.calls.tell([long, other, structs.replace(long, state="resolved")])
+        await here.until(delivered=3)
+        first, second, resolved = (json.loads(call.body)["dedup_key"] for call in pager.received)
+        assert first == resolved != second and len(first) <= MAX_KEY
 
 
 async def test_a_receiver_that_fails_is_asked_again_later_with_the_same_id_and_in_order():

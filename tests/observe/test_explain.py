@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fairlead.core.generation import Phase, Usage
 from fairlead.core.timeline import EVENTS, BatchNote, Phases, Timeline
-from fairlead.observe.explain import CLOSED, MEANINGS, explained, phases_of, told
+from fairlead.observe.explain import CLOSED, MEANINGS, RANKS, REST, _stretches, explained, phases_of, told
 from fairlead.runtime.batcher import CloseReason
 
 SINCE = 1_700_000_000.0
@@ -238,3 +238,20 @@ def test_whatever_was_noted_in_whatever_order_the_phases_add_up(noted, seconds):
 )
 def test_spans_as_people_say_them(seconds, words):
     assert told(seconds) == words
+
+
+SPANS = st.lists(st.tuples(*[st.integers(0, 20)] * 3), max_size=12)
+
+
+@given(SPANS)
+def test_of_what_overlaps_each_moment_is_of_the_strongest_claim(spans):
+    timeline = request()
+    for start, waited, computed in spans:
+        phases = [Phase("waiting", 0.0, float(waited)), Phase("prefill", float(waited), float(computed))]
+        timeline.note(11.0 + start, "engine", Phases("m", "1", 0, phases))
+    timeline.end(80.0, 200, "", "success", "")
+    claims = [each for each in _stretches(timeline) if each[1] > each[0]]
+    for phase in phases_of(timeline):
+        for moment in (10.0 + phase.start + 0.5, 10.0 + phase.start + phase.seconds - 0.5):
+            here = [(RANKS.get(name, 1), begin, name) for begin, end, name in claims if begin <= moment < end]
+            assert phase.name == (max(here)[2] if here else REST)

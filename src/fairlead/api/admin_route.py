@@ -67,7 +67,7 @@ def _same_site(http: Request) -> None:
     if not caller_of(http)[0].key and not is_local(host):
         # a page whose name was made to point here (DNS rebinding) is its own site
         raise Forbidden(f"{host} may not administer this server: ask it by its address, or as localhost")
-    if origin is not None and urlsplit(origin).netloc != http.headers.get("host"):
+    if origin is not None and not is_origin_of(origin, host):
         raise Forbidden(f"pages of {origin} may not administer this server")
 
 
@@ -79,9 +79,18 @@ def _check_address(http: Request) -> None:
             raise BadField("is a key itself, which must not get into addresses: give its id", "key")
 
 
-def is_local(host: str) -> bool:
-    name = urlsplit(f"//{host}").hostname or ""
+def is_origin_of(origin: str, host: str) -> bool:
+    """Whether a page of that origin came from the host that is asked. What is no origin, came from elsewhere."""
     try:
+        return urlsplit(origin).netloc == host != ""
+    except ValueError:
+        return False
+
+
+def is_local(host: str) -> bool:
+    name = ""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
         ip_address(name)
     except ValueError:
         return name == "localhost"

@@ -36,16 +36,23 @@ class FairleadError(Exception):
     """What else the caller is told: rate limits, challenges."""
 
     def __init__(self, message: str) -> None:
+        message = encodable(message)
         super().__init__(message)
         self.message = message
 
     def saying(self, message: str) -> Self:
         """The same error in other words."""
+        message = encodable(message)
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.message = message
         other.args = (message,)
         return other
+
+
+def encodable(text: str) -> str:
+    """Without half characters, such as names of files hold that are not UTF-8: nothing that is sent or logged can."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 class InvalidRequest(FairleadError):

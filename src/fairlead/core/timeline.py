@@ -14,6 +14,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from fairlead.core.errors import encodable
 from fairlead.core.generation import Phase, Sampling, Usage
 
 MAX_EVENTS = 256
@@ -236,8 +237,7 @@ class Timeline(Struct, gc=False):
 
 def kept(text: str) -> str:
     """As much of what a caller or a model said as is kept, without half characters, which no encoder takes."""
-    text = text[:MAX_CHARS]
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+    return encodable(text[:MAX_CHARS])
 
 
 def added(first: Usage, then: Usage) -> Usage:

@@ -14,12 +14,15 @@ from fairlead.core.logs import Bodies as BodySettings
 from fairlead.core.request import Request, Response
 from fairlead.gateway.filters.redaction import redaction
 from fairlead.gateway.filters.texts import Texts
+from fairlead.observe.redaction import without_secrets
 
 log = structlog.get_logger("fairlead.gateway.bodies")
 
 FLUSH_SECONDS = 0.2
 MAX_WAITING = 256
 """Finished requests whose texts still have to be looked through; more are not written."""
+MARGIN = 512
+"""Bytes beyond `max_bytes` that are looked through, too: cut in two, a secret would not be known as one."""
 
 
 class Seen(Protocol):
@@ -77,7 +80,7 @@ class Bodies:
     def begin(self, model: str) -> Sample | None:
         if self._models and model not in self._models:
             return None
-        return Sample(self.settings.max_bytes, []) if self.chance() < self.settings.share else None
+        return Sample(self.settings.max_bytes + MARGIN, []) if self.chance() < self.settings.share else None
 
     def finished(self, visit: Seen, sample: Sample) -> None:
         if len(self._waiting) >= MAX_WAITING:
@@ -117,8 +120,15 @@ class Bodies:
         )
 
     def _plain(self, text: str) -> str:
-        text = cut(text, self.settings.max_bytes)
-        return text if self._redact is None else self._redact(text)
+        most = self.settings.max_bytes
+        data = text.encode("utf-8", "replace")
+        if len(data) < most + MARGIN:
+            return cut(self._without_private(text), most)
+        shown = self._without_private(data[: most + MARGIN].decode("utf-8", "ignore")).encode("utf-8", "replace")
+        return shown[: max(min(most, len(shown) - MARGIN), 0)].decode("utf-8", "ignore") + " ..."
+
+    def _without_private(self, text: str) -> str:
+        return without_secrets(text if self._redact is None else self._redact(text))
 
 
 def texts_of(request: Request) -> list[str]:

@@ -1,6 +1,7 @@
 """What became of one request, step by step, and where its time went. Pure: of a timeline that has ended."""
 
 from collections.abc import Iterator, Mapping
+from heapq import heappop, heappush
 from itertools import pairwise
 from typing import Any
 
@@ -196,12 +197,19 @@ def phases_of(timeline: Timeline) -> list[ShownPhase]:
     """Without gaps from its arrival to its end: each moment is of the highest rank of those that claim it."""
     first, last = timeline.arrived, timeline.ended
     stretches = [(max(start, first), min(stop, last), name) for start, stop, name in _stretches(timeline)]
-    stretches = [each for each in stretches if each[1] > each[0]]
+    stretches = sorted([each for each in stretches if each[1] > each[0]], key=lambda each: (RANKS.get(each[2], 1), each[0], each[2]))
+    waiting = sorted(range(len(stretches)), key=lambda number: -stretches[number][0])
+    """Stretches that have not begun, the next one last."""
+    claims: list[int] = []
+    """A heap of those that have, the strongest first; some are over."""
     edges = sorted({first, last, *(start for start, _, _ in stretches), *(stop for _, stop, _ in stretches)})
     found: list[ShownPhase] = []
     for start, stop in pairwise(edges):
-        claims = [(RANKS.get(name, 1), begin, name) for begin, end, name in stretches if begin <= start and end >= stop]
-        name = max(claims)[2] if claims else REST
+        while waiting and stretches[waiting[-1]][0] <= start:
+            heappush(claims, -waiting.pop())
+        while claims and stretches[-claims[0]][1] <= start:
+            heappop(claims)
+        name = stretches[-claims[0]][2] if claims else REST
         if found and found[-1].name == name:
             found[-1] = ShownPhase(name, found[-1].start, stop - first - found[-1].start)
         else:

@@ -8,6 +8,7 @@ import tarfile
 
 import pytest
 
+from fairlead.app_slo import shown_config
 from fairlead.core.policy import Scope
 from fairlead.core.timeline import Timeline
 from fairlead.jobs.fake_receiver import FakeReceiver
@@ -235,3 +236,13 @@ models: {{repositories: ['{tmp_path}/models'], control: explicit}}
         assert (await reliability.incidents.stop("me")).restarts == 1
     finally:
         await server.stop()
+
+
+def test_a_configuration_is_shown_without_keys_whatever_they_look_like():
+    text = """
+gateway: {models: {gpt: {upstreams: [{url: 'https://up.example', key: plainword}, {url: 'https://two.example'}]}}}
+traces: {endpoint: 'https://traces.example', headers: {x-team: anotherword}}
+"""
+    shown = shown_config(text)
+    assert "https://up.example" in shown and "https://traces.example" in shown and "x-team" in shown
+    assert "plainword" not in shown and "anotherword" not in shown

@@ -155,6 +155,19 @@ async def test_strangers_and_pages_of_other_sites_are_refused(guest: Guest, link
     assert (await guest.post("/ui/data/v1/chat/completions", CHAT, sec_fetch_site="cross-site")).status_code == 403
 
 
+async def test_it_may_stand_behind_a_proxy_that_speaks_tls(server: Server) -> None:
+    base, token = parted((await open_demo(server, 0, guests=0)).url)
+    visitor = Guest(base)
+    proxied = {"host": "demo.example", "origin": "https://demo.example", "x-forwarded-proto": "https"}
+    async with visitor.client:
+        cookie = (await visitor.enter(token, **proxied)).headers["set-cookie"]
+        assert "; Secure" in cookie and visitor.csrf
+        shown = {"host": "demo.example", "cookie": cookie.partition(";")[0]}
+        for path in ("/ui/session", "/ui/playground/models", "/ui/playground/models/echo"):
+            assert "echo" in (await visitor.client.get(path, headers=shown)).text
+        assert (await visitor.post("/ui/data/v1/chat/completions", CHAT, **shown)).status_code == 200
+
+
 async def test_sessions_end(server: Server) -> None:
     guests = Guests("echo")
     cookie, _ = guests.enter(guests.invite(), now=0.0)

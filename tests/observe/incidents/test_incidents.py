@@ -334,6 +334,15 @@ async def test_one_that_begins_while_a_sample_is_taken_gets_one_of_its_own(ward)
     await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_half_characters_keep_no_incident_from_its_archive(ward):
+    ward.provide("slow.json", [{"error": "no such file: \udcff"}])
+    begun = await ward.incidents.start("late \ud800", "me")
+    await ward.incidents.stop("me")
+    files = ward.archive(begun.id)
+    assert begun.title == "late ?"
+    assert json.loads(files["slow.json"]) == json.loads(files["start/slow.json"]) == [{"error": "no such file: ?"}]
+
+
 async def test_an_incident_whose_folder_somebody_removed_can_be_stopped(ward):
     begun = await ward.incidents.start("", "me")
     shutil.rmtree(ward.incidents.running.folder)

@@ -20,7 +20,7 @@ from fairlead.core.tracing import TraceSettings
 from fairlead.observe.counts import Counts
 from fairlead.observe.tracing.fake_collector import FakeCollector, Seen, spans_in
 from fairlead.observe.tracing.outlets import Outlet, outlet_of
-from fairlead.observe.tracing.target import resource_of, target_of, with_path
+from fairlead.observe.tracing.target import Target, resource_of, target_of, with_path
 from fairlead.observe.tracing.tracing import Tracing
 from tests.gateway.identity.authority import Authority
 from tests.observe.tracing.timelines import CALLERS, NOT_SAMPLED, PARENT, TRACE, batch_note, batched, chat, timeline
@@ -241,6 +241,31 @@ async def test_a_collector_that_hangs_holds_up_neither_requests_nor_the_end() ->
         assert traces.counts.get(COUNT, "dropped") == 500
 
 
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 ", b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n"], ids=["head", "body"])
+async def test_a_collector_that_answers_a_byte_at_a_time_has_no_longer_than_another(head: bytes) -> None:
+    gone = asyncio.Event()
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(head)
+            while True:
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        except OSError:
+            gone.set()
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(drip, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        outlet = outlet_of(Target(url=f"http://127.0.0.1:{port}/v1/traces", timeout=0.3))
+        async with asyncio.timeout(30):
+            assert "timed out" in await asyncio.to_thread(outlet.send, b"x")
+            await gone.wait()
+
+
 async def test_a_collector_that_refuses_is_asked_once_and_counted() -> None:
     with FakeCollector(400) as collector:
         traces = tracing(collector.url)
@@ -293,7 +318,12 @@ async def test_too_many_a_second_are_counted_and_failed_ones_go_first(collector:
 def test_what_is_asked_of_others_for_a_request_belongs_to_its_trace(collector: FakeCollector) -> None:
     traces = tracing(collector.url, sample=0.0)
     made = timeline(ended=0.0, traceparent=CALLERS)
-    request = Request(model="m", trace=CALLERS, timeline=made, prompt=Generate(text="hi", sampling=Sampling(max_tokens=3, stop=("x",), logit_bias={7: 1.0})))
+    request = Request(
+        model="m",
+        trace=CALLERS,
+        timeline=made,
+        prompt=Generate(text="hi", sampling=Sampling(max_tokens=3, stop=("x",), logit_bias={7: 1.0})),
+    )
     assert request.traceparent == CALLERS  # nobody traces it yet
 
     traces.begin(request)

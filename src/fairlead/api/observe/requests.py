@@ -1,5 +1,6 @@
 """The part of the administration that explains requests: the last ones, the failed ones, the slow ones, and each step by step."""
 
+import asyncio
 import time
 from typing import Annotated
 
@@ -16,6 +17,8 @@ from fairlead.observe.finished import Finished
 from fairlead.observe.recent import Kind, Recent
 
 MAX_RELATED = 20
+AT_ONCE = 20
+"""Requests that are summed up before others have their turn."""
 
 
 class RequestsQuery(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,7 +57,12 @@ class RequestRoutes:
         self.finished.flush()
         since = time.time() - time.perf_counter()
         found = self.recent.listed(query.kind, model=query.model, limit=query.limit)
-        return json_response(ShownRequests([summary_of(each, since) for each in found]))
+        shown: list[Summary] = []
+        for each in found:
+            shown.append(summary_of(each, since))
+            if len(shown) % AT_ONCE == 0:
+                await asyncio.sleep(0)
+        return json_response(ShownRequests(shown))
 
     async def show(self, http: Request) -> Response:
         """Raises NotFound."""

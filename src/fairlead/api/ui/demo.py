@@ -12,13 +12,13 @@ from starlette.types import ASGIApp
 
 from fairlead import __version__
 from fairlead.api.admin_bodies import decoded
-from fairlead.api.admin_route import administered
 from fairlead.api.data import DATA_SHAPES
 from fairlead.api.openapi import Operation
 from fairlead.api.ops import OPS_SHAPES
 from fairlead.api.ui.files import File, Files
 from fairlead.api.ui.guests import SESSION_SECONDS, Guests, Visit
-from fairlead.api.ui.routes import FOREVER, MAX_LOGIN_BYTES, SessionState, WithDashboard, check_origin, served
+from fairlead.api.ui.playground import Playground
+from fairlead.api.ui.routes import FOREVER, MAX_LOGIN_BYTES, SessionState, WithDashboard, check_origin, is_secure, served
 from fairlead.api.ui.sessions import cookie
 from fairlead.api.web import json_app, json_response, read_body
 from fairlead.core import policy
@@ -56,14 +56,17 @@ class Demo:
         self.files = files
         self.clock = clock
 
-    def app(self, playground: Iterable[Operation], data: Iterable[Operation]) -> ASGIApp:
-        """`data`: all of the data plane's, of which most are left out."""
+    def app(self, playground: Playground, data: Iterable[Operation]) -> ASGIApp:
+        """`data`: all of the data plane's, of which most are left out.
+
+        Under any name, as a proxy before it may have: what a page of another site cannot do here is to send a guest's cookie.
+        """
         pages = [
             ("GET", "/", self.page, None),
             ("GET", "/ui/static/{build}/{name:path}", self.static, None),
-            ("GET", "/ui/session", administered(self.session), None),
-            ("POST", "/ui/enter", administered(self.enter), None),
-            *((each.method, each.path, each.serve, policy.Scope.INFER) for each in playground),
+            ("GET", "/ui/session", self.session, None),
+            ("POST", "/ui/enter", self.enter, None),
+            *(("GET", path, serve, policy.Scope.INFER) for path, serve in playground.routes),
         ]
         asked = [(each.method, each.path, each.serve, each.scope) for each in data if each.name in ASKED]
         return WithDashboard(json_app(pages, OPS_SHAPES, self._admit), json_app(asked, DATA_SHAPES, self._admit))
@@ -87,9 +90,7 @@ class Demo:
         token = decoded(await read_body(http, MAX_LOGIN_BYTES), Token).token
         shown, visit = self.guests.enter(token, self.clock())
         answer = json_response(self._state(visit), headers={"Cache-Control": "no-store"})
-        answer.headers["Set-Cookie"] = cookie(
-            dict(http.scope["headers"]), shown, secure=http.url.scheme == "https", seconds=SESSION_SECONDS
-        )
+        answer.headers["Set-Cookie"] = cookie(dict(http.scope["headers"]), shown, secure=is_secure(http), seconds=SESSION_SECONDS)
         return answer
 
     async def _admit(self, http: Request, scope: policy.Scope | None) -> None:

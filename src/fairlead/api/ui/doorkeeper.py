@@ -4,11 +4,10 @@ import time
 from collections.abc import Mapping
 from hmac import compare_digest
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.requests import Request as HttpRequest
 
-from fairlead.api.admin_route import is_local
+from fairlead.api.admin_route import is_local, is_origin_of
 from fairlead.api.doorkeeper import CALLER, CREDENTIALS, Acquaintance, Doorkeeper, Headers, caller_of, may, refuse_twice
 from fairlead.api.ui.sessions import Session, Sessions, token_of
 from fairlead.core.caller import Caller
@@ -58,8 +57,7 @@ class SessionDoorkeeper(Doorkeeper):
         if not token:
             return None
         session = self.sessions.find(token, time.time())
-        origin = headers.get(b"origin")
-        if headers.get(b"sec-fetch-site", b"") not in OURS or (origin is not None and not _same(origin, headers)):
+        if not _is_ours(headers):
             raise Forbidden("pages of another site may not use this session")
         if method not in SAFE and not compare_digest(headers.get(CSRF_HEADER, b""), session.csrf.encode("ascii")):
             raise Forbidden(f"this session's token is missing in the header {CSRF_HEADER.decode()}: reload the page")
@@ -68,10 +66,13 @@ class SessionDoorkeeper(Doorkeeper):
 
 def _check_site(headers: Headers, caller: Caller) -> None:
     """Raises Forbidden for a page of another site that lets a browser ask: where nobody shows a key, it could."""
-    host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
-    if not caller.key and not (is_local(host) and (origin is None or _same(origin, headers))):
+    if not caller.key and not (is_local(headers.get(b"host", b"").decode("latin-1")) and _is_ours(headers)):
         raise Forbidden("this server asks for no keys: on this port it answers its own pages only, by its address or as localhost")
 
 
-def _same(origin: bytes, headers: Headers) -> bool:
-    return urlsplit(origin.decode("latin-1")).netloc == headers.get(b"host", b"").decode("latin-1")
+def _is_ours(headers: Headers) -> bool:
+    """Whether no page of another site asks."""
+    origin = headers.get(b"origin")
+    return headers.get(b"sec-fetch-site", b"") in OURS and (
+        origin is None or is_origin_of(origin.decode("latin-1"), headers.get(b"host", b"").decode("latin-1"))
+    )

@@ -113,10 +113,12 @@ class Playground:
         self.elsewhere = elsewhere
         self.url = url
         self.keys = keys
-        path = "/ui/playground/models"
+        all, one = "/ui/playground/models", "/ui/playground/models/{model}"
+        self.routes: tuple[tuple[str, Serve], ...] = ((all, self.models), (one, self.model))
+        """(path, serve), where it is no part of an administration."""
         self.operations = (
-            _get(path, "playgroundModels", "Models that can be tried, and how", self.models, Found),
-            _get(f"{path}/{{model}}", "playgroundModel", "What one takes", self.model, PlayableModel, 404),
+            _get(all, "playgroundModels", "Models that can be tried, and how", self.models, Found),
+            _get(one, "playgroundModel", "What one takes", self.model, PlayableModel, 404),
         )
 
     async def models(self, http: Request) -> Response:

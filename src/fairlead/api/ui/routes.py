@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 from starlette.exceptions import HTTPException
@@ -14,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fairlead import __version__
 from fairlead.api.admin_bodies import NoQuery, decoded, query_of
-from fairlead.api.admin_route import administered
-from fairlead.api.doorkeeper import CREDENTIALS, caller_of
+from fairlead.api.admin_route import administered, is_origin_of
+from fairlead.api.doorkeeper import CREDENTIALS, caller_of, may
 from fairlead.api.problems import Problems
 from fairlead.api.ui.doorkeeper import SessionDoorkeeper
 from fairlead.api.ui.files import File, Files
@@ -123,7 +122,6 @@ class UiRoutes:
             raise InvalidRequest("this server asks nobody for a key")
         proxies, peer = self.doorkeeper.auth.trusted_proxies, http.client.host if http.client else ""
         address = client_address(peer, http.headers.get("x-forwarded-for", ""), proxies) if proxies else peer
-        sessions.may_try(address, now)
         shown = decoded(await read_body(http, MAX_LOGIN_BYTES), Login).key
         try:
             caller = identity.known(Credentials(api_key=shown, address=address), now)
@@ -139,7 +137,7 @@ class UiRoutes:
         token, session = sessions.begin(caller, now)
         answer = json_response(self._state(caller, session.csrf))
         seconds = sessions.settings.session_hours * 3600
-        answer.headers["Set-Cookie"] = cookie(headers, token, secure=_is_secure(http), seconds=seconds)
+        answer.headers["Set-Cookie"] = cookie(headers, token, secure=is_secure(http), seconds=seconds)
         answer.headers["Cache-Control"] = "no-store"
         return answer
 
@@ -152,7 +150,7 @@ class UiRoutes:
             ours = True  # it has ended already
         if ours:
             self.doorkeeper.sessions.end(token_of(headers))
-            answer.headers["Set-Cookie"] = cookie(headers, "", secure=_is_secure(http), seconds=0)
+            answer.headers["Set-Cookie"] = cookie(headers, "", secure=is_secure(http), seconds=0)
         return answer
 
     async def session(self, http: Request) -> Response:
@@ -194,7 +192,7 @@ class UiRoutes:
             return lambda: None  # anyone; or a token's or certificate's owner, whose connections end by themselves
         token = token_of(headers) if CREDENTIALS.isdisjoint(headers) else ""
         if token:
-            return lambda: self.doorkeeper.sessions.find(token, time.time())
+            return lambda: may(self.doorkeeper.sessions.find(token, time.time()).caller, policy.Scope.ADMIN, "")
         return lambda: self.doorkeeper.identity.again(caller, time.time())
 
     async def past(self, http: Request) -> Response:
@@ -227,12 +225,12 @@ def served(http: Request, file: File, headers: Mapping[str, str]) -> Response:
 def check_origin(http: Request) -> None:
     """Raises Forbidden: who logs a browser in from elsewhere would have it act under a name of their own."""
     origin = http.headers.get("origin")
-    foreign = origin is not None and urlsplit(origin).netloc != http.headers.get("host")
+    foreign = origin is not None and not is_origin_of(origin, http.headers.get("host", ""))
     if foreign or http.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         raise Forbidden("log in on this server's own page")
 
 
-def _is_secure(http: Request) -> bool:
+def is_secure(http: Request) -> bool:
     """Whether the browser speaks TLS, to us or to a proxy before us."""
     return http.url.scheme == "https" or http.headers.get("x-forwarded-proto", "").split(",")[0].strip() == "https"
 

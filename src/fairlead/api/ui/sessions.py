@@ -17,11 +17,11 @@ from fairlead.core.ui import UiSettings
 from fairlead.gateway.identity.identity import Identity
 
 MAX_TRIES = 10
-"""Of one address, without success, within TRY_SECONDS."""
-MAX_ALL_TRIES = 100
+"""Wrong keys of one address within TRY_SECONDS."""
 TRY_SECONDS = 60.0
+MAX_ADDRESSES = 100
+"""Whose wrong keys are counted: those that tried last."""
 MAX_COOKIE_CHARS = 128
-EVERYONE = ""
 
 ENDED = "the session has ended: log in again"
 
@@ -81,22 +81,20 @@ class Sessions:
 
     # Guessing
 
-    def may_try(self, address: str, now: float) -> None:
-        """Raises LimitExceeded for who failed too often lately, alone or with all others."""
-        for who, most in ((address, MAX_TRIES), (EVERYONE, MAX_ALL_TRIES)):
-            since, tries = self._tries.get(who, (now, 0))
-            if tries >= most and now - since < TRY_SECONDS:
-                raise LimitExceeded("too many failed logins: wait a minute", reason="logins", retry_after=TRY_SECONDS - (now - since))
-
     def failed(self, address: str, now: float) -> None:
-        for who in (address, EVERYONE):
-            since, tries = self._tries.get(who, (now, 0))
-            if now - since >= TRY_SECONDS:
-                since, tries = now, 0
-            self._tries[who] = (since, tries + 1)
-            self._tries.move_to_end(who)
-        while len(self._tries) > MAX_ALL_TRIES + 1:
+        """Somebody showed a wrong key. Raises LimitExceeded where too many came from there lately.
+
+        Good keys are let in all the same: a key is too long to be guessed, and what strangers do must not lock anybody out.
+        """
+        since, tries = self._tries.get(address, (now, 0))
+        if not 0.0 <= now - since < TRY_SECONDS:
+            since, tries = now, 0
+        self._tries[address] = (since, min(tries + 1, MAX_TRIES))
+        self._tries.move_to_end(address)
+        while len(self._tries) > MAX_ADDRESSES:
             self._tries.popitem(last=False)
+        if tries >= MAX_TRIES:
+            raise LimitExceeded("too many failed logins: wait a minute", reason="logins", retry_after=TRY_SECONDS - (now - since))
 
 
 def _digest(token: str) -> bytes:

@@ -1,6 +1,7 @@
 """One incident's archive: written beside its place and put there when it is whole, for its owner's eyes only."""
 
 import io
+import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,12 @@ def written(content: object) -> bytes:
             return content
         case str():
             return content.encode("utf-8", "replace")
-    return msgspec.json.format(msgspec.json.encode(content, enc_hook=str), indent=1)
+    try:
+        encoded = msgspec.json.encode(content, enc_hook=str)
+    except UnicodeEncodeError:  # half characters, as names of files may hold
+        plain = msgspec.to_builtins(content, str_keys=True, enc_hook=str)
+        encoded = json.dumps(plain, ensure_ascii=False).encode("utf-8", "replace")
+    return msgspec.json.format(encoded, indent=1)
 
 
 class Archive:

@@ -21,7 +21,7 @@ import msgspec
 import structlog
 from msgspec import Struct, structs
 
-from fairlead.core.errors import InvalidRequest, NotFound, Unavailable
+from fairlead.core.errors import InvalidRequest, NotFound, Unavailable, encodable
 from fairlead.core.slo import IncidentSettings
 from fairlead.observe.incidents.archive import Archive, written
 from fairlead.observe.incidents.exhibits import Exhibit, Provider, Providers, Span
@@ -223,7 +223,7 @@ class Incidents:
                 raise InvalidRequest(f"incident {self.running.incident.id} runs since {_shown(self.running.incident.began)}: stop it first")
             wall = self.wall()
             id = f"{datetime.fromtimestamp(wall, UTC):%Y%m%dT%H%M%SZ}-{os.urandom(2).hex()}"
-            incident = Incident(id=id, title=title[:MAX_TITLE], began=wall, by=by, server=self.server)
+            incident = Incident(id=id, title=encodable(title[:MAX_TITLE]), began=wall, by=by, server=self.server)
             before = list(self._ring)
             exhibits, missing = await self._gather(Span(wall, wall), AT_BEGINNING)
             try:

@@ -181,7 +181,7 @@ class Slos:
                 async with asyncio.timeout(STOP_SECONDS):
                     await self._write(self.store)
             except (Unavailable, TimeoutError) as error:
-                log.error("slo_not_written", error=str(error))
+                log.error("slo_not_written", error=str(error) or f"no answer within {STOP_SECONDS:g} s")
 
     async def _write(self, store: Store) -> None:
         """Raises Unavailable."""
@@ -195,7 +195,8 @@ class Slos:
         longest = max(each.window for each in self.objectives.values())
         since = self.wall() - longest
         hours = await asyncio.to_thread(store.read, slos=list(self.objectives), since=since, but=self.server)
-        self.ledger.hear(hours, self.now(), self.wall())
+        # in a thread: a month of a hundred objectives would hold up requests
+        await asyncio.to_thread(self.ledger.hear, hours, self.now(), self.wall())
 
     def _failed(self, error: Unavailable) -> None:
         self._counts.add("fairlead_slo_store_failures_total")

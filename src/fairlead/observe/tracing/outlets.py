@@ -3,10 +3,13 @@
 import gzip
 import http.client
 import random
+import socket
 import ssl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
-from threading import Event
+from threading import Event, Timer
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -112,10 +115,12 @@ class HttpOutlet(_Trying):
             self._connection = connection
         elif connection.sock is not None:
             connection.sock.settimeout(seconds)
-        connection.request("POST", self._path, body, self._headers)
-        answer = connection.getresponse()
-        if len(answer.read(MAX_ANSWER_BYTES)) == MAX_ANSWER_BYTES:
-            self._drop()
+        with _within(seconds) as sockets:
+            connection.request("POST", self._path, body, self._headers)
+            sockets.append(connection.sock)
+            answer = connection.getresponse()
+            if len(answer.read(MAX_ANSWER_BYTES)) == MAX_ANSWER_BYTES:
+                self._drop()
         asked = answer.getheader("retry-after", "")
         return answer.status, float(asked) if asked.isascii() and asked.isdecimal() else 0.0
 
@@ -123,6 +128,31 @@ class HttpOutlet(_Trying):
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[list[socket.socket]]:
+    """Sockets that are cut off after so long: a socket's own timeout is for each piece of an answer: who sends a byte now and then would never be done. Raises TimeoutError."""
+    late, sockets = Event(), list[socket.socket]()
+
+    def cut() -> None:
+        late.set()
+        for each in sockets:
+            with suppress(OSError):
+                socket.socket.shutdown(each, socket.SHUT_RDWR)
+
+    timer = Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield sockets
+    except (OSError, http.client.HTTPException):
+        if not late.is_set():
+            raise
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise TimeoutError("timed out")
 
 
 class GrpcOutlet(_Trying):

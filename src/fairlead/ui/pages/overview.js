@@ -65,7 +65,7 @@ function Strip({ now }) {
     ${feed.value === "late" && html`<${Notice} tone="warn">The server has said nothing for a while: these numbers are of ${ago(now.at)}.<//>`}
     ${!now.server.ready && html`<${Notice} tone="bad">The server is not ready: load balancers send it nothing.<//>`}
     ${now.alerts.filter((each) => each.state === "firing").map((each) => html`
-      <${Notice} key=${each.id} tone=${each.severity === "page" ? "bad" : "warn"} actions=${html`<span class="row">${each.runbook && html`<a href=${each.runbook} target="_blank" rel="noreferrer">Runbook</a>`}${has("slo") && html`<a href="/ui/slo">Objectives</a>`}</span>`}>
+      <${Notice} key=${each.id} tone=${each.severity === "page" ? "bad" : "warn"} actions=${html`<span class="row">${/^https?:\/\//.test(each.runbook) && html`<a href=${each.runbook} target="_blank" rel="noreferrer">Runbook</a>`}${has("slo") && html`<a href="/ui/slo">Objectives</a>`}</span>`}>
         <span class="strong">${each.alert}</span>: ${each.summary} <span class="muted">(${ago(each.since)})</span>
       <//>
     `)}
