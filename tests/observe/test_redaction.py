@@ -36,6 +36,10 @@ def test_a_key_of_ours_is_taken_out_wherever_it_stands() -> None:
         ("400 tokens, max_tokens=4096, tokens: 5", "400 tokens, max_tokens=4096, tokens: 5"),
         ("http://127.0.0.1:8000/v2/models", "http://127.0.0.1:8000/v2/models"),
         ("/models/sklearn/1", "/models/sklearn/1"),
+        (
+            "send a key as `Authorization: Bearer fl_...` or in `x-api-key`",
+            "send a key as `Authorization: Bearer fl_...` or in `x-api-key`",
+        ),
     ],
 )
 def test_secrets_are_known_by_their_form_and_nothing_else_is_taken_for_one(text: str, shown: str) -> None:

@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 
 from fairlead.core.caller import Caller
 from fairlead.core.errors import InvalidRequest, NotFound, TooLarge
-from fairlead.core.generation import Paint
+from fairlead.core.generation import Paint, Progress
 from fairlead.core.jobs import ENDED, RUNNING, JobStatus
 from fairlead.core.policy import JobSettings
 from fairlead.core.request import Request
@@ -119,17 +119,19 @@ class Desk:
 
     async def get(self, id: str, caller: Caller) -> JobRow:
         """Raises NotFound, for another tenant's job too."""
+        known = self.changes.progress.get(id)  # forgotten when the job ends, which the store's answer may be from before
         row = await asyncio.to_thread(self.store.get, id, caller.tenant)
         if row is None:
             raise unknown(id)
-        return self._fresh(row)
+        return _with(row, self.changes.progress.get(id, known))
 
     async def position(self, row: JobRow) -> int:
         """How many jobs of its model go before it."""
         return await asyncio.to_thread(self.store.position, row) if row.status is JobStatus.QUEUED else 0
 
     async def list(self, query: JobQuery) -> tuple[JobRow, ...]:
-        return tuple(map(self._fresh, await asyncio.to_thread(self.store.list, query)))
+        rows = await asyncio.to_thread(self.store.list, query)
+        return tuple(_with(row, self.changes.progress.get(row.id)) for row in rows)
 
     async def cancel(self, id: str, caller: Caller) -> JobRow:
         """The job as it is then: aborted where it waited, aborting where it runs, as it was where it had ended. Raises NotFound."""
@@ -173,12 +175,12 @@ class Desk:
                     async with asyncio.timeout(min(left, self.poll_seconds)):
                         await news.wait()
 
-    def _fresh(self, row: JobRow) -> JobRow:
-        """With the progress that the store is told of only now and then."""
-        progress = self.changes.progress.get(row.id)
-        if progress is None or row.status not in RUNNING:
-            return row
-        return structs.replace(row, step=progress.step, num_steps=progress.num_steps, preview=progress.preview or row.preview)
+
+def _with(row: JobRow, progress: Progress | None) -> JobRow:
+    """With the progress that the store is told of only now and then."""
+    if progress is None or row.status not in RUNNING:
+        return row
+    return structs.replace(row, step=progress.step, num_steps=progress.num_steps, preview=progress.preview or row.preview)
 
 
 def _trace(request: Request) -> str:

@@ -67,7 +67,7 @@ _FORMS = re.compile(
     r"|-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]{0,40}-----|\Z)"
     r"|(?P<before>\b[a-z][a-z0-9+.-]{1,30}://[^\s/:@\"']{0,256}:)[^\s/@\"']{1,512}(?=@)"  # the password of a URL
     r"|(?P<name>(?i:\b(?:bearer|basic)[ \t]+|(?:\b|_)(?:authorization|signature(?:-input)?|(?:set-)?cookie|password|passwd|passphrase|pwd|secret|token"
-    r"|api[_-]?key|private[_-]?key)[\"']?[ \t]*[=:][ \t]*(?:(?:bearer|basic)[ \t]+)?[\"']?))(?P<value>[^\s\"',;&(){}\[\]<>]{4,})",
+    r"|api[_-]?key|private[_-]?key)[\"']?[ \t]*[=:][ \t]*(?:(?:bearer|basic)[ \t]+)?[\"']?))(?!fl_\.\.\.|(?i:bearer|basic)[ \t])(?P<value>[^\s\"',;&(){}\[\]<>]{4,})",
     re.DOTALL,
 )
 # What ends a line or is drawn otherwise than it is written: control characters, line separators, changes of direction.
