@@ -1,6 +1,7 @@
 """What tracing costs a tensor request: the same server with traces off, as configured by default, and with every request exported.
 
     python benchmarks/observe/tracing.py [--rounds 5] [--seconds 3] [--connections 16]      Markdown on stdout
+    python benchmarks/observe/tracing.py --telemetry ...      all telemetry on against all of it off, in place of traces alone
 
 The servers run side by side and are asked in turns, in another order each round; every number is held against `off` of the same
 round; `off again` says what chance does to them. Load and collector are processes of their own; the collector reads and answers. Requests are KServe JSON to an identity model,
@@ -12,9 +13,11 @@ import asyncio
 import json
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
@@ -26,7 +29,7 @@ import psutil
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.servers import IDENTITY, Serving, serving, write_model
+from tests.servers import IDENTITY, write_model
 
 ARMS = {
     "off": "",
@@ -34,6 +37,13 @@ ARMS = {
     "default": "traces: {{endpoint: '{url}'}}\n",
     "all": "traces: {{endpoint: '{url}', max_per_second: 0, max_queue: 100000}}\n",
 }
+TELEMETRY = {
+    "off": "ui: {{enabled: false}}\nmetrics: {{gil: false, max_tenants: 0}}\nrequests: {{keep: 0, failed: 0, slow: 0}}\nlogs: {{requests: false}}\n",
+    "off again": "ui: {{enabled: false}}\nmetrics: {{gil: false, max_tenants: 0}}\nrequests: {{keep: 0, failed: 0, slow: 0}}\nlogs: {{requests: false}}\n",
+    "as it comes": "",
+    "everything": "traces: {{endpoint: '{url}'}}\nslos:\n- {{name: up, kind: availability}}\n- {{name: fast, kind: latency, threshold: 0.1}}\n",
+}
+"""Timelines are kept in any case."""
 BODY = json.dumps({"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}).encode()
 
 
@@ -104,7 +114,34 @@ def load(url: str, seconds: float, connections: int, told: Connection) -> None:
     told.send(uvloop.run(run()))
 
 
-def measure(server: Serving, seconds: float, connections: int) -> dict[str, float]:
+class Quiet:
+    """A server whose lines go into a file, as in production: here nobody's processor time is spent on reading them."""
+
+    def __init__(self, config: Path, models: Path, *flags: str) -> None:
+        self.log = config.with_suffix(".log")
+        command = [sys.executable, "-m", "fairlead", "serve", models, "--config", config, "--log-format", "json", *flags]
+        ports = [f"--{name}=0" for name in ("port", "grpc-port", "ops-port")]
+        self.process = subprocess.Popen([*map(str, command), *ports], stderr=self.log.open("w"))
+        self.http = self.ops = ""
+
+    def __enter__(self) -> "Quiet":
+        deadline = time.monotonic() + 60.0
+        while time.monotonic() < deadline and not self.http:
+            time.sleep(0.1)
+            for line in self.log.read_text().splitlines():
+                if '"serving"' in line:
+                    told = json.loads(line)
+                    self.http, self.ops = told["http"], told["ops"]
+        if not self.http:
+            raise RuntimeError(self.log.read_text())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(60.0)
+
+
+def measure(server: Quiet, seconds: float, connections: int) -> dict[str, float]:
     process = psutil.Process(server.process.pid)
     ours, theirs = multiprocessing.Pipe()
     before, began = process.cpu_times(), time.perf_counter()
@@ -130,7 +167,9 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--seconds", type=float, default=3.0)
     options.add_argument("--connections", type=int, default=16)
+    options.add_argument("--telemetry", action="store_true")
     given = options.parse_args()
+    arms = TELEMETRY if given.telemetry else ARMS
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_model(folder / "models", "identity", IDENTITY)
@@ -139,29 +178,29 @@ def main() -> None:
         collector.start()
         stack.callback(collector.terminate)
         url = f"http://127.0.0.1:{ours.recv()}"
-        servers: dict[str, Serving] = {}
-        for arm, text in ARMS.items():
+        servers: dict[str, Quiet] = {}
+        for arm, text in arms.items():
             config = folder / f"{arm.replace(' ', '-')}.yaml"
             config.write_text(text.format(url=url) or "{}")
-            running = serving(folder / "models", "--config", config, "--no-log-requests")
-            servers[arm] = stack.enter_context(running).begin()
+            servers[arm] = stack.enter_context(Quiet(config, folder / "models", *(() if given.telemetry else ("--no-log-requests",))))
         rounds: list[dict[str, dict[str, float]]] = []
         for number in range(-1, given.rounds):
-            names = list(ARMS)[number % len(ARMS) :] + list(ARMS)[: number % len(ARMS)]
+            names = list(arms)[number % len(arms) :] + list(arms)[: number % len(arms)]
             found = {arm: measure(servers[arm], given.seconds, given.connections) for arm in names}
             if number >= 0:  # the first one warms them
                 rounds.append(found)
         show(rounds)
-        for arm in ("default", "all"):
-            _, text = servers[arm].get("/metrics", url=servers[arm].ops)
-            counted = [line for line in str(text).splitlines() if line.startswith("fairlead_traces_total")]
+        for arm in [arm for arm, text in arms.items() if "traces" in text]:
+            with urllib.request.urlopen(f"{servers[arm].ops}/metrics", timeout=10.0) as answer:
+                text = answer.read().decode()
+            counted = [line for line in text.splitlines() if line.startswith("fairlead_traces_total")]
             print(f"\n{arm}: {', '.join(counted)}")
 
 
 def show(rounds: list[dict[str, dict[str, float]]]) -> None:
     columns = ["requests/s", "p50 ms", "p99 ms", "CPU us/request"]
-    print(f"| traces | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for arm in ARMS:
+    print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for arm in rounds[0]:
         cells = []
         for column in columns:
             middle = statistics.median(each[arm][column] for each in rounds)

@@ -1,7 +1,7 @@
 """What is remembered of finished requests, and for how long, on a virtual clock."""
 
 from fairlead.core.recent import RequestSettings
-from fairlead.core.timeline import MAX_EVENTS, Timeline
+from fairlead.core.timeline import MAX_EVENTS, BatchNote, Timeline
 from fairlead.observe.recent import FEW, MAX_MODELS, Recent
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -82,8 +82,8 @@ def test_one_is_found_by_its_id_its_trace_or_its_job():
     door = room.ended("c", job="job_1")
     work = room.ended("c", job="job_1", protocol="job")
     after = room.ended("c", job="job_1")
-    assert room.recent.find("a") is traced and room.recent.find(TRACE.split("-")[1]) is traced
-    assert room.recent.find("b") is plain and not plain.traced, "looking for one gives nobody a trace"
+    assert room.recent.find("a") == traced and room.recent.find(TRACE.split("-")[1]) == traced
+    assert room.recent.find("b") == plain and not plain.traced, "looking for one gives nobody a trace"
     assert room.recent.find("job_1") is work and room.recent.find("c") is work
     assert room.recent.related(work, 10) == [door, after]
     assert room.recent.find("nobody") is None
@@ -94,7 +94,21 @@ def test_of_two_with_one_id_the_newer_one_is_meant():
     room.ended("same")
     room.clock.now += 1
     newer = room.ended("same")
-    assert room.recent.find("same") is newer
+    assert room.recent.find("same") == newer
+
+
+def test_a_tensor_request_is_packed_and_comes_out_as_it_was():
+    room = Room()
+    note = BatchNote("m", "1", 7, "full", 32, 9, 0, 999.5, 0.1, 0.2, 999.9)
+    whole = Timeline("a", "grpc", 999.0, model="m", version="1", kind="infer", tenant="acme", rows=3)
+    whole.note(999.1, "queued", {"ahead": 3, "in_flight": 8})
+    whole.note(999.5, "batched", note)
+    whole.note(999.9, "computed")
+    whole.end(1000.0, 0, "", "success", "")
+    room.recent([whole])
+    found = room.recent.find("a")
+    assert found == whole and found is not whole
+    assert isinstance(found.events[1][2], BatchNote)
 
 
 def test_what_came_of_a_job_after_its_end_is_written_to_it_within_bounds():

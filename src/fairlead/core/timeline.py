@@ -56,7 +56,7 @@ SPREAD = 0x9E37_79B9_7F4A_7C15
 TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 
-class BatchNote(Struct, gc=False):
+class BatchNote(Struct, gc=False, array_like=True):
     """A batch, as each of its members knows it."""
 
     model: str
