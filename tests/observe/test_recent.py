@@ -81,6 +81,7 @@ def test_one_is_found_by_its_id_its_trace_or_its_job():
     traced, plain = room.ended("a", traceparent=TRACE), room.ended("b")
     door = room.ended("c", job="job_1")
     work = room.ended("c", job="job_1", protocol="job")
+    room.clock.now += 1
     after = room.ended("c", job="job_1")
     assert room.recent.find("a") == traced and room.recent.find(TRACE.split("-")[1]) == traced
     assert room.recent.find("b") == plain and not plain.traced, "looking for one gives nobody a trace"
