@@ -150,6 +150,28 @@ async def test_progress_is_seen_before_the_store_has_it(room: Room) -> None:
     assert last.status is JobStatus.COMPLETE and last.preview == b""
 
 
+async def test_progress_does_not_go_back_while_a_job_ends(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = room.site()
+    job = await site.submit(painting())
+    asked = await room.painter.next()
+    progress(asked, 3)
+    async with asyncio.timeout(20):
+        while (await site.desk.get(job.id, ACME)).step != 3:
+            await asyncio.sleep(0)
+        before = structs.replace(await asyncio.to_thread(room.store.jobs.get, job.id, ACME.tenant), step=1)
+
+        def late(*_: Any) -> JobRow:
+            """The store's answer is from before the end, and comes after it."""
+            site.changes.progress.clear()
+            return before
+
+        with monkeypatch.context() as patch:
+            patch.setattr(room.store.jobs, "get", late)
+            assert (await site.desk.get(job.id, ACME)).step == 3
+        painted(asked)
+        await site.when(job, lambda row: row.status is JobStatus.COMPLETE)
+
+
 async def test_another_process_sees_the_progress_too(room: Room) -> None:
     runs, asks = room.site(), room.site(open=False)
     job = await asks.submit(painting())
