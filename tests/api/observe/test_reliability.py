@@ -85,7 +85,11 @@ webhooks: {{allow: [127.0.0.0/8]}}
             fail(home, 100)
             await look(home)
             await look(home, 61.0)
-            first, *others = (await asked(home, "GET", "/admin/alerts")).json()["alerts"]
+            # A busy machine may bring alerts of its own, such as that of a late event loop
+            burning = [
+                each for each in (await asked(home, "GET", "/admin/alerts")).json()["alerts"] if each["alert"] == "FairleadBudgetBurn"
+            ]
+            first, *others = burning
             assert (first["alert"], first["severity"], first["subject"], first["state"]) == (
                 "FairleadBudgetBurn",
                 "page",
@@ -102,7 +106,7 @@ webhooks: {{allow: [127.0.0.0/8]}}
             await look(home, 8 * 3600.0)
             await look(home, 3600.0)
             shown = (await asked(home, "GET", "/admin/alerts")).json()
-            assert [each["alert"] for each in shown["alerts"] if each["severity"] == "page"] == []
+            assert ("FairleadBudgetBurn", "page") not in [(each["alert"], each["severity"]) for each in shown["alerts"]]
             assert ("page", "resolved") in [(each["severity"], each["state"]) for each in shown["recent"]]
             await receiver.until(lambda: len(receiver.received) == 2)
             assert [json.loads(call.body)["type"] for call in receiver.received] == ["alert.firing", "alert.resolved"]
