@@ -466,7 +466,9 @@ def test_full_memory_refuses_rather_than_forgets():
 def redis_port(tmp_path_factory):
     """A Redis of our own."""
     if shutil.which("redis-server") is None:
-        subprocess.run(["apt-get", "install", "-y", "-q", "redis-server"], check=True, capture_output=True)
+        subprocess.run(
+            ["apt-get", "install", "-y", "-qq", "-o", "DPkg::Lock::Timeout=600", "redis-server"], check=True, capture_output=True
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -20,7 +20,7 @@ def binary(name: str) -> str:
     """`prometheus` or `promtool`."""
     found = shutil.which(name)
     if found is None:
-        subprocess.run(["apt-get", "install", "-y", "-qq", "prometheus"], check=True, capture_output=True)
+        subprocess.run(["apt-get", "install", "-y", "-qq", "-o", "DPkg::Lock::Timeout=600", "prometheus"], check=True, capture_output=True)
         found = shutil.which(name)
     assert found is not None
     return found

@@ -22,7 +22,7 @@ _numbers = count()
 def binary(name: str) -> str:
     found = shutil.which(name) or next((str(path) for path in sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))), None)
     if found is None:
-        subprocess.run(["apt-get", "install", "-y", "-qq", "postgresql"], check=True, capture_output=True)
+        subprocess.run(["apt-get", "install", "-y", "-qq", "-o", "DPkg::Lock::Timeout=600", "postgresql"], check=True, capture_output=True)
         return binary(name)
     return found
 

@@ -155,7 +155,7 @@ def words(home: House) -> None:
 def chromium() -> str:
     found = shutil.which("chromium")
     if found is None:
-        subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], check=True, capture_output=True)
+        subprocess.run(["apt-get", "install", "-y", "-qq", "-o", "DPkg::Lock::Timeout=600", "chromium"], check=True, capture_output=True)
     return found or "/usr/bin/chromium"
 
 

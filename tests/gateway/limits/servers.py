@@ -13,7 +13,9 @@ from pathlib import Path
 class RedisServer:
     def __init__(self, folder: Path) -> None:
         if shutil.which("redis-server") is None:
-            subprocess.run(["apt-get", "install", "-y", "-q", "redis-server"], check=True, capture_output=True)
+            subprocess.run(
+                ["apt-get", "install", "-y", "-qq", "-o", "DPkg::Lock::Timeout=600", "redis-server"], check=True, capture_output=True
+            )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
