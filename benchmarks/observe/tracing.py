@@ -37,9 +37,10 @@ ARMS = {
     "default": "traces: {{endpoint: '{url}'}}\n",
     "all": "traces: {{endpoint: '{url}', max_per_second: 0, max_queue: 100000}}\n",
 }
+NOTHING = "ui: {{enabled: false}}\nmetrics: {{gil: false, max_tenants: 0}}\nrequests: {{keep: 0, failed: 0, slow: 0}}\nlogs: {{requests: false}}\n"
 TELEMETRY = {
-    "off": "ui: {{enabled: false}}\nmetrics: {{gil: false, max_tenants: 0}}\nrequests: {{keep: 0, failed: 0, slow: 0}}\nlogs: {{requests: false}}\n",
-    "off again": "ui: {{enabled: false}}\nmetrics: {{gil: false, max_tenants: 0}}\nrequests: {{keep: 0, failed: 0, slow: 0}}\nlogs: {{requests: false}}\n",
+    "off": NOTHING,
+    "off again": NOTHING,
     "as it comes": "",
     "everything": "traces: {{endpoint: '{url}'}}\nslos:\n- {{name: up, kind: availability}}\n- {{name: fast, kind: latency, threshold: 0.1}}\n",
 }
