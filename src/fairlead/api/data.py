@@ -14,8 +14,9 @@ from fairlead.api.jobs.canonical import JobProblems
 from fairlead.api.jobs.details import Details
 from fairlead.api.kserve.rest import Rest
 from fairlead.api.line import AccessLine
+from fairlead.api.openai.door import Elsewhere
 from fairlead.api.openai.errors import OpenAIErrors
-from fairlead.api.openai.routes import Elsewhere, OpenAI
+from fairlead.api.openai.routes import OpenAI
 from fairlead.api.openapi import Operation, document, examples_of
 from fairlead.api.status import http_status
 from fairlead.api.web import Admit, Shapes, json_app, json_response

@@ -65,6 +65,29 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.temperature == 0.0
 
 
+GuideKind = Literal["json", "regex", "choice", "lark"]
+
+
+class Guide(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an answer must look like (structured output)."""
+
+    kind: GuideKind
+    """json: a JSON schema; choice: a JSON array of texts, one of which is the answer; lark: a grammar of llguidance's dialect."""
+    text: str
+    parameter: str = ""
+    """Of the request, which an error names: `response_format.json_schema.schema`."""
+
+
+class ToolChoice(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How an answer may use the tools of its Chat."""
+
+    mode: Literal["auto", "none", "required", "named"] = "auto"
+    """required: at least one call; named: a call of `name`."""
+    name: str = ""
+    parallel: bool = True
+    """Several calls in one answer."""
+
+
 class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One turn of a chat, as chat templates want it."""
 
@@ -73,6 +96,8 @@ class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
+    """What the assistant thought before it answered."""
 
 
 class Chat(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -93,6 +118,12 @@ class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="gener
     chat: Chat | None = None
     add_special_tokens: bool = True
     sampling: Sampling = Sampling()
+    guide: Guide | None = None
+    tool_choice: ToolChoice = ToolChoice()
+    parsed: bool = False
+    """Reasoning and tool calls of the answer stand apart from its text, where the model's format is known; else all is text."""
+    adapter: str = ""
+    """A LoRA adapter of the model."""
     stream: bool = False
     """Deltas as tokens come; otherwise one Delta for each choice, when it is complete."""
     salt: str = ""
@@ -204,7 +235,18 @@ class Picture(Struct, frozen=True, kw_only=True, omit_defaults=True):
     scheduler: str
 
 
-FinishReason = Literal["", "stop", "length", "abort", "content_filter"]
+FinishReason = Literal["", "stop", "length", "abort", "content_filter", "tool_calls"]
+
+
+class ToolCall(Struct, kw_only=True, omit_defaults=True):
+    """A piece of a call of a tool. The first piece of each call has `id` and `name`; the arguments of all its pieces, one after another,
+    are a JSON object."""
+
+    index: int
+    """Of the call in its answer."""
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True):
@@ -224,6 +266,8 @@ class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
     completion_tokens: int = 0
     cached_tokens: int = 0
     """Of the prompt's, those that the prefix cache held."""
+    reasoning_tokens: int = 0
+    """Of the answer's, those before it began to answer."""
     megapixels: float = 0.0
     """Of finished pictures; 1 is 1,000,000 pixels."""
     num_pictures: int = 0
@@ -255,6 +299,10 @@ class Delta(Struct, kw_only=True, omit_defaults=True):
     index: int = 0
     """Which of the n choices, or of the n pictures."""
     text: str = ""
+    reasoning: str = ""
+    """Where asked to be parsed: what is thought before the answer; `text` is then the answer alone."""
+    tool_calls: list[ToolCall] = []
+    """Where asked to be parsed."""
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
     """One for each of `token_ids`, where asked for."""
