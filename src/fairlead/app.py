@@ -181,7 +181,13 @@ class Server:
         self.nonces = self._nonces()
         recorded = self.store is not None and settings.store.usage
         self.doorkeeper = Doorkeeper(
-            self.identity, settings.auth, self.nonces, self.metrics.counts, recorded=recorded, max_body_bytes=limit
+            self.identity,
+            settings.auth,
+            self.nonces,
+            self.metrics.counts,
+            recorded=recorded,
+            local_only=settings.auth.required is None and not settings.listen.open,
+            max_body_bytes=limit,
         )
         store = self._shared_store()
         self.jobs = self._build_jobs(store)

@@ -304,6 +304,31 @@ async def test_who_asks_is_in_the_usage_records(home: House) -> None:
     assert sorted(each["model"] for each in records) == ["chat", "count", "far-chat", "far-chat", "far-tensor", "identity", "identity"]
 
 
+async def test_a_server_that_asks_nobody_answers_no_page_of_another_site(tmp_path: Path) -> None:
+    """A browser sends such a page's POST without asking anyone; where its name was made to point here, it could read the answer, too."""
+    async with house(tmp_path, auth="") as home:
+
+        async def asked(path: str, **headers: str) -> tuple[int, bytes]:
+            body = json.dumps(row()).encode() if path.endswith("/infer") else b"{}"
+            answer = await home.http.post(path, content=body, headers={"content-type": "text/plain", **headers})
+            return answer.status_code, answer.content
+
+        key = home.new_key()
+        for path, well in (("/v2/models/identity/infer", 200), ("/v2/repository/models/identity/load", 200), ("/v1/chat/completions", 400)):
+            assert (await asked(path))[0] == well
+            assert (await asked(path, host=f"localhost:{home.port}"))[0] == well
+            assert (await asked(path, origin=f"http://{home.authority}"))[0] == well
+            for headers in ({"origin": "https://evil.example"}, {"origin": "null"}, {"host": f"evil.example:{home.port}"}):
+                status, answer = await asked(path, **headers)
+                assert status == 403, (path, headers)
+                assert b"asks for no keys" in answer
+                if not path.endswith("/load"):  # who shows a key is a program that was given it
+                    assert (await asked(path, **headers, **bearer(key)))[0] == well
+        # the same connection again, with another page's name
+        assert (await asked("/v2/models/identity/infer"))[0] == 200
+        assert (await asked("/v2/models/identity/infer", origin="https://evil.example"))[0] == 403
+
+
 async def test_records_of_a_server_that_asks_nobody_say_where_requests_came_from(tmp_path: Path) -> None:
     async with house(tmp_path, auth="required: false, trusted_proxies: [127.0.0.0/8]") as home:
         for headers in ({}, {"x-forwarded-for": "192.0.2.7"}):

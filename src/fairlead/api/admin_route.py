@@ -1,15 +1,13 @@
 """What every operation of the administration shares: its scope, its errors, who may ask, and what may stand in its address."""
 
-from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
 
 import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from fairlead.api.admin_bodies import BadField, Problem, storable
-from fairlead.api.doorkeeper import caller_of
+from fairlead.api.doorkeeper import caller_of, is_local, is_origin_of
 from fairlead.api.openapi import Operation
 from fairlead.api.problems import Problems
 from fairlead.api.status import INTERNAL
@@ -77,24 +75,6 @@ def _check_address(http: Request) -> None:
         storable(name, value)
         if name == "key" and value.startswith(PREFIX):
             raise BadField("is a key itself, which must not get into addresses: give its id", "key")
-
-
-def is_origin_of(origin: str, host: str) -> bool:
-    """Whether a page of that origin came from the host that is asked. What is no origin, came from elsewhere."""
-    try:
-        return urlsplit(origin).netloc == host != ""
-    except ValueError:
-        return False
-
-
-def is_local(host: str) -> bool:
-    name = ""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        ip_address(name)
-    except ValueError:
-        return name == "localhost"
-    return True
 
 
 def actor_of(http: Request) -> str:

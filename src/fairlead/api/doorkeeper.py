@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.requests import Request as HttpRequest
 
@@ -20,8 +22,8 @@ Fields = list[tuple[bytes, bytes]]
 
 KEY_HEADERS = frozenset((b"x-api-key", b"api-key", b"x-key"))
 """Triton's clients' and others', Azure's, Black Forest Labs'."""
-SHOWN = (b"authorization", *KEY_HEADERS, b"signature-input", b"x-forwarded-for")
-"""All that a caller is known by, but for its connection's address and certificate."""
+SHOWN = (b"authorization", *KEY_HEADERS, b"signature-input", b"x-forwarded-for", b"origin", b"host")
+"""All that a caller is known by, but for its connection's address and certificate; and that a browser says of the page that asks."""
 CREDENTIALS = frozenset((b"authorization", b"signature-input", *KEY_HEADERS))
 ONCE = CREDENTIALS | {b"host", b"x-fairlead-class", b"x-fairlead-session", b"x-forwarded-for"}
 """Headers that say who somebody is or what they may: one that comes twice could be read in two ways."""
@@ -50,9 +52,12 @@ class Doorkeeper:
         counts: Counts,
         *,
         recorded: bool = False,
+        local_only: bool = False,
         max_body_bytes: int = 64 << 20,
     ) -> None:
-        """`recorded`: each request leaves a record, which says where anyone came from. `max_body_bytes`: what a door lets in."""
+        """`recorded`: each request leaves a record, which says where anyone came from. `local_only`: callers without a key are programs
+        of this machine. `max_body_bytes`: what a door lets in."""
+        self.local_only = local_only
         self.recorded = recorded
         self.max_body_bytes = max_body_bytes
         self.unproved_bytes = 0
@@ -63,10 +68,23 @@ class Doorkeeper:
         self.counts = counts
 
     def caller(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None) -> Caller | None:
-        """Who calls; None where that must be `learn`ed. Raises Unauthenticated."""
+        """Who calls; None where that must be `learn`ed. Raises Unauthenticated, and Forbidden."""
         if not self.recorded and certificate is None and self.identity.asks_nobody and CREDENTIALS.isdisjoint(headers):
-            return ANYONE
-        return self.identity.known(self._credentials(headers, peer, certificate), time.time())
+            return self._checked(ANYONE, headers)
+        known = self.identity.known(self._credentials(headers, peer, certificate), time.time())
+        return known if known is None else self._checked(known, headers)
+
+    def _checked(self, caller: Caller, headers: Headers) -> Caller:
+        """Raises Forbidden for a page of another site: where nobody shows a key, any page that this machine's browser opens could ask."""
+        if caller.key or not self.local_only:
+            return caller
+        host = _text(headers, b"host")
+        if not is_local(host):
+            # a page whose name was made to point here (DNS rebinding) is its own site
+            raise Forbidden(f"{host} asks a server that asks for no keys: ask it by its address or as localhost, or set `auth.required`")
+        if b"origin" in headers and not is_origin_of(origin := _text(headers, b"origin"), host):
+            raise Forbidden(f"pages of {origin} may not ask a server that asks for no keys: set `auth.required`")
+        return caller
 
     def caller_again(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None, last: Acquaintance) -> Caller | None:
         """As `caller`, on a connection that may have shown the same before."""
@@ -81,7 +99,7 @@ class Doorkeeper:
 
     async def learn(self, headers: Headers, peer: str, certificate: Mapping[str, Any] | None) -> Caller:
         """Raises Unauthenticated."""
-        return await self.identity.learn(self._credentials(headers, peer, certificate), time.time())
+        return self._checked(await self.identity.learn(self._credentials(headers, peer, certificate), time.time()), headers)
 
     async def prove(self, envelope: Envelope, caller: Caller) -> str:
         """The id of the key that signed this message. Raises Unauthenticated for a signature that does not hold, or another's."""
@@ -160,6 +178,24 @@ def may(caller: Caller, scope: Scope, signed_by: str) -> None:
 def caller_of(http: HttpRequest) -> tuple[Caller, str]:
     """Who calls, and the key that signed."""
     return http.scope.get(CALLER) or (ANYONE, "")
+
+
+def is_origin_of(origin: str, host: str) -> bool:
+    """Whether a page of that origin came from the host that is asked. What is no origin, came from elsewhere."""
+    try:
+        return urlsplit(origin).netloc == host != ""
+    except ValueError:
+        return False
+
+
+def is_local(host: str) -> bool:
+    name = ""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        ip_address(name)
+    except ValueError:
+        return name == "localhost"
+    return True
 
 
 def place(http: HttpRequest) -> tuple[str, str]:

@@ -7,8 +7,18 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from fairlead.api.admin_route import is_local, is_origin_of
-from fairlead.api.doorkeeper import CALLER, CREDENTIALS, Acquaintance, Doorkeeper, Headers, caller_of, may, refuse_twice
+from fairlead.api.doorkeeper import (
+    CALLER,
+    CREDENTIALS,
+    Acquaintance,
+    Doorkeeper,
+    Headers,
+    caller_of,
+    is_local,
+    is_origin_of,
+    may,
+    refuse_twice,
+)
 from fairlead.api.ui.sessions import Session, Sessions, token_of
 from fairlead.core.caller import Caller
 from fairlead.core.errors import Forbidden

@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fairlead import __version__
 from fairlead.api.admin_bodies import NoQuery, decoded, query_of
-from fairlead.api.admin_route import administered, is_origin_of
-from fairlead.api.doorkeeper import CREDENTIALS, caller_of, may
+from fairlead.api.admin_route import administered
+from fairlead.api.doorkeeper import CREDENTIALS, caller_of, is_origin_of, may
 from fairlead.api.problems import Problems
 from fairlead.api.ui.doorkeeper import SessionDoorkeeper
 from fairlead.api.ui.files import File, Files
