@@ -1,6 +1,7 @@
 """What an operator writes is typed; what is wrong with it is said with file and line."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from fairlead.core.specs import ModelSpec
         ("colour: red", "m.yaml:1: unknown key `colour`"),
         ("inputs:\n- name: x\n  datatype: FP31\n  shape: [1]", "m.yaml:3: Invalid enum value 'FP31' (at inputs[0].datatype)"),
         ("inputs:\n- name: x\n  datatype: FP32\n", "m.yaml:2: Object missing required field `shape` (at inputs[0])"),
-        ("batching:\n\n  max_batch_size: no\n", "m.yaml:3: Expected `int`, got `bool` (at batching.max_batch_size)"),
+        ("batching:\n\n  max_batch_size: no\n", "m.yaml:3: Expected `int`, got `str` (at batching.max_batch_size)"),
         (
             "batching: {queue_policy: {timeout_action: WAIT}}",
             "m.yaml:1: Invalid enum value 'WAIT' (at batching.queue_policy.timeout_action)",
@@ -59,6 +60,12 @@ def test_a_mistake_is_named_with_its_line(text, message):
     with pytest.raises(ConfigError) as error:
         read_yaml(text, ModelSpec, "m.yaml")
     assert error.value.message == message
+
+
+def test_off_is_a_word_and_only_true_and_false_are_truths():
+    values = read_yaml("a: off\nb: no\nc: true\nd: False\ne: 'on'\nf: null\n", dict[str, Any], "settings.yaml")
+
+    assert values == {"a": "off", "b": "no", "c": True, "d": False, "e": "on", "f": None}
 
 
 def test_an_empty_file_is_all_defaults():

@@ -10,7 +10,16 @@ from fairlead.core.errors import ConfigError
 
 T = TypeVar("T")
 MAX_DEPTH = 64
-_Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_BOOL = "tag:yaml.org,2002:bool"
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """With the truth of YAML 1.2: `off`, `no` and their like are words, as our own settings have them."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL or first in "tTfF"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def read_yaml(text: str, type_: type[T], source: str) -> T:
