@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 FIND_LINKS := $(foreach place,$(PIP_FIND_LINKS),--find-links $(place))
 TORCH := 2.13.0
 
-.PHONY: demo test lint format bench bench-llm venv constraints clean
+.PHONY: demo test lint format bench bench-llm engines venv constraints clean
 
 demo: $(INSTALLED)  ## train small real models, serve them, ask each one
 	$(BIN)/fairlead demo $(ARGS)
@@ -34,6 +34,9 @@ bench: $(INSTALLED)  ## Fairlead and its peers side by side, each in its own env
 bench-llm: $(INSTALLED)  ## the same for language models
 	bash benchmarks/llm/setup.sh
 	$(BIN)/python benchmarks/llm/bench.py $(ARGS)
+
+engines:  ## engines of others for `backend: vllm`, each in an environment of its own: .engines (`FAIRLEAD_TEST_ENGINES=1 make test` tries them)
+	bash engines.sh
 
 venv: $(INSTALLED)
 

@@ -229,7 +229,7 @@ def slope(points: list[tuple[int, int]]) -> float:
 def serving(names: list[str], folder: Path) -> Iterator[tuple[str, list[Running]]]:
     """The upstream and every peer, all started; the idle ones wait."""
     port = free_port()
-    fake = Server([FAIRLEAD, "-m", "fairlead.gateway.upstream.fake", "--port", str(port)], folder / "upstream.log")
+    fake = Server([FAIRLEAD, "-m", "fairlead.runtime.upstream.fake", "--port", str(port)], folder / "upstream.log")
     upstream = f"http://127.0.0.1:{port}"
     started: list[Running] = []
     try:

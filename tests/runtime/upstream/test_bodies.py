@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fairlead.core.errors import InvalidRequest
 from fairlead.core.generation import Usage
-from fairlead.gateway.upstream.bodies import num_events, openai_body, tells_usage, usage_of, usage_of_events, whole_events
+from fairlead.runtime.upstream.bodies import num_events, openai_body, tells_usage, usage_of, usage_of_events, whole_events
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=10),

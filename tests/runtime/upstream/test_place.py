@@ -20,10 +20,10 @@ from fairlead.core.generation import Usage
 from fairlead.core.policy import Upstream
 from fairlead.core.request import Raw, Request, Response
 from fairlead.core.timeline import Timeline, parse_traceparent
-from fairlead.gateway.upstream.client import MAX_HEAD_BYTES
-from fairlead.gateway.upstream.errors import UpstreamCut, UpstreamFull, UpstreamGone
-from fairlead.gateway.upstream.fake import Fake, Received, Script, text_of
-from fairlead.gateway.upstream.place import BUFFER_BYTES, UpstreamPlace
+from fairlead.runtime.upstream.client import MAX_HEAD_BYTES
+from fairlead.runtime.upstream.errors import UpstreamCut, UpstreamFull, UpstreamGone
+from fairlead.runtime.upstream.fake import Fake, Received, Script, text_of
+from fairlead.runtime.upstream.place import BUFFER_BYTES, UpstreamPlace
 
 CHAT = "/v1/chat/completions"
 

@@ -14,7 +14,7 @@ import structlog
 
 from fairlead import __version__
 from fairlead.core.errors import ConfigError
-from fairlead.gateway.upstream.errors import UpstreamCut, UpstreamGone
+from fairlead.runtime.upstream.errors import UpstreamCut, UpstreamGone
 
 log = structlog.get_logger("fairlead.gateway")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from fairlead.core.policy import GatewaySettings, Upstream
-from fairlead.gateway.upstream.place import UpstreamPlace
+from fairlead.runtime.upstream.place import UpstreamPlace
 
 CHECK_SECONDS = 5.0
 LINGER_SECONDS = 0.5

@@ -1,15 +1,18 @@
 """A small upstream for tests and benchmarks: OpenAI's protocol and KServe v2 over real sockets, with answers, a pace and faults as told.
 
-python -m fairlead.gateway.upstream.fake --port 9000 --script '{"pace": 0.02}'     PUT /script changes it while it runs
+python -m fairlead.runtime.upstream.fake --port 9000 --script '{"pace": 0.02}'     PUT /script changes it while it runs
 """
 
 import argparse
 import asyncio
 import math
+import os
+import signal
 import ssl
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import httptools
 import msgspec
@@ -19,7 +22,7 @@ MAX_RECEIVED = 256
 WORDS = ("fairleads ", "guide ", "mooring ", "hawsers ", "smoothly ", "around ", "corners ", "without ", "chafing ", "anything ")
 """Of answers, again and again: some gateways take one word a hundred times for a broken model."""
 
-Fault = Literal["", "status", "hang", "reset", "stale", "cut", "garbage", "redirect", "excess"]
+Fault = Literal["", "status", "hang", "reset", "stale", "cut", "garbage", "redirect", "excess", "text", "stall", "die"]
 """What goes wrong instead of an answer.
 
 status    answer with `status`
@@ -30,6 +33,17 @@ cut       close in the middle: of a stream after `after` chunks, of another answ
 garbage   answer with something that is not HTTP
 redirect  point somewhere else
 excess    answer twice
+text      answer with a text that is no JSON
+stall     say nothing more in the middle of a stream, after `after` chunks
+die       the same, by the process's end
+"""
+Start = Literal["", "hang", "die", "garbage", "once"]
+"""How the program starts, in place of serving.
+
+hang      never listen
+die       print something, and end
+garbage   listen, and answer with something that is not HTTP
+once      serve; started again beside the file that it left behind, die
 """
 
 
@@ -54,6 +68,11 @@ class Script(Struct, kw_only=True, forbid_unknown_fields=True):
     """Answer without a length, and close."""
     newline: Literal["\n", "\r\n"] = "\n"
     """Of events."""
+    models: tuple[str, ...] = ("fake",)
+    """What it says it has; () for a server that does not say."""
+    key: str = ""
+    """Without which it answers nothing."""
+    health: int = 200
     split: int = 0
     """Events are written in pieces of so many bytes; 0: each at once."""
 
@@ -158,7 +177,8 @@ class _Connection(asyncio.Protocol):
         self.writing: _Stream | None = None
         self.waiting: asyncio.TimerHandle | None = None
         self.hanging = False
-        self.cutting = False
+        self.breaking: Fault = ""
+        """How the answer under way breaks off."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
@@ -224,6 +244,10 @@ class _Connection(asyncio.Protocol):
 
     def _answer(self, method: str, target: str, headers: dict[str, str]) -> None:
         self.waiting = None
+        script = self.fake.script
+        if script.key and target != "/health" and headers.get("authorization") != f"Bearer {script.key}":
+            self.write(401, _error(401, "no such key"))
+            return
         if method == "POST" and (fault := self.fake.fault(self)) and not self._goes_wrong(fault):
             return
         try:
@@ -237,9 +261,10 @@ class _Connection(asyncio.Protocol):
             elif target in ("/v1/chat/completions", "/v1/completions"):
                 self._generate(_ask.decode(self.body), chat="chat" in target)
             elif target == "/v1/models":
-                self.write(200, b'{"object":"list","data":[{"id":"fake","object":"model","created":1,"owned_by":"fake"}]}')
+                listed = [{"id": name, "object": "model", "created": 1, "owned_by": "fake"} for name in script.models]
+                self.write(*((200, _encode({"object": "list", "data": listed})) if listed else (404, _error(404, "no such path"))))
             elif target == "/health":
-                self.write(200, b"{}")
+                self.write(script.health, b"{}")
             else:
                 self.write(404, _error(404, f"no such path: {target}"))
         except (msgspec.DecodeError, KeyError, ValueError) as error:
@@ -261,8 +286,10 @@ class _Connection(asyncio.Protocol):
         elif fault == "excess":
             self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n" * 2)
             self._ended()
-        elif fault == "cut":
-            self.cutting = True
+        elif fault == "text":
+            self.write(200, b"<html>It works!</html>")
+        elif fault in ("cut", "stall", "die"):
+            self.breaking = fault
             return True
         else:
             self._ended()
@@ -326,7 +353,7 @@ class _Connection(asyncio.Protocol):
 
     def write(self, status: int, body: bytes, extra: str = "", kind: str = "application/json") -> None:
         script = self.fake.script
-        cut = self.cutting and status == 200
+        cut = self.breaking == "cut" and status == 200
         start = f"HTTP/1.1 {status} {REASONS.get(status, 'Whatever')}\r\ncontent-type: {kind}\r\n{extra}"
         if script.http_1_0:
             start = start.replace("1.1", "1.0", 1)
@@ -394,7 +421,12 @@ class _Stream:
     def _write(self) -> None:
         connection = self.connection
         script = connection.fake.script
-        if connection.cutting and self.at == script.after:
+        if connection.breaking == "stall" and self.at >= script.after:
+            self.at = len(self.events) + 1
+            return
+        if connection.breaking == "die" and self.at == script.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if connection.breaking == "cut" and self.at == script.after:
             connection.transport.write(self._framed()[:-20])  # in the middle of an event
             connection.transport.close()
             connection.stream_ended()
@@ -452,13 +484,37 @@ def _error(status: int, message: str) -> bytes:
     return _encode({"error": {"message": message, "type": "fake", "param": None, "code": status}})
 
 
+def _begin(start: str) -> str:
+    """How it is to start, as far as that is not done here."""
+    how, _, file = start.partition(":")
+    if how == "once" and not Path(file).exists():
+        Path(file).touch()
+        return ""
+    if how in ("die", "once"):
+        print("reading the weights\nthe weights are broken: sk-abcdefghijklmnopqrst", flush=True)
+        raise SystemExit(3)
+    return how
+
+
+async def _nonsense(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+    writer.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=9000)
+    parser.add_argument("--start", default="", help=f"one of {', '.join(get_args(Start)[1:])}; `once:FILE`")
     parser.add_argument("--script", type=_script.decode, default=Script(), help='as JSON: {"pace": 0.02, "chunks": 64}')
     given = parser.parse_args()
+    start = _begin(given.start)
 
     async def run() -> None:
+        if start == "hang":
+            print("reading the weights, for ever", flush=True)
+            await asyncio.Event().wait()
+        if start == "garbage":
+            await (await asyncio.start_server(_nonsense, "127.0.0.1", given.port)).serve_forever()
         fake = await Fake(given.script).start(given.port)
         print(fake.url, flush=True)
         await asyncio.Event().wait()

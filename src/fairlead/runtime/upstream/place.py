@@ -3,7 +3,8 @@
 import asyncio
 import re
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from urllib.parse import quote
 
 import structlog
@@ -11,10 +12,10 @@ import structlog
 from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, Unsupported
 from fairlead.core.generation import Usage
 from fairlead.core.policy import Upstream
-from fairlead.core.request import Raw, Request, Response, Sink
-from fairlead.gateway.upstream.bodies import num_events, openai_body, tells_usage, usage_of, usage_of_events, whole_events
-from fairlead.gateway.upstream.client import Address, Exchange, Pool, fixed_headers
-from fairlead.gateway.upstream.errors import UpstreamCut, UpstreamFull, UpstreamGone
+from fairlead.core.request import Pausable, Raw, Request, Response, Sink
+from fairlead.runtime.upstream.bodies import num_events, openai_body, tells_usage, usage_of, usage_of_events, whole_events
+from fairlead.runtime.upstream.client import Address, Exchange, Pool, fixed_headers
+from fairlead.runtime.upstream.errors import UpstreamCut, UpstreamFull, UpstreamGone
 
 log = structlog.get_logger("fairlead.gateway")
 
@@ -24,6 +25,7 @@ MAX_EVENT_BYTES = 8 << 20
 """Of one server-sent event."""
 BUFFER_BYTES = 64 << 10
 """Of a stream's answer, waiting for a slow reader; then the upstream is read no further."""
+ANSWERING_SECONDS = 5.0
 MAX_STARTS = 64
 """Beginnings of requests that are kept ready."""
 CHARS_PER_TOKEN = 4
@@ -51,8 +53,8 @@ class UpstreamPlace:
 
     remote = True
 
-    def __init__(self, model: str, upstream: Upstream) -> None:
-        """Raises ConfigError."""
+    def __init__(self, model: str, upstream: Upstream, *, versioned: bool = True) -> None:
+        """`versioned`: it is told which version is asked for, as `NAME@VERSION`. Raises ConfigError."""
         address = Address(upstream.url)
         self.id = address.url
         self.model = model
@@ -66,6 +68,7 @@ class UpstreamPlace:
         self.pool = Pool(address, model, connect_timeout=upstream.connect_timeout, timeout=upstream.timeout)
         self.openai = upstream.protocol == "openai"
         self.name = upstream.model or model
+        self.versioned = versioned
         self._prefix = address.prefix if self.openai else f"{address.prefix}/v2/models/{quote(self.name, safe='')}"
         self.fixed = fixed_headers(address, upstream.key)
         self._starts: dict[tuple[str, str, str], str] = {}
@@ -85,15 +88,9 @@ class UpstreamPlace:
         self.pool.send(ticket)
         return ticket
 
-    async def infer(self, request: Request) -> AsyncGenerator[Response, None]:
+    def infer(self, request: Request) -> AsyncGenerator[Response, None]:
         """One response, or as many as there are. Closing the iterator cancels the request, at the upstream too."""
-        channel = _Channel()
-        channel.ticket = ticket = self.submit(request, channel)
-        try:
-            while (response := await channel.next()) is not None:
-                yield response
-        finally:
-            ticket.cancel()
+        return responses_of(partial(self.submit, request))
 
     async def check(self) -> bool:
         """Ask for its health and set `ready`: any answer but 5xx will do, for many a server has no such path."""
@@ -102,14 +99,26 @@ class UpstreamPlace:
             status = 404
             for path in HEALTH[self.upstream.protocol]:
                 if status == 404:
-                    head = f"GET {self.pool.address.prefix}{path} HTTP/1.1\r\n{self.fixed}\r\n".encode("latin-1")
-                    status, _ = await self.pool.get(head)
+                    status, _ = await self.get(path)
             if status >= 500:
                 down = f"{self.id} answers {status} when asked for its health"
         except UpstreamGone as error:
             down = error.detail
         self._turned(not down, down)
         return self.ready
+
+    @property
+    def answering(self) -> bool:
+        """Bytes of an answer came within the last seconds: whatever it says of its health, it works."""
+        pool = self.pool
+        return any(
+            isinstance(each.exchange, UpstreamTicket) and each.heard and each.num_silent * pool.check_seconds < ANSWERING_SECONDS
+            for each in pool.connections
+        )
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """(status, body), of which a few KiB at most. Raises UpstreamGone."""
+        return await self.pool.get(f"GET {self.pool.address.prefix}{path} HTTP/1.1\r\n{self.fixed}\r\n".encode("latin-1"))
 
     async def close(self) -> None:
         """What is under way fails."""
@@ -187,7 +196,7 @@ class UpstreamTicket(Exchange):
         start = place.start(request.version, raw)
         body = raw.body
         if place.openai:
-            name = f"{place.name}@{request.version}" if request.version else place.name
+            name = f"{place.name}@{request.version}" if request.version and place.versioned else place.name
             max_tokens = None if raw.path == EMBEDDINGS else raw.max_tokens
             body, self.asked_usage = openai_body(body, name, max_tokens=max_tokens, streams=raw.stream)
         lines = f"{start}content-length: {len(body)}\r\n"
@@ -237,6 +246,9 @@ class UpstreamTicket(Exchange):
             # Neither is about this caller: its text may even quote the key that we showed.
             what = "does not accept this server's key" if status > 400 else "has moved: it answers with a redirect"
             self._close(UpstreamGone(f"the server that computes model '{place.model}' {what}", f"{place.id} answers {status}"))
+            return
+        if place.openai and status < 300 and not (body.lstrip()[:1] == b"{" and body.rstrip()[-1:] == b"}"):
+            self._close(place.pool.failure(self, "answered with something that is not JSON", repr(body[:64])))
             return
         response = self._response(body)
         if status >= 400:
@@ -305,10 +317,21 @@ class UpstreamTicket(Exchange):
             self.sink.close(error)
 
 
+async def responses_of(submit: Callable[[Sink], Pausable]) -> AsyncGenerator[Response, None]:
+    """What is submitted, as an async iterator. Closing it cancels."""
+    channel = _Channel()
+    channel.ticket = ticket = submit(channel)
+    try:
+        while (response := await channel.next()) is not None:
+            yield response
+    finally:
+        ticket.cancel()
+
+
 class _Channel:
     """A sink that an async iterator reads."""
 
-    ticket: UpstreamTicket
+    ticket: Pausable
 
     def __init__(self) -> None:
         self._responses: deque[Response] = deque()
