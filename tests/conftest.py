@@ -1,9 +1,12 @@
 """What all tests share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import structlog
+
+os.environ["TRITON_INTERPRET"] = "1"  # kernels for CUDA are computed on the CPU; Triton asks when it is imported, by whomever
 
 structlog.configure(
     processors=[structlog.processors.add_log_level, structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]

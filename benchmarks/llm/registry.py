@@ -67,6 +67,7 @@ ENGINES = {
     "fairlead-noprefix": fairlead("prefix_caching=false"),
     "fairlead-graph": fairlead("decoder=graph"),
     "fairlead-torch": fairlead("kernels=torch"),
+    "fairlead-int8": fairlead("quantization=int8"),
     "fairlead-plain": fairlead("decoder=graph", "kernels=torch", "prefix_caching=false"),
     # it leaves one core to its other processes: one thread where there are two
     "vllm": vllm(),

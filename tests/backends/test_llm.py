@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from fairlead.backends.llm import BACKEND, LlmThread
-from fairlead.core.errors import ContextExceeded, FairleadError, InvalidRequest, LoadError, ShuttingDown, Unsupported
-from fairlead.core.generation import Chat, Delta, Detokenize, Embed, Generate, Message, Prompt, Sampling, Tokenize
+from fairlead.core.errors import (
+    ContextExceeded,
+    FairleadError,
+    InvalidRequest,
+    LoadError,
+    NotFound,
+    ShuttingDown,
+    Unavailable,
+    Unsupported,
+)
+from fairlead.core.generation import Chat, Delta, Detokenize, Embed, Generate, KvShare, Message, Prompt, Sampling, Tokenize
 from fairlead.core.specs import InstancesSpec, LlmSpec, ModelSpec
+from tests.llm.adapters import tiny_adapter
 from tests.llm.tiny import tiny_checkpoint
 
 GREEDY = Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -56,6 +67,8 @@ class Running:
         while True:
             other, answer = self.answers.get(timeout=SECONDS)
             if other == work:
+                if isinstance(answer, FairleadError):
+                    raise answer
                 return answer
 
     def close(self) -> None:
@@ -131,6 +144,33 @@ def test_a_text_that_takes_long_to_read_holds_up_no_step(running, monkeypatch):
     assert running.engine.stats().finished == {"length": 2}
 
 
+def test_adapters_take_turns_in_a_budget_for_one(tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path)
+    for seed, name in enumerate(("one", "two")):
+        tiny_adapter(checkpoint, name, seed=seed, r=4, target_modules=["q_proj"])
+    spec = ModelSpec(name="m", llm=structs.replace(SPEC, lora_bytes=2 * 4 * (64 + 64) * 4))
+    running = Running(BACKEND.load_engine(checkpoint, spec, 1))
+    try:
+        # Each finds room once the other's request has ended, however it has
+        for name in ("one", "two", "one"):
+            assert len(running.ask(Generate(chat=HELLO, sampling=GREEDY, adapter=name)).token_ids) == 6
+        running.submit(2, Generate(chat=HELLO, sampling=Sampling(max_tokens=200, ignore_eos=True), stream=True, adapter="one"))
+        running.answers.get(timeout=SECONDS)
+        with pytest.raises(Unavailable, match="finds no room"):
+            running.ask_past_others(3, Generate(chat=HELLO, sampling=GREEDY, adapter="two"))
+        running.engine.cancel(2)
+        running.ask_past_others(4, Generate(chat=HELLO, sampling=GREEDY))
+        with pytest.raises(ContextExceeded):
+            running.ask(Generate(chat=HELLO, sampling=Sampling(max_tokens=999), adapter="one"))
+        assert running.ask(Generate(chat=HELLO, sampling=GREEDY, adapter="two")).usage.completion_tokens == 6
+        with pytest.raises(NotFound):
+            running.ask(Generate(chat=HELLO, sampling=GREEDY, adapter="three"))
+        stats = running.engine.stats()
+        assert (stats.num_adapters, stats.num_adapter_loads, stats.num_adapter_evictions) == (1, 4, 3)
+    finally:
+        running.close()
+
+
 def test_closing_ends_what_is_left(checkpoint):
     running = Running(BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=SPEC), 1))
     for work in range(3):
@@ -162,6 +202,23 @@ def test_instances_divide_the_free_memory_of_the_container(checkpoint, monkeypat
         blocks[count] = BACKEND.load_engine(checkpoint, spec, 1).info.num_kv_blocks
     # Then a quarter of it, 1 MiB, is theirs together: blocks of 32 tokens in 2 layers of 2 heads of 16 float32 for K and for V
     assert blocks == {1: (1 << 20) // (32 * 2 * 2 * 2 * 16 * 4), 4: (1 << 18) // (32 * 2 * 2 * 2 * 16 * 4)}
+
+
+def test_what_the_server_leaves_to_it_is_all_that_it_takes(checkpoint):
+    block = 32 * 2 * 2 * 2 * 16 * 4
+
+    def load(kv, **llm):
+        spec = ModelSpec(name="m", llm=LlmSpec(**{"dtype": "float32", "kernels": "torch", **llm}))
+        return BACKEND.load_engine(checkpoint, spec, 1, kv=kv).info
+
+    assert load(KvShare(20 * block + 1, 90 * block, "half")).num_kv_blocks == 20
+    # One sequence of 256 tokens takes 8 blocks, and may have more than its share
+    whole = load(KvShare(3 * block, 8 * block, "half of what is left"))
+    assert (whole.num_kv_blocks, whole.max_model_len) == (8, 256)
+    assert any("(half of what is left)" in line for line in whole.explain)
+    assert load(KvShare(3 * block, 3 * block, "half")).max_model_len == 96
+    with pytest.raises(LoadError, match=r"KV memory of 0 bytes \(others hold qwen 3 MiB\) cannot hold one sequence of 200 tokens"):
+        load(KvShare(0, 0, "others hold qwen 3 MiB"), max_model_len=200)
 
 
 def test_a_device_that_would_not_be_used_is_refused(checkpoint):

@@ -65,3 +65,8 @@ def test_no_optimisation_changes_an_answer_in_float32(changes):
 
 def test_bfloat16_answers_as_well():
     assert accuracy(answers(dtype="bfloat16")) >= FLOOR
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_answers_as_well(dtype):
+    assert accuracy(answers(dtype=dtype, quantization="int8")) >= FLOOR

@@ -30,7 +30,11 @@ class Steps:
         max_batch_tokens: int = 16,
         max_waiting: int = 100,
         max_model_len: int = 64,
+        drafts: random.Random | None = None,
     ) -> None:
+        """`drafts`: sequences that decode have one before every step, of tokens that will be chosen and of others."""
+        self.drafts = drafts
+        self.num_accepted = 0
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
             self.pool, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, max_model_len=max_model_len
@@ -55,11 +59,21 @@ class Steps:
 
     def plan(self, only: Set[Sequence] | None = None) -> Plan:
         self.now += 1.0
+        if self.drafts is not None:
+            for seq in self.scheduler.running:
+                if seq.num_tokens - seq.num_computed == 1:
+                    seq.draft = self.guesses(seq, self.drafts.randrange(6), self.drafts.randrange(3))
         plan = self.scheduler.plan(self.now, only=only)
         self.expired += plan.expired
         self.check_plan(plan)
         self.scheduler.check_integrity()
         return plan
+
+    def guesses(self, seq: Sequence, num_right: int, num_wrong: int) -> list[int]:
+        known = list(seq.token_ids)
+        for _ in range(num_right):
+            known.append(self.chosen(seq, known))
+        return known[seq.num_tokens :] + [-7] * num_wrong
 
     def check_plan(self, plan: Plan) -> None:
         scheduler = self.scheduler
@@ -69,10 +83,13 @@ class Steps:
         assert len(scheduler.running) <= scheduler.num_rows
         assert plan.num_reserved == 0
         assert not set(seqs) & set(plan.preempted)
-        for seq, start, num_tokens, samples in plan.chunks:
+        assert plan.num_drafts == sum(chunk.num_drafts for chunk in plan.chunks)
+        for seq, start, num_tokens, samples, num_drafts in plan.chunks:
             assert num_tokens >= 1 and start == seq.num_computed and seq.row >= 0
             assert start + num_tokens <= len(seq.blocks) * self.pool.block_size
-            assert samples == (start + num_tokens == seq.num_tokens)
+            assert samples == (start + num_tokens - num_drafts == seq.num_tokens)
+            assert num_drafts <= len(seq.draft) and (samples or not num_drafts)
+            assert start + num_tokens <= scheduler.max_model_len
             assert plan.only is None or seq in plan.only
         assert all(seq.row >= 0 and seq in seqs for seq in plan.admitted)
         assert all(
@@ -83,10 +100,10 @@ class Steps:
     def compute(self, plan: Plan) -> None:
         """As a layer does: the K and V of all tokens are stored, then each token sees all before it."""
         contents = {chunk.seq: self.contents(chunk.seq) for chunk in plan.chunks}
-        for seq, start, num_tokens, _ in plan.chunks:
+        for seq, start, num_tokens, _, _ in plan.chunks:
             for position in range(start, start + num_tokens):
                 self.store(seq, position, contents[seq][position])
-        for seq, start, num_tokens, _ in plan.chunks:
+        for seq, start, num_tokens, _, _ in plan.chunks:
             for position in range(start + num_tokens):
                 block, offset = divmod(position, self.pool.block_size)
                 assert self.memory[seq.blocks[block]][offset] == contents[seq][position], f"{seq} reads another's K and V at {position}"
@@ -95,27 +112,38 @@ class Steps:
         block, offset = divmod(position, self.pool.block_size)
         self.memory[seq.blocks[block]][offset] = content
 
-    def contents(self, seq: Sequence) -> list[int]:
+    def contents(self, seq: Sequence, known: list[int] | None = None) -> list[int]:
         running, contents = hash(seq.salt), []
-        for token in seq.token_ids:
+        for token in [*(seq.token_ids if known is None else known), *(seq.draft if known is None else ())]:
             running = hash((running, token))
             contents.append(running)
         return contents
 
     def step(self, only: Set[Sequence] | None = None) -> Plan:
         plan = self.plan(only)
+        drafts = {chunk.seq: chunk.seq.draft[: chunk.num_drafts] for chunk in plan.chunks}
         if plan.chunks:
             self.compute(plan)
             self.scheduler.commit(plan)
         for chunk in plan.chunks:
             if chunk.samples:
-                self.append(chunk.seq)
+                self.append(chunk.seq, drafts[chunk.seq])
         self.scheduler.check_integrity()
         return plan
 
-    def append(self, seq: Sequence) -> None:
+    def chosen(self, seq: Sequence, known: list[int]) -> int:
         # What is chosen depends on all that was read, so equal prompts answer alike.
-        seq.token_ids.append(self.contents(seq)[-1] % 50_000)
+        return self.contents(seq, known)[-1] % 50_000
+
+    def append(self, seq: Sequence, draft: list[int] | None = None) -> None:
+        num_accepted = 0
+        for guess in [*(draft or []), None]:
+            seq.token_ids.append(self.chosen(seq, seq.token_ids))
+            num_accepted += seq.token_ids[-1] == guess
+            if seq.token_ids[-1] != guess or seq.num_generated == self.answer_lens[seq]:
+                break
+        self.scheduler.accept(seq, num_accepted)
+        self.num_accepted += num_accepted
         if seq.num_generated == self.answer_lens[seq]:
             self.scheduler.finish(seq)
             self.finished.append(seq)
@@ -124,7 +152,7 @@ class Steps:
         """A step that dies half-way: every slot that it was to write holds garbage."""
         plan = self.plan(only)
         if plan.chunks:
-            for seq, start, num_tokens, _ in plan.chunks:
+            for seq, start, num_tokens, _, _ in plan.chunks:
                 for position in range(start, start + num_tokens):
                     self.store(seq, position, GARBAGE)
             self.scheduler.rollback(plan)
@@ -213,6 +241,80 @@ def test_decodes_that_fill_the_step_do_not_keep_out_a_better_priority():
     urgent = steps.add(1, priority=0)
     plan = steps.step()
     assert plan.preempted == [second] and {chunk.seq for chunk in plan.chunks} == {urgent, first}
+
+
+# Drafts
+
+
+def test_a_draft_is_computed_with_the_token_before_it_and_what_was_right_of_it_is_known():
+    steps = Steps()
+    seq = steps.add(10, answer=9)
+    steps.step()
+    seq.draft = steps.guesses(seq, 2, 2)
+    plan = steps.step()
+    assert plan.chunks == [(seq, 10, 5, True, 4)] and plan.num_drafts == 4
+    assert seq.num_tokens == 14 and seq.num_computed == 13, "two of the draft, and the token after them, which was chosen"
+    assert seq.draft == []
+    assert shape(steps.step()) == [(1, 13, 1)]
+    steps.run(max_steps=9)
+
+
+def test_blocks_that_a_draft_fills_are_found_by_others_once_it_is_known():
+    steps = Steps()
+    seq = steps.add(6, answer=9)
+    steps.step()
+    seq.draft = steps.guesses(seq, 5, 4)
+    plan = steps.plan()
+    assert plan.chunks[0].num_drafts == 9 and plan.published == [] and steps.pool.num_published == 1
+    steps.compute(plan)
+    draft = seq.draft
+    steps.scheduler.commit(plan)
+    steps.append(seq, draft)
+    assert (seq.num_tokens, seq.num_computed, steps.pool.num_published) == (13, 12, 3)
+    steps.scheduler.check_integrity()
+    steps.run(max_steps=9)
+
+
+def test_drafts_take_only_what_prompts_leave_of_a_step():
+    steps = Steps(max_batch_tokens=16)
+    seq = steps.add(4, answer=20)
+    steps.step()
+    steps.add(12, answer=20)
+    seq.draft = steps.guesses(seq, 5, 0)
+    assert [(chunk.num_tokens, chunk.num_drafts) for chunk in steps.step().chunks] == [(4, 3), (12, 0)]
+
+
+def test_a_draft_throws_nobody_out():
+    steps = Steps(num_blocks=6, max_model_len=24, max_batch_tokens=32)
+    first, second = steps.add(8, answer=5), steps.add(8, answer=5)
+    steps.step()
+    for seq in (first, second):
+        seq.draft = steps.guesses(seq, 9, 0)
+    plan = steps.step()
+    assert plan.preempted == [] and [chunk.num_drafts for chunk in plan.chunks] == [3, 3], "a block more for each, and none is left"
+    steps.run(max_steps=20)
+
+
+def test_a_draft_ends_with_the_longest_sequence():
+    steps = Steps(num_blocks=6, max_model_len=24)
+    seq = steps.add(20, answer=4)
+    steps.step()
+    steps.step()
+    seq.draft = [1] * 9
+    assert steps.step().chunks == [(seq, 20, 4, True, 3)]
+    steps.run(max_steps=4)
+
+
+def test_a_failed_step_forgets_its_drafts_and_the_search_for_its_cause_does_without():
+    steps = Steps()
+    seq = steps.add(8, answer=5)
+    steps.step()
+    seq.draft = steps.guesses(seq, 3, 0)
+    assert steps.fail().num_drafts == 3
+    assert seq.draft == [] and (seq.num_tokens, seq.num_computed) == (9, 8)
+    seq.draft = steps.guesses(seq, 3, 0)
+    assert steps.step(only={seq}).num_drafts == 0
+    steps.run(max_steps=5)
 
 
 # The prefix cache
@@ -551,13 +653,15 @@ class AnySchedule(RuleBasedStateMachine):
     K and V, and whatever is left in the end finishes in a bounded number of steps."""
 
     @initialize(
+        drafts=st.one_of(st.none(), st.randoms(use_true_random=False)),
         num_blocks=st.integers(6, 20),
         max_num_seqs=st.integers(1, 5),
         max_batch_tokens=st.integers(1, 24),
         prefix_caching=st.sampled_from([True, True, False]),
     )
-    def start(self, num_blocks: int, max_num_seqs: int, max_batch_tokens: int, prefix_caching: bool) -> None:
+    def start(self, drafts: random.Random | None, num_blocks: int, max_num_seqs: int, max_batch_tokens: int, prefix_caching: bool) -> None:
         self.steps = Steps(
+            drafts=drafts,
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
             max_batch_tokens=max_batch_tokens,
@@ -665,5 +769,7 @@ def test_the_answers_do_not_depend_on_the_schedule():
         return [seq.token_ids[seq.num_prompt :] for seq in seqs]
 
     alone = answers(num_blocks=400, max_num_seqs=1, max_batch_tokens=64, prefix_caching=False)
+    assert answers(num_blocks=400, max_num_seqs=6, max_batch_tokens=64, drafts=random.Random(1)) == alone
+    assert answers(num_blocks=12, max_num_seqs=6, max_batch_tokens=20, drafts=random.Random(2)) == alone
     assert answers(num_blocks=400, max_num_seqs=20, max_batch_tokens=640) == alone
     assert answers(num_blocks=12, max_num_seqs=6, max_batch_tokens=7) == alone

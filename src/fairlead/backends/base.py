@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from msgspec import Struct
 
 from fairlead.core.errors import FairleadError
-from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
+from fairlead.core.generation import Delta, EngineInfo, EngineStats, KvShare, Prompt
 from fairlead.core.specs import DiffusionSpec, Isolation, LlmSpec, ModelSpec, TensorSpec
 from fairlead.core.tensors import Tensors
 
@@ -114,8 +114,9 @@ class EngineBackend(ABC):
     """Loads engines of one kind. Stateless."""
 
     @abstractmethod
-    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int, version: str = "") -> Engine:
-        """`artefact`: the checkpoint's folder; `version`: as the model's answers name it. Raises LoadError with one readable sentence that names the file."""
+    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int, version: str = "", kv: KvShare | None = None) -> Engine:
+        """`artefact`: the checkpoint's folder; `version`: as the model's answers name it; `kv`: the KV memory that it may take (None: by
+        what is free). Raises LoadError with one readable sentence that names the file."""
 
 
 class Kind(Struct, frozen=True, kw_only=True):
@@ -136,6 +137,8 @@ class Kind(Struct, frozen=True, kw_only=True):
     """It generates: its backend has `load_engine`, and its requests carry a prompt, not tensors."""
     section: Literal["llm", "diffusion"] = "llm"
     """Of model.yaml, which bounds its engine."""
+    external: bool = False
+    """Somebody else's engine: a row of `backends.external` says how it is started, and nothing is imported."""
     parameters: bool = False
     """It reads `parameters` of model.yaml."""
     preload: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from msgspec import structs
 from fairlead.backends.base import Deliver, EngineBackend
 from fairlead.backends.engine_thread import EngineThread, When, model_at
 from fairlead.core.errors import LoadError, Unsupported
-from fairlead.core.generation import EngineInfo, Paint, Prompt
+from fairlead.core.generation import EngineInfo, KvShare, Paint, Prompt
 from fairlead.core.pictures import check, decode_image, decode_mask, random_seed
 from fairlead.core.specs import DiffusionSpec, ModelSpec
 from fairlead.diffusion.decoder import DecoderThread
@@ -24,7 +24,7 @@ log = structlog.get_logger("fairlead.diffusion")
 
 
 class DiffusionBackend(EngineBackend):
-    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int, version: str = "") -> "DiffusionThread":
+    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int, version: str = "", kv: KvShare | None = None) -> "DiffusionThread":
         started = time.perf_counter()
         device = spec.instances.device
         if device.partition(":")[0] == "cuda" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():

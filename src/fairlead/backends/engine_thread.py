@@ -1,5 +1,5 @@
-"""An engine's two threads: requests are read in one, so that a long text or a large picture holds up no step, and wait for the
-other, which computes the steps, to take them."""
+"""An engine's threads: requests are read in one, so that a long text or a large picture holds up no step, and wait for the other,
+which computes the steps, to take them. What may take long to read has a thread of its own, so that it holds up no other request."""
 
 import threading
 import time
@@ -13,13 +13,16 @@ from typing import Any, Protocol, TypedDict
 import structlog
 
 from fairlead.backends.base import Deliver
-from fairlead.core.errors import FairleadError, InvalidRequest, ShuttingDown
+from fairlead.core.errors import FairleadError, InvalidRequest, QueueFull, ShuttingDown, TimeoutExpired
 from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
 from fairlead.core.specs import ModelSpec
 
 log = structlog.get_logger("fairlead.engine")
 
 Answer = tuple[int, Delta | FairleadError]
+
+MAX_SLOW = 64
+"""Requests that may wait for the thread of those that take long to read."""
 
 
 class When(TypedDict):
@@ -51,6 +54,7 @@ class EngineThread(ABC):
         self.steps = steps
         self.info = info
         self._prompts: SimpleQueue[tuple[int, Prompt, When] | None] = SimpleQueue()
+        self._slow_prompts: SimpleQueue[tuple[int, Prompt, When] | None] = SimpleQueue()
         self._inbox: deque[Callable[[], None]] = deque()
         self._woken = threading.Event()
         self._closing = False
@@ -61,8 +65,12 @@ class EngineThread(ABC):
 
     @abstractmethod
     def read(self, prompt: Prompt) -> Any:
-        """In the reader's thread: the prompt in the form that `add` takes, or a Delta that answers it without a step.
+        """In a reader's thread: the prompt in the form that `add` takes, or a Delta that answers it without a step.
         Raises FairleadError."""
+
+    def takes_long(self, prompt: Prompt) -> bool:
+        """In the event loop: whether `read` may take more than a few milliseconds beside what the prompt's length takes."""
+        return False
 
     @abstractmethod
     def add(self, work: int, read: Any, when: When) -> None:
@@ -72,7 +80,14 @@ class EngineThread(ABC):
 
     def submit(self, work: int, prompt: Prompt, *, priority: int, arrived: float, deadline: float) -> None:
         self._live.add(work)
-        self._prompts.put((work, prompt, {"priority": priority, "arrived": arrived, "deadline": deadline}))
+        when: When = {"priority": priority, "arrived": arrived, "deadline": deadline}
+        if not self.takes_long(prompt):
+            self._prompts.put((work, prompt, when))
+        elif self._slow_prompts.qsize() < MAX_SLOW:
+            self._slow_prompts.put((work, prompt, when))
+        else:
+            full = QueueFull(f"{MAX_SLOW} requests wait to be read, and no more may")
+            self.between_steps(partial(self._take, work, full, when))
 
     def cancel(self, work: int) -> None:
         self._live.discard(work)
@@ -101,11 +116,14 @@ class EngineThread(ABC):
 
     def run(self, deliver: Deliver) -> None:
         self._deliver = deliver
-        threading.Thread(target=self._read_all, name="reader", daemon=True).start()
+        queues = (self._prompts, self._slow_prompts)
+        for queue, name in zip(queues, ("reader", "slow reader"), strict=True):
+            threading.Thread(target=self._read_all, args=(queue,), name=name, daemon=True).start()
         try:
             self._compute()
         finally:
-            self._prompts.put(None)
+            for queue in queues:
+                queue.put(None)
         deliver([(work, ShuttingDown("the model was unloaded before it answered")) for work in list(self._live)])
 
     def _compute(self) -> None:
@@ -156,18 +174,21 @@ class EngineThread(ABC):
         except Exception as error:
             self._answers.append((work, _refusal(error)))
 
-    # In the reader's thread
+    # In the readers' threads
 
-    def _read_all(self) -> None:
-        while (asked := self._prompts.get()) is not None:
+    def _read_all(self, prompts: "SimpleQueue[tuple[int, Prompt, When] | None]") -> None:
+        while (asked := prompts.get()) is not None:
             work, prompt, when = asked
             if work not in self._live or self._closing:
                 continue
             try:
+                if 0 < when["deadline"] < time.perf_counter():
+                    raise TimeoutExpired("Request timeout expired")
                 read = self.read(prompt)
             except Exception as error:
                 read = _refusal(error)
             self.between_steps(partial(self._take, work, read, when))
+            del read  # what it holds (an adapter, say) is let go when the request ends, not when the next one comes
 
 
 def model_at(spec: ModelSpec, version: str) -> str:
@@ -178,6 +199,6 @@ def model_at(spec: ModelSpec, version: str) -> str:
 def _refusal(error: Exception) -> FairleadError:
     """What the caller is told of a prompt that could not be taken."""
     if isinstance(error, FairleadError):
-        return error
+        return error.with_traceback(None)  # whose frames hold what was read
     log.error("request failed before it was queued", exc_info=error)
     return InvalidRequest(f"the prompt cannot be read: {type(error).__name__}: {error}")

@@ -12,8 +12,18 @@ step takes), `num_blocks`, `max_model_len`, `chat_template: false`. Words of a p
 | !hang | a step that never ends |
 | !seize | a step that never ends and holds the interpreter's lock |
 | !break | the engine gives itself up |
+
+In a request that is `parsed`, so that reasoning and tool calls stand apart, it obeys these where they stand, too:
+
+| words | do |
+|---|---|
+| !reason … !answer | the words between come as reasoning |
+| !call NAME {…} | a call of the tool NAME with these arguments, in pieces; the answer ends with `tool_calls` |
+
+A LoRA adapter, whose folder in the model's `loras` needs no more than an adapter_config.json, is the word `<NAME>` before the answer.
 """
 
+import json
 import math
 import os
 import re
@@ -21,18 +31,23 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from copy import copy
 from itertools import count, cycle
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
 
 from fairlead.backends.base import Deliver, Engine, EngineBackend, Kind
+from fairlead.core.adapters import adapter_names
 from fairlead.core.errors import (
     ContextExceeded,
     FairleadError,
     InvalidRequest,
+    LoadError,
     ModelError,
+    NotFound,
     QueueFull,
     ShuttingDown,
     TimeoutExpired,
@@ -47,13 +62,17 @@ from fairlead.core.generation import (
     EngineStats,
     FinishReason,
     Generate,
+    KvShare,
     Paint,
     Phase,
     Prompt,
     Sampling,
+    Score,
     Tokenize,
     TokenLogprob,
+    ToolCall,
     Usage,
+    add_calls,
 )
 from fairlead.core.specs import Isolation, ModelSpec
 from fairlead.observe.metrics import Histogram
@@ -71,19 +90,29 @@ KIND = Kind(
 )
 EMBEDDING_SIZE = 8
 BLOCK_SIZE = 16
+BLOCK_BYTES = BLOCK_SIZE << 10
 LOGPROB = -0.5
 COMMANDS = frozenset({"!forever", "!raise", "!crash", "!hang", "!seize", "!break"})
 CRASH_EXIT = 7
+WORD = re.compile(r"\s*\S+\s*")
 
 Answer = tuple[int, Delta | FairleadError]
 
 
 class FakeEngineBackend(EngineBackend):
-    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int, version: str = "") -> Engine:
-        return FakeEngine(spec)
+    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int, version: str = "", kv: KvShare | None = None) -> Engine:
+        return FakeEngine(spec, folder=artefact, kv=kv)
 
 
 BACKEND = FakeEngineBackend()
+
+
+class _Said(NamedTuple):
+    """A word of an answer, and as what it comes."""
+
+    word: str
+    reasoned: bool = False
+    call: ToolCall | None = None
 
 
 class _Choice:
@@ -99,7 +128,9 @@ class _Choice:
 class _Running:
     """A request, from its arrival on."""
 
-    def __init__(self, work: int, prompt: Generate | Embed, words: list[str], *, priority: int, arrived: float, deadline: float) -> None:
+    def __init__(
+        self, work: int, prompt: Generate | Embed | Score, words: list[str], *, priority: int, arrived: float, deadline: float
+    ) -> None:
         self.work = work
         self.prompt = prompt
         self.words = words
@@ -108,7 +139,7 @@ class _Running:
         self.deadline = deadline
         self.choices: list[_Choice] = []
         self.num_blocks = 0
-        self.num_generated = 0
+        self.num_generated = self.num_reasoned = 0
         self.cached_tokens = 0
         self.began = self.first_at = 0.0
 
@@ -125,14 +156,28 @@ class FakeEngine:
     """Implements `backends.base.Engine`."""
 
     def __init__(
-        self, spec: ModelSpec, *, clock: Callable[[], float] = time.perf_counter, sleep: Callable[[float], None] = time.sleep
+        self,
+        spec: ModelSpec,
+        *,
+        folder: Path | None = None,
+        kv: KvShare | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`clock`, `sleep`: of seconds; a virtual pair makes steps take no time."""
         parameters = spec.parameters
+        self._loras = None if folder is None else folder / spec.llm.loras
+        self._takes_adapters = spec.llm.lora_bytes > 0
         self.max_model_len: int = spec.llm.max_model_len or parameters.get("max_model_len", 4096)
         self.max_num_seqs, self.max_waiting = spec.llm.max_num_seqs, spec.llm.max_waiting
         self.step_time: float = parameters.get("step_seconds", 0.0)
         self.num_blocks: int = parameters.get("num_blocks", 1024)
+        if spec.llm.kv_cache_bytes:
+            self.num_blocks = spec.llm.kv_cache_bytes // BLOCK_BYTES
+        elif kv is not None:
+            self.num_blocks = min(self.num_blocks, kv.num_bytes // BLOCK_BYTES)
+            if not self.num_blocks:
+                raise LoadError(f"KV memory of {kv.num_bytes} bytes ({kv.why}) holds no block")
         task = spec.llm.task
         self.info = EngineInfo(
             tasks=("generate", "embed", "tokenize") if task == "auto" else (task, "tokenize"),
@@ -140,9 +185,10 @@ class FakeEngine:
             vocab_size=1 << 20,
             architecture="FakeEngine",
             has_chat_template=parameters.get("chat_template", True),
+            tools=parameters.get("chat_template", True),
             num_kv_blocks=self.num_blocks,
             block_size=BLOCK_SIZE,
-            kv_block_bytes=BLOCK_SIZE << 10,
+            kv_block_bytes=BLOCK_BYTES,
             embedding_size=EMBEDDING_SIZE,
         )
         self._clock, self._sleep = clock, sleep
@@ -236,14 +282,15 @@ class FakeEngine:
                 return Delta(text="".join(self._word(token_id) for token_id in ids), finish_reason="stop", usage=Usage())
         if isinstance(prompt, Paint):
             raise Unsupported("this model does not make pictures")
-        if ("generate" if isinstance(prompt, Generate) else "embed") not in self.info.tasks:
-            raise Unsupported(
-                "this model embeds: it does not generate text" if isinstance(prompt, Generate) else "this model does not embed"
-            )
+        if (task := type(prompt).__name__.lower()) not in self.info.tasks:
+            raise Unsupported(f"this model {self.info.tasks[0]}s: it does not {task}{' text' * (task == 'generate')}")
         words = self._words(prompt)
+        adapter = prompt.adapter if isinstance(prompt, Generate) else ""
+        if adapter and (self._loras is None or not self._takes_adapters or adapter not in adapter_names(self._loras)):
+            raise NotFound(f"the model has no adapter '{adapter[:64]}'")
         if not words:
             raise InvalidRequest("the prompt is empty: it must have at least one token")
-        wanted = (prompt.sampling.max_tokens or 1) if isinstance(prompt, Generate) else 0
+        wanted = _wanted(prompt.sampling) if isinstance(prompt, Generate) else 0
         if len(words) + wanted > self.max_model_len:
             raise ContextExceeded(
                 f"this model's maximum context length is {self.max_model_len} tokens, but {len(words) + wanted} were requested"
@@ -292,11 +339,14 @@ class FakeEngine:
     def _advance(self, running: _Running, now: float, answers: list[Answer]) -> None:
         """One piece more of each of its answers."""
         prompt = running.prompt
-        if isinstance(prompt, Embed):
+        if not isinstance(prompt, Generate):
             self._running.remove(running)
             self._finished["stop"] += 1
-            vector = _embed(running.words)[: prompt.dimensions]
-            data = (vector / np.linalg.norm(vector)).astype("<f4").tobytes()
+            if isinstance(prompt, Score):
+                data = np.array([_score(prompt, len(running.words))], "<f4").tobytes()
+            else:
+                vector = _embed(running.words)[: prompt.dimensions]
+                data = (vector / np.linalg.norm(vector)).astype("<f4").tobytes()
             usage = Usage(prompt_tokens=len(running.words))
             answers.append((running.work, Delta(vector=data, finish_reason="stop", usage=usage, phases=running.phases(now))))
             return
@@ -304,6 +354,7 @@ class FakeEngine:
         for choice in list(running.choices):
             piece = next(choice.pieces)
             running.num_generated += len(piece.token_ids)
+            running.num_reasoned += len(piece.token_ids) * bool(piece.reasoning)
             self._stats.num_generated_tokens += len(piece.token_ids)
             (self._inter_token if choice.last_at else self._first_token).observe(now - (choice.last_at or running.arrived))
             choice.last_at = now
@@ -315,7 +366,10 @@ class FakeEngine:
             if not running.choices:
                 self._running.remove(running)
                 piece.usage = Usage(
-                    prompt_tokens=len(running.words), completion_tokens=running.num_generated, cached_tokens=running.cached_tokens
+                    prompt_tokens=len(running.words),
+                    completion_tokens=running.num_generated,
+                    cached_tokens=running.cached_tokens,
+                    reasoning_tokens=running.num_reasoned,
                 )
                 piece.phases = running.phases(now)
             if prompt.stream or piece.finish_reason:
@@ -352,6 +406,9 @@ class FakeEngine:
     def _words(self, prompt: Prompt) -> list[str]:
         """With the white space that follows each. Raises InvalidRequest."""
         assert not isinstance(prompt, (Detokenize, Paint))
+        if isinstance(prompt, Score):
+            limit = None if prompt.max_tokens is None else prompt.max_tokens or self.max_model_len
+            return WORD.findall(f"{prompt.text} {prompt.pair}")[:limit]
         if not isinstance(prompt, Tokenize) and prompt.token_ids is not None:
             return [self._word(token_id) for token_id in prompt.token_ids]
         text = prompt.text or ""
@@ -359,7 +416,7 @@ class FakeEngine:
             if not self.info.has_chat_template:
                 raise InvalidRequest("this model has no chat template")
             text = _render(prompt.chat)
-        return re.findall(r"\s*\S+\s*", text)
+        return WORD.findall(text)
 
     def _id(self, word: str) -> int:
         return self._vocabulary.setdefault(word, len(self._vocabulary))
@@ -376,17 +433,26 @@ class FakeEngine:
         assert isinstance(prompt, Generate)
         sampling = prompt.sampling
         limit = min(sampling.max_tokens or self.max_model_len, self.max_model_len - len(running.words))
-        echoed = re.findall(r"\s*\S+\s*", prompt.chat.messages[-1].content or "") if prompt.chat is not None else running.words
-        words = [word for word in echoed if word.strip() not in COMMANDS] or ["nothing "]
+        echoed = running.words if prompt.chat is None else WORD.findall(prompt.chat.messages[-1].content or "")
+        said = list(_parsed(echoed, f"call_{running.work}_{index}")) if prompt.parsed else [_Said(word) for word in echoed]
+        said = [each for each in said if each.word.strip() not in COMMANDS] or [_Said("nothing ")]
+        if prompt.adapter:
+            said.insert(0, _Said(f"<{prompt.adapter}> "))
         endless = sampling.ignore_eos or any(word.strip() == "!forever" for word in running.words)
-        for number, word in enumerate(cycle(words) if endless else words, 1):
+        for number, (word, reasoned, call) in enumerate(cycle(said) if endless else said, 1):
             piece = self._piece(running, index, word, first=number == 1)
             stop, cut = _stopped(word, sampling)
-            if stop:
+            if reasoned or call is not None:
+                piece.text, stop = "", ""
+                piece.reasoning = word if reasoned else ""
+                piece.tool_calls = [] if call is None else [copy(call)]
+            elif stop:
                 piece.text, piece.stop_reason = cut, stop
             elif self._id(word) in sampling.stop_token_ids:
                 stop, piece.text, piece.stop_reason = word, "", self._id(word)
-            piece.finish_reason = _reason(stop=bool(stop) or (not endless and number == len(words)), full=number == limit)
+            piece.finish_reason = _reason(stop=bool(stop) or (not endless and number == len(said)), full=number == limit)
+            if piece.finish_reason == "stop" and not stop and any(each.call for each in said):
+                piece.finish_reason = "tool_calls"
             yield piece
             if piece.finish_reason:
                 return
@@ -412,12 +478,47 @@ def _told(histogram: Histogram) -> tuple[list[int], float]:
     return list(histogram.counts), histogram.sum
 
 
+def _wanted(sampling: Sampling) -> int:
+    return 1 if sampling.fits_context else sampling.max_tokens or 1
+
+
 def _num_choices(running: _Running) -> int:
     return running.prompt.sampling.n if isinstance(running.prompt, Generate) else 0
 
 
 def _render(chat: Chat) -> str:
     return " ".join(f"<{message.role}> {message.content or ''}" for message in chat.messages)
+
+
+def _parsed(words: list[str], id: str) -> Iterator[_Said]:
+    """`!reason`, `!answer` and `!call` heeded. `id`: of the answer's calls, before their numbers."""
+    reasoned, index, at = False, 0, 0
+    while at < len(words):
+        word = words[at].strip()
+        if word == "!call" and (call := _call_at(words, at + 1)) is not None:
+            name, arguments, at = call
+            yield _Said("!call ", call=ToolCall(index=index, id=f"{id}_{index}", name=name))
+            for piece in WORD.findall(arguments):
+                yield _Said(piece, call=ToolCall(index=index, arguments=piece))
+            index += 1
+            continue
+        if word in ("!reason", "!answer"):
+            reasoned = word == "!reason"
+        else:
+            yield _Said(words[at], reasoned)
+        at += 1
+
+
+def _call_at(words: list[str], at: int) -> tuple[str, str, int] | None:
+    """(name, arguments, the place behind them) of the call that is written there."""
+    for end in range(at + 2, len(words) + 1):
+        arguments = "".join(words[at + 1 : end]).strip()
+        try:
+            if isinstance(json.loads(arguments), dict):
+                return words[at].strip(), arguments, end
+        except ValueError:
+            continue
+    return None
 
 
 def _stopped(word: str, sampling: Sampling) -> tuple[str, str]:
@@ -437,11 +538,20 @@ def _joined(whole: Delta | None, piece: Delta) -> Delta:
     if whole is None:
         return piece
     whole.text += piece.text
+    whole.reasoning += piece.reasoning
+    add_calls(whole.tool_calls, piece.tool_calls)
     whole.token_ids += piece.token_ids
     if whole.logprobs is not None:
         whole.logprobs += piece.logprobs or []
     whole.finish_reason, whole.stop_reason = piece.finish_reason, piece.stop_reason
     return whole
+
+
+def _score(prompt: Score, num_words: int) -> float:
+    """The share of the asked words that the other text has; raw: their number."""
+    asked = prompt.text.split()
+    found = len({*asked} & {*prompt.pair.split()[: num_words - len(asked)]})
+    return float(found) if prompt.raw else found / max(len({*asked}), 1)
 
 
 def _embed(words: list[str]) -> np.ndarray:

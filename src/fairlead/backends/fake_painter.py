@@ -28,7 +28,7 @@ from msgspec import structs
 from fairlead.backends.base import Engine, EngineBackend, Kind
 from fairlead.backends.engine_thread import Answer, EngineThread, When, model_at
 from fairlead.core.errors import ModelError, QueueFull, TimeoutExpired, Unsupported
-from fairlead.core.generation import Delta, EngineInfo, EngineStats, ImageInfo, Paint, Phase, Picture, Progress, Prompt, Usage
+from fairlead.core.generation import Delta, EngineInfo, EngineStats, ImageInfo, KvShare, Paint, Phase, Picture, Progress, Prompt, Usage
 from fairlead.core.pictures import CONTENT_TYPES, Pixels, check, decode_image, encode, num_computed, preview, random_seed, seed_of
 from fairlead.core.specs import Isolation, ModelSpec
 from fairlead.observe.metrics import Histogram
@@ -54,7 +54,7 @@ GREY = 128
 
 
 class FakePainterBackend(EngineBackend):
-    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int, version: str = "") -> Engine:
+    def load_engine(self, artefact: Path, spec: ModelSpec, threads: int, version: str = "", kv: KvShare | None = None) -> Engine:
         return PainterThread(FakePainter(spec, model_at(spec, version)))
 
 

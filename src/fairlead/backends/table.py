@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 from fairlead.backends.base import Backend, EngineBackend, Kind
+from fairlead.backends.external import KINDS as EXTERNAL_KINDS
 from fairlead.core.errors import ConfigError, LoadError
 from fairlead.core.specs import Isolation, ModelSpec
 
@@ -103,6 +104,7 @@ BACKENDS: dict[str, Kind] = {
             section="diffusion",
             preload=("torch", "transformers.modeling_utils", "fairlead.backends.diffusion"),
         ),
+        *EXTERNAL_KINDS,
     )
 }
 
@@ -149,7 +151,7 @@ def detect(path: Path, spec: ModelSpec) -> tuple[Kind, Path]:
         return BACKENDS["diffusion"], path
     if declared is None and _is_checkpoint(path):
         return BACKENDS["llm"], path
-    if declared is not None and declared.engine:
+    if declared is not None and declared.engine and not (declared.external and declared.files and not _is_told(spec)):
         if declared.name == "llm" and not _is_checkpoint(path):
             raise LoadError(f"{path} is no checkpoint of a language model: {CHECKPOINT}{_found(path)}")
         if declared.name == "diffusion" and not (path / PIPELINE).is_file():
@@ -184,13 +186,20 @@ def detect(path: Path, spec: ModelSpec) -> tuple[Kind, Path]:
             f"{path} holds no {declared.name} artefact ({', '.join(declared.files)}){_found(path)}; name it in model.yaml:\nfile: NAME"
         )
     known = ", ".join(
-        dict.fromkeys(name for kind in BACKENDS.values() for name in kind.files if name.startswith(".") or name == "model.py")
+        dict.fromkeys(
+            name for kind in BACKENDS.values() if not kind.external for name in kind.files if name.startswith(".") or name == "model.py"
+        )
     )
     known += f", or a language model's checkpoint: {CHECKPOINT}, or a pipeline of diffusers: {PIPELINE}"
     raise LoadError(
         "; ".join([f"{path} holds no model artefact ({known}){_found(path)}", *reasons])
         + f"; name it in model.yaml:\nfile: NAME\nbackend: KIND    # one of {', '.join(BACKENDS)}"
     )
+
+
+def _is_told(spec: ModelSpec) -> bool:
+    """`engine` says what is loaded, or who has."""
+    return bool(spec.engine.url or spec.engine.model)
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -276,5 +285,8 @@ def _head(file: Path) -> bytes:
 
 
 _SUFFIXES: dict[str, Kind] = {
-    Path("x" + name if name.startswith(".") else name).suffix: kind for kind in BACKENDS.values() for name in kind.files
+    Path("x" + name if name.startswith(".") else name).suffix: kind
+    for kind in BACKENDS.values()
+    if not kind.external
+    for name in kind.files
 }

@@ -3,7 +3,8 @@
 These cross from the doors to the replica and back; every one is a msgspec Struct, so the wire needs no other form.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import copy
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field, structs
@@ -24,6 +25,8 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     max_tokens: Count | None = None
     """None: until the model's context is full; 0: nothing but the prompt's log-probabilities."""
+    fits_context: bool = False
+    """Fewer than `max_tokens` where the context is full before; else a prompt that leaves no room for so many is refused."""
     min_tokens: Count = 0
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     """0: the most likely token."""
@@ -66,6 +69,7 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 GuideKind = Literal["json", "regex", "choice", "lark"]
+MAX_GUIDE_BYTES = 256 << 10
 
 
 class Guide(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -107,6 +111,8 @@ class Chat(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tools: list[dict[str, Any]] = []
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    reasoning_effort: str = ""
+    """none, minimal, low, medium, high or xhigh; "" for the template's own. Needs a template that heeds it."""
     template_kwargs: dict[str, Any] = {}
 
 
@@ -137,6 +143,19 @@ class Embed(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="embed"):
     token_ids: list[int] | None = None
     dimensions: Positive | None = None
     """Only so many leading components, normalised again (Matryoshka embeddings)."""
+
+
+class Score(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="score"):
+    """How well a text answers another: one number."""
+
+    text: str
+    """What is asked."""
+    pair: str
+    """What may answer it."""
+    max_tokens: Count | None = None
+    """What is longer is cut, 0: to what the model takes; None: it is refused."""
+    raw: bool = False
+    """The number before the model's activation."""
 
 
 class Tokenize(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokenize"):
@@ -204,7 +223,7 @@ class Paint(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="paint"):
             raise ValueError("`strength` needs an `image` to begin from")
 
 
-Prompt = Generate | Embed | Tokenize | Detokenize | Paint
+Prompt = Generate | Embed | Score | Tokenize | Detokenize | Paint
 """What goes down in `Request.prompt`."""
 
 
@@ -247,6 +266,17 @@ class ToolCall(Struct, kw_only=True, omit_defaults=True):
     id: str = ""
     name: str = ""
     arguments: str = ""
+
+
+def add_calls(calls: list[ToolCall], pieces: Iterable[ToolCall]) -> None:
+    """Join pieces of calls to those before them: one ToolCall for each call."""
+    for piece in pieces:
+        call = next((each for each in reversed(calls) if each.index == piece.index), None)
+        if call is None:
+            calls.append(copy(piece))
+        else:
+            call.id, call.name = call.id or piece.id, call.name or piece.name
+            call.arguments += piece.arguments
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True):
@@ -313,7 +343,7 @@ class Delta(Struct, kw_only=True, omit_defaults=True):
     """The stop string or stop token id that ended it; None for the end-of-sequence token."""
     usage: Usage | None = None
     vector: bytes = b""
-    """An embedding: float32, little-endian."""
+    """An embedding, or a score, which is one number: float32, little-endian."""
     tokens: list[str] | None = None
     """Of Tokenize: the tokens as the vocabulary spells them."""
     progress: Progress | None = None
@@ -354,12 +384,16 @@ class ImageInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class EngineInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a loaded engine tells of itself."""
 
-    tasks: tuple[Literal["generate", "embed", "tokenize", "paint"], ...]
+    tasks: tuple[Literal["generate", "embed", "score", "tokenize", "paint"], ...]
     max_model_len: int = 0
     """Tokens of prompt and answer together."""
     vocab_size: int = 0
     architecture: str = ""
     has_chat_template: bool = False
+    tools: bool = False
+    """It is known how it writes calls of tools."""
+    structured_output: bool = False
+    """It takes guides."""
     num_kv_blocks: int = 0
     block_size: int = 0
     kv_block_bytes: int = 0
@@ -369,6 +403,16 @@ class EngineInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of an image engine."""
     explain: tuple[str, ...] = ()
     """What was chosen at load, and why, one readable line each."""
+
+
+class KvShare(Struct, frozen=True):
+    """KV memory that a server leaves to one engine, of a budget for all of them."""
+
+    num_bytes: int
+    most: int
+    """What it may take where less would not hold one sequence of its whole context."""
+    why: str
+    """Of the budget: as part of a sentence."""
 
 
 class EngineStats(Struct, kw_only=True):
@@ -384,10 +428,25 @@ class EngineStats(Struct, kw_only=True):
     num_prefix_queried_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     num_preemptions: int = 0
+    num_drafted_tokens: int = 0
+    """Proposed by speculation and computed."""
+    num_accepted_tokens: int = 0
+    """Of those, the ones that were chosen."""
     num_steps: int = 0
     num_failed_steps: int = 0
     num_quarantined: int = 0
     """Requests that failed a step on their own."""
+    num_grammars: int = 0
+    """Compiled, or refused."""
+    num_grammar_hits: int = 0
+    """Asked for again, and known."""
+    grammar_seconds: float = 0.0
+    """That compiling took."""
+    num_adapters: int = 0
+    """Loaded now."""
+    adapter_bytes: int = 0
+    num_adapter_loads: int = 0
+    num_adapter_evictions: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     """Sequences by finish reason (stop, length, abort, error)."""
     time_to_first_token: tuple[list[int], float] = ([], 0.0)

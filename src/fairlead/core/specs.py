@@ -127,18 +127,37 @@ class WarmupSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     count: Positive = 1
 
 
+class SpeculationSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `llm.speculation` section: tokens that are proposed cheaply and computed several at once. Answers are the same."""
+
+    method: Literal["off", "ngram", "draft"] = "off"
+    """ngram: what followed when the last tokens stood in the text before; draft: what a smaller model says."""
+    num_tokens: Annotated[int, Meta(ge=1, le=16)] = 8
+    """Proposed at once at most; how many they are follows from how often they are right and what they cost."""
+    draft: str = ""
+    """With `method: draft`: the folder of a smaller checkpoint with the same tokenizer, inside the version's folder, the
+    model's, or the repository (`small/1`)."""
+
+    def __post_init__(self) -> None:
+        if (self.method == "draft") != bool(self.draft):
+            raise ValueError("`method: draft` and `draft`, the smaller model's folder, belong together")
+        parts = self.draft.split("/")
+        if self.draft.startswith("/") or ".." in parts or "\\" in self.draft or ":" in parts[0]:
+            raise ValueError(f"`draft` is {self.draft!r}, and must be a folder inside the model's or the repository")
+
+
 class LlmSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `llm` section: how a language model's engine runs. Every default suits a small machine."""
 
-    task: Literal["auto", "generate", "embed"] = "auto"
+    task: Literal["auto", "generate", "embed", "score"] = "auto"
     """auto: what the checkpoint's architecture and files say."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: the checkpoint's own; float16 becomes bfloat16 on CPU."""
     max_model_len: Count = 0
     """Tokens of prompt and answer together; 0: the checkpoint's context, as far as KV memory holds it."""
     kv_cache_bytes: Count = 0
-    """KV memory of one instance; 0: enough for `max_num_seqs` sequences of 2,048 tokens, at most a quarter of the memory that
-    is free for all instances of the model together."""
+    """KV memory of one instance; 0: enough for `max_num_seqs` sequences of 2,048 tokens, at most half of what is left of the
+    server's budget for all instances of the model together."""
     block_size: Literal[16, 32, 64, 128] = 32
     """Tokens of one KV block."""
     max_num_seqs: Positive = 64
@@ -152,10 +171,77 @@ class LlmSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """lean: Fairlead's own decoder; graph: transformers' model; auto: lean where a probe at load shows the same logits."""
     kernels: Literal["auto", "native", "torch"] = "auto"
     """native: C++ kernels; torch: stock operators; auto: native where a compiler is found or a built copy is cached."""
+    quantization: Literal["off", "int8"] = "off"
+    """int8: weights as bytes, each output with its scale; on CPU tokens too. Twice as fast for few tokens, half the memory."""
+    deterministic: bool = False
+    """A request's tokens and log-probabilities have the same bits whatever is computed beside it (CPU, lean decoder)."""
+    loras: str = "loras"
+    """A folder in the version's: every folder in it that holds an adapter_config.json is a LoRA adapter, asked for as `model: NAME:ADAPTER`."""
+    lora_bytes: Count = 512 << 20
+    """Memory for adapters; those that nobody uses make room for others. 0: no adapters."""
+    max_lora_rank: Positive = 64
+    """Adapters of a higher rank are refused."""
+    guides: bool = True
+    """Structured output; false: requests for it are refused."""
+    forced_tokens: bool = True
+    """Tokens that a grammar leaves no choice about are computed in one step with those before them."""
+    speculation: SpeculationSpec = SpeculationSpec()
+    cuda_graphs: bool = True
+    """On a CUDA device, steps that only decode are captured and replayed."""
     chat_template: str = ""
     """A file in the model's folder to use in place of the checkpoint's own template."""
+    response_template: str = "auto"
+    """How its answers are parted into reasoning, text and calls of tools: auto (the tokenizer's own, else the format that its chat
+    template tells), off, the name of a format, or a file in the model's folder."""
     step_timeout: Annotated[float, Meta(gt=0)] = 60.0
     """Seconds after which a step counts as hung: its process is started again."""
+
+
+class SleepSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `sleep` section: of a model with an engine that gives its memory back while nobody asks it."""
+
+    idle_seconds: Seconds = 0.0
+    """Without a request, after which it falls asleep; 0: never by itself."""
+    wake: Literal["request", "manual"] = "request"
+    """request: the first request wakes it; manual: none does, they are refused."""
+    wait_seconds: Annotated[float, Meta(gt=0)] = 60.0
+    """That a request waits for it to wake, where its own timeout is not shorter; then it gets 503."""
+
+
+class EngineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `engine` section: an OpenAI server of somebody else's, which is started for the model, or is there already (`url`)."""
+
+    url: str = ""
+    """Of a server that runs already, without `/v1`; "": one is started."""
+    model: str = ""
+    """With `url`: what the server calls the model ("": the same). Else: what it loads (a path, or a name that it downloads); "": the version's folder."""
+    key: str = ""
+    """The server's API key; `${NAME}` for the value of a variable of the environment."""
+    environment: str = ""
+    """A virtual environment (or any folder with `bin`) that holds its program; "": found by PATH."""
+    command: tuple[str, ...] = ()
+    """In place of the backend's own: `{model}`, `{name}`, `{host}` and `{port}` are filled in."""
+    args: tuple[str, ...] = ()
+    """Behind the command."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Laid over this server's environment; `${NAME}` as in `key`."""
+    health: str = ""
+    """The path that tells its health; "": the backend's own."""
+    start_timeout: Annotated[float, Meta(gt=0)] = 600.0
+    """Seconds until it must answer."""
+    restarts: Count = 10
+    """Starts in a row that may fail before it is left down."""
+    stop_timeout: Annotated[float, Meta(gt=0)] = 10.0
+    """Seconds between SIGTERM and SIGKILL."""
+    max_in_flight: Positive = 256
+    """Requests there at once; more get 429."""
+    timeout: Annotated[float, Meta(gt=0)] = 600.0
+    """Seconds without a byte of an answer."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("environment", "command", "args", "env") if getattr(self, name)]
+        if self.url and given:
+            raise ValueError(f"`{given[0]}` is for a server that is started: leave it out, or leave `url` out")
 
 
 class DiffusionSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -198,7 +284,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: str = ""
     backend: str = ""
-    """onnx, xgboost, lightgbm, catboost, sklearn, torchscript, torch_export, llm, diffusion or python; "" to detect it."""
+    """onnx, xgboost, lightgbm, catboost, sklearn, torchscript, torch_export, llm, diffusion, python, or somebody else's
+    engine (vllm, sglang, tensorrt_llm, tgi, llama_cpp, openai); "" to detect it."""
     file: str = ""
     """The artefact's name inside the version folder; "" to detect it."""
     inputs: tuple[TensorSpec, ...] = ()
@@ -215,6 +302,10 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of language models and embedders."""
     diffusion: DiffusionSpec = DiffusionSpec()
     """Of image models."""
+    engine: EngineSpec = EngineSpec()
+    """Of models that somebody else's engine computes."""
+    sleep: SleepSpec = SleepSpec()
+    """Of models with an engine of Fairlead's own."""
     streams: bool = False
     """Several responses may answer one request (Triton: decoupled). Told by the artefact."""
 

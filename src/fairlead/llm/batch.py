@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fairlead.llm.lora import Laid
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -74,6 +76,8 @@ class StepBatch:
     """int64: rows of T whose logits are wanted."""
     max_query_len: int = 1
     max_context_len: int = 1
+    laid: Laid | None = None
+    """What adapters add for their sequences' rows; None in a step of the base model alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,10 @@ class BlockPool:
             if not self._references[block]:
                 self._free.move_to_end(block, last=False)
 
+    def digest(self, block: int) -> bytes | None:
+        """Under which it is published: of all tokens up to its last one."""
+        return self._hash[block]
+
     def is_published(self, block: int) -> bool:
         return self._hash[block] is not None
 

@@ -146,7 +146,7 @@ def _read_generation_config(folder: Path) -> _GenerationConfig:
 def read_headers(folder: Path) -> tuple[dict[str, Stored], str]:
     """Every tensor by name, and the file to name when some are missing. Raises LoadError."""
     if (folder / WEIGHTS).exists():
-        return _read_header(folder / WEIGHTS), WEIGHTS
+        return read_header(folder / WEIGHTS), WEIGHTS
     if (folder / INDEX).exists():
         return _read_shards(folder), INDEX
     others = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))
@@ -170,7 +170,7 @@ def _read_shards(folder: Path) -> dict[str, Stored]:
         raise LoadError(f"{folder.name} holds {some(extra)}, which {INDEX} does not name: the shards are not of one checkpoint")
     tensors: dict[str, Stored] = {}
     for shard in shards:
-        tensors |= _read_header(folder / shard)
+        tensors |= read_header(folder / shard)
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file != shard:
             raise LoadError(f"{folder.name}/{shard} lacks the tensor {name!r} that {INDEX} says it has")
@@ -180,7 +180,7 @@ def _read_shards(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, Stored]:
     """Tensors of one safetensors file: 8 bytes of length, a JSON header, the data without gaps."""
     where = f"{path.parent.name}/{path.name}"
     size = path.stat().st_size

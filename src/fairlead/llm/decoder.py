@@ -4,16 +4,21 @@ It computes what transformers' modules of these families compute, in a third of 
 layer. It is built from the modules of a loaded model and trusted only after `probe` has compared the two.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairlead.llm import linear, quant
 from fairlead.llm.attention import AttentionKernel
 from fairlead.llm.batch import AttentionSpec, LayerCache, LayerShape, StepBatch, new_cache
-from fairlead.llm.linear import Activation, Linear, prepare
+from fairlead.llm.cuda.layers import TritonLayers
+from fairlead.llm.linear import LANES, Activation, Linear, Prepare
+from fairlead.llm.lora import Part, Site
 
 FAMILIES = frozenset({"llama", "qwen2", "qwen3", "mistral", "smollm3", "granite", "olmo2"})
 ACTIVATIONS: dict[str, Activation] = {
@@ -23,6 +28,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
 }
+PREPARE: dict[str, Prepare] = {"off": linear.prepare, "int8": quant.prepare}
+"""How linear layers are held, by `llm.quantization`."""
 PROBE_TOKENS = 32
 """Positions that the probe computes, whatever the model's longest text."""
 # These scale by the length of what is read, which a table by position cannot.
@@ -44,6 +51,8 @@ class Layer:
     mlp_norm: Tensor
     gate_up: Linear
     down: Linear
+    inner_size: int
+    """Of the MLP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +98,9 @@ class LeanDecoder:
         self._eps = eps
         self._family = family
         self.native = kernel.name == "native"
-        self._add_norm = torch.ops.fairlead.add_norm.default if self.native else add_norm
-        self._add_normed = torch.ops.fairlead.add_normed.default if self.native else add_normed
+        self.sites = tuple(site for i, layer in enumerate(layers) for site in _sites(i, layer, embedding.shape[1], num_heads, shape))
+        whole_norms = any(layer.q_norm is not None and layer.q_norm.numel() != shape.k_size for layer in layers)
+        self._add_norm, self._add_normed, self._rope_store = _between(kernel, whole_norms=whole_norms)
 
     @property
     def max_model_len(self) -> int:
@@ -98,11 +108,13 @@ class LeanDecoder:
         return len(self._cos_LD)
 
     @classmethod
-    def from_graph(cls, model: Any, kernel: AttentionKernel, *, max_model_len: int = 0) -> "LeanDecoder | str":
+    def from_graph(
+        cls, model: Any, kernel: AttentionKernel, *, max_model_len: int = 0, prepare: Prepare = linear.prepare
+    ) -> "LeanDecoder | str":
         """The decoder of a transformers *ForCausalLM, or why there is none.
 
-        It shares embedding and norm weights with the model and holds packed copies of the projections: drop the model once
-        `probe` is content. `max_model_len` 0: the checkpoint's context.
+        It shares embedding and norm weights with the model (until `let_go`) and holds packed copies of the projections: drop it once
+        `probe` is content. `max_model_len` 0: the checkpoint's context. `prepare`: one of PREPARE. Raises LoadError where it does.
         """
         reason = unsupported(model)
         if reason:
@@ -110,7 +122,7 @@ class LeanDecoder:
         config, body = model.config, model.model
         attention = body.layers[0].self_attn
         head_size = attention.head_dim
-        native = kernel.name == "native"
+        prepare = functools.partial(prepare, native=kernel.name in {"native", "triton"}, fixed=kernel.fixed)
         rope_LD = rope_table(body.rotary_emb, max_model_len or config.max_position_embeddings, body.embed_tokens.weight)
         if isinstance(rope_LD, str):
             return rope_LD
@@ -119,9 +131,9 @@ class LeanDecoder:
         norm_after = config.model_type == "olmo2"
         return cls(
             embedding=body.embed_tokens.weight.detach(),
-            layers=[_layer(layer, config, norm_after=norm_after, native=native) for layer in body.layers],
+            layers=[_layer(layer, config, prepare, norm_after=norm_after) for layer in body.layers],
             norm=body.norm.weight.detach(),
-            head=prepare([model.lm_head.weight], [model.lm_head.bias], native=native),
+            head=prepare([model.lm_head.weight], [model.lm_head.bias]),
             rope_LD=rope_LD,
             num_heads=config.num_attention_heads,
             shape=LayerShape(config.num_key_value_heads, head_size, head_size),
@@ -134,6 +146,16 @@ class LeanDecoder:
             ),
             kernel=kernel,
         )
+
+    def let_go(self) -> None:
+        """Copy what is shared with the model that it was made of: one vector of it would keep all its files mapped."""
+
+        def copied(weight: Tensor | None) -> Any:
+            return None if weight is None else weight.clone()
+
+        shared = ("attention_norm", "mlp_norm", "q_norm", "k_norm")
+        self._embedding, self._norm = copied(self._embedding), copied(self._norm)
+        self._layers = [replace(layer, **{name: copied(getattr(layer, name)) for name in shared}) for layer in self._layers]
 
     def __call__(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """Logits [N, V] of the rows that `batch` asks for; K and V of all its tokens go to `cache`."""
@@ -148,37 +170,43 @@ class LeanDecoder:
         """Llama's order: x += attention(norm(x)); x += mlp(norm(x)). Each sum is taken together with the norm that reads it."""
         eps, scale, add_norm = self._eps, self._family.residual_multiplier, self._add_norm
         y_TC = None
-        last = len(self._layers) - 1
+        last, laid = len(self._layers) - 1, batch.laid
         for i, layer in enumerate(self._layers):
             h_TC = add_norm(x_TC, y_TC, layer.attention_norm, eps, scale, True)
-            a_TC = self._attend(layer, h_TC, batch, cache[i])
+            a_TC = self._attend(i, layer, h_TC, batch, cache[i])
             if i == last:
                 x_TC, a_TC = wanted(x_TC, batch), wanted(a_TC, batch)
-            h_TC = add_norm(x_TC, layer.out(a_TC), layer.mlp_norm, eps, scale, True)
-            y_TC = layer.down(layer.gate_up(h_TC))
+            if laid is None:
+                h_TC = add_norm(x_TC, layer.out(a_TC), layer.mlp_norm, eps, scale, True)
+                y_TC = layer.down(layer.gate_up(h_TC))
+            else:
+                out, gate_up, down = laid.adds(SITES * i + 1, 3, wanted=i == last)
+                h_TC = add_norm(x_TC, layer.out(a_TC, out), layer.mlp_norm, eps, scale, True)
+                y_TC = layer.down(layer.gate_up(h_TC, gate_up), down)
         h_NC: Tensor = add_norm(x_TC, y_TC, self._norm, eps, scale, True)
         return h_NC
 
     def _norm_after(self, x_TC: Tensor, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """OLMo 2's order: x += norm(attention(x)); x += norm(mlp(x))."""
-        last = len(self._layers) - 1
+        last, laid = len(self._layers) - 1, batch.laid
         for i, layer in enumerate(self._layers):
-            a_TC = self._attend(layer, x_TC, batch, cache[i])
+            a_TC = self._attend(i, layer, x_TC, batch, cache[i])
             if i == last:
                 x_TC, a_TC = wanted(x_TC, batch), wanted(a_TC, batch)
-            self._add_normed(x_TC, layer.out(a_TC), layer.attention_norm, self._eps, False)
-            self._add_normed(x_TC, layer.down(layer.gate_up(x_TC)), layer.mlp_norm, self._eps, False)
+            out, gate_up, down = (None, None, None) if laid is None else laid.adds(SITES * i + 1, 3, wanted=i == last)
+            self._add_normed(x_TC, layer.out(a_TC, out), layer.attention_norm, self._eps, False)
+            self._add_normed(x_TC, layer.down(layer.gate_up(x_TC, gate_up), down), layer.mlp_norm, self._eps, False)
         h_NC: Tensor = self._add_norm(x_TC, None, self._norm, self._eps, 1.0, False)
         return h_NC
 
-    def _attend(self, layer: Layer, h_TC: Tensor, batch: StepBatch, cache: LayerCache) -> Tensor:
+    def _attend(self, index: int, layer: Layer, h_TC: Tensor, batch: StepBatch, cache: LayerCache) -> Tensor:
         """Heads side by side, [T, H D]."""
-        qkv = layer.qkv(h_TC)
+        qkv = layer.qkv(h_TC) if batch.laid is None else layer.qkv(h_TC, *batch.laid.adds(SITES * index, 1))
         num_heads, num_kv_heads, size = self._num_heads, cache.k.shape[1], cache.k.shape[3]
         cos_LD, sin_LD = (self._cos_LD, self._sin_LD) if layer.rotates else (None, None)
         round_first = not self._family.norm_after
-        if self.native:
-            torch.ops.fairlead.rope_store.default(
+        if self._rope_store is not None:
+            self._rope_store(
                 qkv, batch.positions_T, batch.slots_T, cos_LD, sin_LD, cache.k, cache.v,
                 layer.q_norm, layer.k_norm, num_heads, self._eps, round_first,
             )  # fmt: skip
@@ -192,6 +220,41 @@ class LeanDecoder:
                 q_THD, k_TKD = rotate(q_THD, cos_T1D, sin_T1D), rotate(k_TKD, cos_T1D, sin_T1D)
             self.kernel.store(k_TKD, v.reshape(len(v), num_kv_heads, size), cache, batch.slots_T)
         return self.kernel.attend(q_THD, cache, batch, layer.spec).flatten(1)
+
+
+SITES = 4
+"""Of a layer: what adapters may add to."""
+
+
+def _sites(index: int, layer: Layer, hidden: int, num_heads: int, shape: LayerShape) -> tuple[Site, Site, Site, Site]:
+    """As transformers names what is fused here."""
+    attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+    heads, keys, values = num_heads * shape.k_size, shape.num_kv_heads * shape.k_size, shape.num_kv_heads * shape.v_size
+    inner = layer.inner_size
+    up, step = (LANES, 2 * LANES) if layer.gate_up.panels else (inner, LANES)
+    return (
+        (
+            Part(f"{attention}.q_proj", hidden, heads),
+            Part(f"{attention}.k_proj", hidden, keys, heads),
+            Part(f"{attention}.v_proj", hidden, values, heads + keys),
+        ),
+        (Part(f"{attention}.o_proj", heads, hidden),),
+        (Part(f"{mlp}.gate_proj", hidden, inner, 0, step), Part(f"{mlp}.up_proj", hidden, inner, up, step)),
+        (Part(f"{mlp}.down_proj", inner, hidden),),
+    )
+
+
+def _between(
+    kernel: AttentionKernel, *, whole_norms: bool
+) -> tuple[Callable[..., Tensor], Callable[..., None], Callable[..., None] | None]:
+    """What stands between the projections: add_norm, add_normed, and rope_store where one kernel does it."""
+    if kernel.name == "native":
+        ops = torch.ops.fairlead
+        return ops.add_norm.default, ops.add_normed.default, ops.rope_store.default
+    if kernel.name == "triton":
+        layers = TritonLayers()
+        return layers.add_norm, layers.add_normed, None if whole_norms else layers.rope_store
+    return add_norm, add_normed, None
 
 
 def wanted(x_TC: Tensor, batch: StepBatch) -> Tensor:
@@ -278,7 +341,7 @@ def rope_table(rotary_emb: Any, num_positions: int, weight: Tensor) -> tuple[Ten
         return torch.cat([cos for cos, _ in halves]).contiguous(), torch.cat([sin for _, sin in halves]).contiguous()
 
 
-def _layer(module: Any, config: Any, *, norm_after: bool, native: bool) -> Layer:
+def _layer(module: Any, config: Any, prepare: Callable[..., Linear], *, norm_after: bool) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     if norm_after:
         norms = module.post_attention_layernorm, module.post_feedforward_layernorm
@@ -289,20 +352,20 @@ def _layer(module: Any, config: Any, *, norm_after: bool, native: bool) -> Layer
     q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
     return Layer(
         attention_norm=norms[0].weight.detach(),
-        qkv=prepare([q.weight, k.weight, v.weight], [q.bias, k.bias, v.bias], native=native),
+        qkv=prepare([q.weight, k.weight, v.weight], [q.bias, k.bias, v.bias]),
         q_norm=attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
         k_norm=attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
         rotates=bool(getattr(attention, "use_rope", True)),
         spec=AttentionSpec(scale=attention.scaling, window=window or 0),
-        out=prepare([attention.o_proj.weight], [attention.o_proj.bias], native=native),
+        out=prepare([attention.o_proj.weight], [attention.o_proj.bias]),
         mlp_norm=norms[1].weight.detach(),
         gate_up=prepare(
             [mlp.gate_proj.weight, mlp.up_proj.weight],
             [mlp.gate_proj.bias, mlp.up_proj.bias],
             gate=ACTIVATIONS[config.hidden_act],
-            native=native,
         ),
-        down=prepare([mlp.down_proj.weight], [mlp.down_proj.bias], native=native),
+        down=prepare([mlp.down_proj.weight], [mlp.down_proj.bias]),
+        inner_size=mlp.down_proj.in_features,
     )
 
 

@@ -3,7 +3,8 @@
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import structlog
@@ -14,18 +15,41 @@ from fairlead.observe.metrics import Histogram
 from fairlead.observe.nvtx import ranged
 from fairlead.observe.table import SECONDS
 
-if TYPE_CHECKING:
-    from fairlead.llm.pooling import PoolingModel
-
 log = structlog.get_logger("fairlead.llm")
 
 Answer = tuple[int, Delta | FairleadError]
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two texts as one row of tokens, for a model that scores."""
+
+    ids: list[int]
+    types: list[int]
+    """0 for the tokens of the first text, 1 for those of the second, where the tokenizer tells them apart."""
+    raw: bool
+    """The score before the model's activation."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Computes(Protocol):
+    """What makes vectors of texts: a PoolingModel of token ids, a ScoringModel of Pairs."""
+
+    dimensions: int
+
+    def check(self, text: Any, /) -> None:
+        """Raises InvalidRequest."""
+
+    def embed(self, texts: Any, /) -> np.ndarray:
+        """[len(texts), dimensions]."""
+
+
 class _Waiting:
     __slots__ = ("arrived", "deadline", "dimensions", "id", "ids", "priority")
 
-    def __init__(self, id: int, ids: list[int], dimensions: int | None, arrived: float, priority: int, deadline: float) -> None:
+    def __init__(self, id: int, ids: list[int] | Pair, dimensions: int | None, arrived: float, priority: int, deadline: float) -> None:
         self.id = id
         self.ids = ids
         self.dimensions = dimensions
@@ -35,10 +59,18 @@ class _Waiting:
 
 
 class EmbeddingEngine:
-    """Same surface as the generating engine: `add`, `abort`, `step`. Not thread-safe: one caller at a time."""
+    """Same surface as the generating engine: `add`, `abort`, `step`. Not thread-safe: one caller at a time.
+
+    A model that scores takes pairs in place of texts.
+    """
 
     def __init__(
-        self, model: "PoolingModel", *, max_batch_tokens: int, max_waiting: int, clock: Callable[[], float] = time.perf_counter
+        self,
+        model: Computes,
+        *,
+        max_batch_tokens: int,
+        max_waiting: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model = model
         self.max_batch_tokens = max_batch_tokens
@@ -51,7 +83,14 @@ class EmbeddingEngine:
         self._queue_time, self._step_time = Histogram(SECONDS), Histogram(SECONDS)
 
     def add(
-        self, id: int, ids: list[int], dimensions: int | None, *, arrived: float | None = None, priority: int = 0, deadline: float = 0.0
+        self,
+        id: int,
+        ids: list[int] | Pair,
+        dimensions: int | None,
+        *,
+        arrived: float | None = None,
+        priority: int = 0,
+        deadline: float = 0.0,
     ) -> None:
         """Queue one text. `arrived`, `deadline`: on the engine's clock; 0 is no deadline. `priority`: smaller goes first.
 

@@ -7,20 +7,26 @@ plan → run → sample → commit → advance. It has no thread and no clock of
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import structlog
 import torch
 from msgspec import structs
 
 from fairlead.core.errors import ContextExceeded, FairleadError, InvalidRequest, ModelError, TimeoutExpired
-from fairlead.core.generation import Delta, EngineStats, Sampling, TokenLogprob, Usage
+from fairlead.core.generation import Delta, EngineStats, Sampling, TokenLogprob, Usage, add_calls
+from fairlead.llm.adapters import Adapters, Use
+from fairlead.llm.grammar import Grammar, Grammars, Matcher
+from fairlead.llm.masks import Guided, Masks
 from fairlead.llm.output import OutputStream
+from fairlead.llm.parsing.answers import AnswerFormat, Parsing
 from fairlead.llm.phases import Trail, merged
 from fairlead.llm.runner import Runner, wants_prompt_logits
 from fairlead.llm.sampler import Sampled, Sampler, SampleRow
 from fairlead.llm.scheduler import Chunk, Plan, Scheduler
 from fairlead.llm.sequence import Sequence
+from fairlead.llm.speculation.speculation import Speculation
 from fairlead.llm.tokenizer import Tokenizer
 from fairlead.observe.metrics import Histogram
 from fairlead.observe.nvtx import ranged
@@ -28,6 +34,8 @@ from fairlead.observe.table import SECONDS
 
 log = structlog.get_logger("fairlead.llm")
 
+MAX_FORCED = 16
+"""Tokens that a grammar leaves no choice about, computed in one step."""
 MAX_FAILURES = 16
 """Failed steps with no good one between them after which the engine gives itself up: it is not the requests' fault."""
 
@@ -41,13 +49,15 @@ class EngineBroken(Exception):
 class _Choice:
     """One of the n answers to a request."""
 
-    __slots__ = ("delta", "finished", "index", "last_at", "output", "row", "sequence", "trail")
+    __slots__ = ("delta", "finished", "index", "last_at", "matcher", "output", "row", "sequence", "trail")
 
-    def __init__(self, index: int, sequence: Sequence, output: OutputStream, row: SampleRow) -> None:
+    def __init__(self, index: int, sequence: Sequence, output: OutputStream, row: SampleRow, matcher: Matcher | None) -> None:
         self.index = index
         self.sequence = sequence
         self.output = output
         self.row = row
+        self.matcher = matcher
+        """Of an answer that has a grammar."""
         self.delta = Delta(index=index)
         """What was not delivered yet."""
         self.finished = False
@@ -75,6 +85,7 @@ class _Generation:
             prompt_tokens=sequences[0].num_prompt,
             completion_tokens=sum(sequence.num_generated for sequence in sequences),
             cached_tokens=sequences[0].cached_tokens,
+            reasoning_tokens=sum(choice.output.num_reasoned for choice in self.choices),
         )
 
 
@@ -91,6 +102,11 @@ class Engine:
         max_model_len: int,
         eos_ids: Iterable[int] = (),
         defaults: dict[str, float] | None = None,
+        adapters: Adapters | None = None,
+        guides: bool = True,
+        forced_tokens: bool = True,
+        answers: AnswerFormat | None = None,
+        speculation: Speculation | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`defaults`: of the model's generation_config; `clock`: seconds."""
@@ -101,9 +117,19 @@ class Engine:
         self.max_model_len = max_model_len
         self.eos_ids = frozenset(eos_ids)
         self.defaults = defaults or {}
+        self.adapters = adapters
+        """Whose `take` gives what `add` wants of one; None where it takes none."""
+        self.speculation = speculation
         self.clock = clock
+        self.grammars = Grammars(tokenizer, runner.decoder.vocab_size, self.eos_ids, enabled=guides)
+        """Whose `compile` gives what `add` wants of a guide."""
+        self.answers = answers or AnswerFormat(None, tokenizer)
+        """Whose `read` gives what `add` wants of a request that is to be parsed."""
+        self.masks = Masks(runner.decoder.vocab_size)
+        self.forced_tokens = forced_tokens
         self._generations: dict[int, _Generation] = {}
         self._choices: dict[int, tuple[_Generation, _Choice]] = {}  # by sequence
+        self._matchers: dict[int, Matcher] = {}  # by sequence, of those that have a grammar
         self._next_sequence = 0
         self._suspects: deque[set[Sequence]] = deque()
         """While not empty: groups of sequences of a step that failed, tried one group after another."""
@@ -127,6 +153,9 @@ class Engine:
         deadline: float = 0.0,
         salt: str = "",
         stream: bool = True,
+        adapter: Use | None = None,
+        grammar: Grammar | None = None,
+        parsing: Parsing | None = None,
     ) -> None:
         """Queue a request. Its answer comes out of `step` as Deltas under `id`, the last with `usage`, or as one error.
 
@@ -146,11 +175,22 @@ class Engine:
                 priority=priority,
                 deadline=deadline or float("inf"),
                 salt=salt,
+                adapter=adapter,
             )
             self._next_sequence += 1
-            output = OutputStream(self.tokenizer, prompt_ids, sampling, eos_ids=self.eos_ids, max_model_len=self.max_model_len)
-            row = SampleRow(sampling, prompt_ids, seed=seed, index=index, stop_ids=stop_ids | self.eos_ids)
-            generation.waiting.append(_Choice(index, sequence, output, row))
+            output = OutputStream(
+                self.tokenizer,
+                prompt_ids,
+                sampling,
+                eos_ids=self.eos_ids,
+                max_model_len=self.max_model_len,
+                parser=None if parsing is None else parsing.parser(),
+                shown_ids=frozenset() if parsing is None else parsing.shown_ids,
+            )
+            matcher = None if grammar is None else grammar.matcher()
+            ends = stop_ids | self.eos_ids
+            row = SampleRow(sampling, prompt_ids, seed=seed, index=index, stop_ids=ends, guided=matcher is not None)
+            generation.waiting.append(_Choice(index, sequence, output, row, matcher))
         self._start_choice(generation, bounded=True)
         for choice in generation.waiting:  # the request has started when they begin to wait
             choice.sequence.deadline = float("inf")
@@ -162,7 +202,7 @@ class Engine:
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty: it must have at least one token")
         room = self.max_model_len - num
-        wanted = sampling.max_tokens
+        wanted = None if sampling.fits_context else sampling.max_tokens
         if room < (wanted if wanted is not None else 1):
             asked = "" if wanted is None else f" ({num} in the prompt and {wanted} for the answer)"
             raise ContextExceeded(
@@ -180,6 +220,8 @@ class Engine:
         self.scheduler.add(choice.sequence, bounded=bounded)
         generation.choices.append(choice)
         self._choices[choice.sequence.id] = (generation, choice)
+        if choice.matcher is not None:
+            self._matchers[choice.sequence.id] = choice.matcher
 
     def abort(self, id: int) -> None:
         """Forget a request and free its blocks; nothing more comes out for it."""
@@ -192,7 +234,9 @@ class Engine:
 
     def _drop(self, choice: _Choice) -> None:
         self.scheduler.abort(choice.sequence)
+        self._gone(choice.sequence)
         self._choices.pop(choice.sequence.id, None)
+        self._matchers.pop(choice.sequence.id, None)
         for group in self._suspects:
             group.discard(choice.sequence)
 
@@ -212,6 +256,10 @@ class Engine:
         now = self.clock()
         while self._suspects and not self._suspects[0]:
             self._suspects.popleft()
+        speculation = None if self._suspects else self.speculation
+        if speculation is not None:
+            speculation.propose(self.scheduler, self._row_of)
+        forced = self._heed_grammars()
         plan = self.scheduler.plan(now, only=self._suspects[0] if self._suspects else None)
         answers: list[Answer] = []
         for sequence in plan.preempted:
@@ -224,7 +272,8 @@ class Engine:
                 self._suspects.popleft()
             return answers
         try:
-            logits = self.runner.run(plan.chunks)
+            with self._guided(plan):
+                logits = self.runner.run(plan.chunks)
             sampled = self._sample(plan, logits)
         except Exception as error:
             self._isolate(plan, error, answers)
@@ -241,32 +290,74 @@ class Engine:
                 cached = sequence.cached_tokens if sequence.num_preemptions == 0 else 0
                 self._choices[sequence.id][1].trail.turn("prefill", now, step=self._num_steps - 1, num_tokens=cached)
         num_seqs = len(plan.chunks)
-        for chunk, token in sampled:
+        for chunk, tokens in sampled:
+            if chunk.num_drafts and speculation is not None and chunk.seq.id not in forced:
+                speculation.learn(chunk.seq, len(tokens) - 1, chunk.num_drafts)
             if chunk.seq.id in self._choices:  # not gone with another choice of its request
-                self._advance(chunk.seq, token, done, num_seqs, answers)
+                self._advance(chunk.seq, tokens, done, num_seqs, answers)
         if self._suspects:  # they have shown that they can compute
             self._suspects[0].difference_update([chunk.seq for chunk in plan.chunks if chunk.samples])
+        if speculation is not None and not forced:
+            speculation.end(plan, sum(len(tokens) for _, tokens in sampled), self.clock() - now)
         return answers
 
+    def _row_of(self, sequence: Sequence) -> SampleRow:
+        return self._choices[sequence.id][1].row
+
+    def _heed_grammars(self) -> set[int]:
+        """What a grammar forbids of a draft is not computed, and what it forces is a draft that costs no guessing. Returns who got
+        such a one."""
+        forced: set[int] = set()
+        if not self._matchers or self._suspects:
+            return forced
+        for seq in self.scheduler.running:
+            matcher = self._matchers.get(seq.id)
+            if matcher is None or not seq.num_generated or len(seq.token_ids) - seq.num_computed != 1:
+                continue
+            if seq.draft:
+                matcher.follow(seq.token_ids, seq.num_prompt)
+                seq.draft = matcher.allowed(seq.draft)
+            if not seq.draft and self.forced_tokens:
+                matcher.follow(seq.token_ids, seq.num_prompt)
+                seq.draft = matcher.forced(MAX_FORCED)
+                if seq.draft:
+                    forced.add(seq.id)
+        return forced
+
+    @contextmanager
+    def _guided(self, plan: Plan) -> Iterator[None]:
+        """What the grammars of this step's answers allow is found while it computes."""
+        seqs = [chunk.seq for chunk in plan.chunks if chunk.samples and chunk.seq.id in self._matchers] if self._matchers else []
+        num_drafts = {chunk.seq.id: chunk.num_drafts for chunk in plan.chunks} if plan.num_drafts else {}
+        guided = [Guided(self._matchers[seq.id], seq.token_ids, seq.num_prompt, seq.draft[: num_drafts.get(seq.id, 0)]) for seq in seqs]
+        with self.masks.alongside(guided) as masks:
+            yield
+        for seq, (masks_RW, first) in zip(seqs, masks, strict=True):
+            self._row_of(seq).allow(masks_RW, first)
+
     @ranged("sample")
-    def _sample(self, plan: Plan, logits_NV: torch.Tensor) -> list[tuple[Chunk, Sampled]]:
-        """A token for every chunk that caught up; log-probabilities of prompts on the way."""
-        chunks, rows, at = [], [], []
+    def _sample(self, plan: Plan, logits_NV: torch.Tensor) -> list[tuple[Chunk, list[Sampled]]]:
+        """A token for every chunk that caught up, or several where it has a draft; log-probabilities of prompts on the way."""
+        chunks, rows = [], []
+        at: list[int] = []
         place = 0
         for chunk in plan.chunks:
             if wants_prompt_logits(chunk):
                 self._note_prompt_logprobs(chunk, logits_NV[place : place + chunk.num_tokens])
                 place += chunk.num_tokens
             elif chunk.samples:
-                place += 1
+                place += 1 + chunk.num_drafts
             if chunk.samples:
                 chunks.append(chunk)
                 rows.append(self._choices[chunk.seq.id][1].row)
-                at.append(place - 1)
+                at += range(place - 1 - chunk.num_drafts, place)
         if not chunks:
             return []
         wanted_NV = logits_NV if place == len(at) else logits_NV[at]
-        return list(zip(chunks, self.sampler.sample(wanted_NV, rows), strict=True))
+        if plan.num_drafts:
+            drafts = [chunk.seq.draft[: chunk.num_drafts] for chunk in chunks]
+            return list(zip(chunks, self.sampler.verify(wanted_NV, rows, drafts), strict=True))
+        return [(chunk, [token]) for chunk, token in zip(chunks, self.sampler.sample(wanted_NV, rows), strict=True)]
 
     def _note_prompt_logprobs(self, chunk: Chunk, logits_TV: torch.Tensor) -> None:
         sequence = chunk.seq
@@ -281,18 +372,20 @@ class Engine:
             known += [self._spelled(each) for each in self.sampler.prompt_logprobs(wanted_PV, ids, count)]
         generation.prompt_logprobs = known
 
-    def _advance(self, sequence: Sequence, sampled: Sampled, now: float, num_seqs: int, answers: list[Answer]) -> None:
-        """A new token of one sequence: its text, its end, and what of it is delivered. `num_seqs`: that shared the step."""
+    def _advance(self, sequence: Sequence, tokens: list[Sampled], now: float, num_seqs: int, answers: list[Answer]) -> None:
+        """New tokens of one sequence: their text, its end, and what of it is delivered. `num_seqs`: that shared the step."""
         generation, choice = self._choices[sequence.id]
-        if sampled.error:
+        matcher = self._matchers.get(sequence.id)
+        if error := (matcher.error if matcher is not None else "") or tokens[0].error:
             self._num_quarantined += 1
-            self._fail(sequence, ModelError(sampled.error), answers)
+            self._fail(sequence, ModelError(error), answers)
             return
         delta, trail = choice.delta, choice.trail
         trail.max_seqs = max(trail.max_seqs, num_seqs)
         if choice.last_at is not None:
             seconds = now - choice.last_at
-            self._inter_token.observe(seconds)
+            for _ in tokens:
+                self._inter_token.observe(seconds / len(tokens))
             if trail.name != "decode":
                 trail.turn("decode", now, step=self._num_steps, num_tokens=len(sequence.token_ids))
             elif seconds > trail.slowest:
@@ -307,23 +400,21 @@ class Engine:
         if sequence.sampling.max_tokens == 0:
             delta.finish_reason = "length"
         else:
-            token_id = sampled.token_id
-            sequence.token_ids.append(token_id)
-            self._num_generated_tokens += 1
-            choice.row.push(token_id)
-            pushed = choice.output.push(token_id)
-            delta.token_ids.append(token_id)
-            delta.text += pushed.text
-            delta.finish_reason, delta.stop_reason = pushed.finish_reason, pushed.stop_reason
-            if sequence.sampling.logprobs is not None:
-                delta.logprobs = delta.logprobs or []
-                delta.logprobs.append(self._spelled(sampled))
+            num_pushed = 0
+            for sampled in tokens:
+                self._push(choice, sampled)
+                num_pushed += 1
+                if delta.finish_reason:
+                    break
+            if len(tokens) > 1:  # all but the last are the draft's
+                self.scheduler.accept(sequence, min(num_pushed, len(tokens) - 1))
         while generation.waiting:
             self._start_choice(generation)
         if delta.finish_reason:
             self._finish(generation, choice)
             trail.turn("", now, step=self._num_steps, num_tokens=len(sequence.token_ids))
-        if delta.finish_reason or (generation.stream and (delta.text or delta.logprobs or delta.prompt_logprobs)):
+        told = delta.text or delta.reasoning or delta.tool_calls or delta.logprobs or delta.prompt_logprobs
+        if delta.finish_reason or (generation.stream and told):
             choice.delta = Delta(index=choice.index)
             answers.append((generation.id, delta))
             if all(other.finished for other in generation.choices):
@@ -331,10 +422,34 @@ class Engine:
                 delta.phases = merged([other.trail for other in generation.choices])
                 del self._generations[generation.id]
 
+    def _gone(self, sequence: Sequence) -> None:
+        sequence.adapter = None  # for others to take its room
+        if self.speculation is not None:
+            self.speculation.forget(sequence)
+
+    def _push(self, choice: _Choice, sampled: Sampled) -> None:
+        """One token more, in what is to be delivered next."""
+        delta, token_id = choice.delta, sampled.token_id
+        choice.sequence.token_ids.append(token_id)
+        self._num_generated_tokens += 1
+        choice.row.push(token_id)
+        pushed = choice.output.push(token_id)
+        delta.token_ids.append(token_id)
+        delta.text += pushed.text
+        delta.reasoning += pushed.reasoning
+        if pushed.calls:
+            add_calls(delta.tool_calls, pushed.calls)
+        delta.finish_reason, delta.stop_reason = pushed.finish_reason, pushed.stop_reason
+        if choice.sequence.sampling.logprobs is not None:
+            delta.logprobs = delta.logprobs or []
+            delta.logprobs.append(self._spelled(sampled))
+
     def _finish(self, generation: _Generation, choice: _Choice) -> None:
         choice.finished = True
         self.scheduler.finish(choice.sequence)
+        self._gone(choice.sequence)
         del self._choices[choice.sequence.id]
+        self._matchers.pop(choice.sequence.id, None)
         for group in self._suspects:
             group.discard(choice.sequence)
         self._finished[choice.delta.finish_reason] += 1
@@ -355,6 +470,10 @@ class Engine:
         group = {chunk.seq for chunk in plan.chunks}
         log.error("step failed", sequences=len(group), tokens=sum(chunk.num_tokens for chunk in plan.chunks), exc_info=error)
         self.scheduler.rollback(plan)
+        if self.speculation is not None:
+            for chunk in plan.chunks:
+                if chunk.num_drafts:
+                    self.speculation.give_up(chunk.seq)
         if self._suspects:
             self._suspects[0] -= group
         if self._failures >= MAX_FAILURES:
@@ -390,6 +509,8 @@ class Engine:
             num_prefix_queried_tokens=scheduler.num_prefix_queried_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_drafted_tokens=0 if self.speculation is None else self.speculation.num_drafted,
+            num_accepted_tokens=0 if self.speculation is None else self.speculation.num_accepted,
             num_steps=self._num_steps,
             num_failed_steps=self._num_failed_steps,
             num_quarantined=self._num_quarantined,
@@ -399,6 +520,13 @@ class Engine:
             queue_time=_buckets(self._queue_time),
             step_time=_buckets(self._step_time),
             recovering=self.recovering,
+            num_grammars=self.grammars.num_misses,
+            num_grammar_hits=self.grammars.num_hits,
+            grammar_seconds=self.grammars.compile_seconds,
+            num_adapters=0 if self.adapters is None else self.adapters.num_loaded,
+            adapter_bytes=0 if self.adapters is None else self.adapters.nbytes,
+            num_adapter_loads=0 if self.adapters is None else self.adapters.num_loads,
+            num_adapter_evictions=0 if self.adapters is None else self.adapters.num_evictions,
         )
 
 

@@ -6,17 +6,21 @@ rotary embedding, the block tables for attention. Whatever else looks along the 
 chunked or biased attention) would be silently wrong in such a batch: `check_config`, `dry_run` and `prove` refuse it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from fairlead.core.errors import LoadError
 from fairlead.llm.attention import AttentionKernel
 from fairlead.llm.batch import AttentionSpec, LayerCache, LayerShape, StepBatch, new_cache
 from fairlead.llm.checkpoint import quiet
+from fairlead.llm.lora import Part, Site
 
 ATTENTION = "fairlead"
 """Our name in transformers' table of attention functions."""
@@ -133,13 +137,18 @@ class GraphDecoder:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.dtype: torch.dtype = model.dtype
         self.device = str(model.device)
+        self.native = kernel.name == "native"
         self._paged = _Paged(kernel, calls, self.dtype)
         _answer_with(model, self._paged)
+        self.sites: tuple[Site, ...] = tuple((part,) for part in _linears(model))
+        self._hooked = False
 
     def __call__(self, batch: StepBatch, cache: list[LayerCache]) -> torch.Tensor:
         """Logits [N, V] of `batch.logit_rows_N`; K and V of the batch's tokens are in `cache` afterwards."""
         paged = self._paged
         paged.batch, paged.cache, paged.at = batch, cache, 0
+        if batch.laid is not None and not self._hooked:
+            self._hook()
         try:
             logits_1NV = self.model(
                 input_ids=batch.input_ids_T[None],
@@ -150,6 +159,32 @@ class GraphDecoder:
         finally:
             paged.batch, paged.cache = None, []
         return logits_1NV[0]
+
+    def _hook(self) -> None:
+        """From the first step with an adapter on: until then no layer pays for being asked."""
+        self._hooked = True
+        for site, (part,) in enumerate(self.sites):
+            self.model.get_submodule(part.name).register_forward_hook(partial(self._add, site, part))
+
+    def _add(self, site: int, part: Part, module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        batch = self._paged.batch
+        if batch is None or batch.laid is None:
+            return
+        (add,) = batch.laid.adds(site, 1)
+        if add is not None:
+            add(output.view(-1, part.num_outputs), args[0].reshape(-1, part.num_inputs).contiguous())
+
+
+def _linears(model: Any) -> Iterator[Part]:
+    """Every linear layer but the one that gives the logits."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, torch.nn.Linear):
+            yield Part(name, module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            yield Part(name, module.nx, module.nf)
 
 
 def dry_run(model: Any) -> tuple[LayerShape, ...]:

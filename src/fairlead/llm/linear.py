@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairlead.core.errors import LoadError
 from fairlead.llm import kernels
+from fairlead.llm.cuda.layers import TritonLayers
 
 log = structlog.get_logger("fairlead.llm")
 
@@ -29,9 +31,31 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 LANES = 16
 
 
+Add = Callable[[Tensor, Tensor], None]
+"""(y_TN, x_TK): adds to y in place."""
+
+
 class Linear(Protocol):
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        """y_TN in x's dtype."""
+    panels: bool
+    """What `add` is given has the columns of two siblings in alternating panels of LANES, the last ones filled up; else they lie side
+    by side."""
+
+    def __call__(self, x_TK: Tensor, add: Add | None = None) -> Tensor:
+        """y_TN in x's dtype. `add`: what low-rank adapters add to what the weights give, before the gate."""
+
+
+class Prepare(Protocol):
+    """`prepare` below, or another way to hold weights (llm/quant.py)."""
+
+    def __call__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None] = ...,
+        *,
+        gate: Activation | Literal[""] = ...,
+        native: bool,
+        fixed: bool = ...,
+    ) -> Linear: ...
 
 
 def prepare(
@@ -40,11 +64,13 @@ def prepare(
     *,
     gate: Activation | Literal[""] = "",
     native: bool,
+    fixed: bool = False,
 ) -> Linear:
     """One layer out of siblings [N_i, K] that read the same x: their outputs lie side by side.
 
     With a `gate` the siblings are the gate and up projections of an MLP, and the output is act(gate) * up.
-    `native`: our own kernel may be used, where it is the fast one.
+    `native`: our own kernel may be used, where it is the fast one. `fixed`: it must be, since a row's bits then do not depend on
+    the rows beside it; raises LoadError where it cannot.
     """
     dtype = weights[0].dtype
     if biases and any(bias is not None for bias in biases):
@@ -52,11 +78,15 @@ def prepare(
     else:
         given = []
     on_cpu = weights[0].device.type == "cpu"
+    if fixed:
+        if not (native and on_cpu and kernels.load() and works(PackedLinear, dtype)):
+            raise LoadError("`llm.deterministic` needs the C++ kernels' linear layers, which do not pass their test here")
+        return PackedLinear(weights, given, gate)
     if native and on_cpu and prefers_own_kernel(dtype) and works(PackedLinear, dtype):
         return PackedLinear(weights, given, gate)
     if on_cpu and dtype == torch.bfloat16 and works(OneDnnLinear, dtype):
         return OneDnnLinear(weights, given, gate)
-    return PlainLinear(weights, given, gate)
+    return PlainLinear(weights, given, gate, layers=TritonLayers() if native and weights[0].is_cuda else None)
 
 
 class PackedLinear:
@@ -64,17 +94,25 @@ class PackedLinear:
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor], gate: Activation | Literal[""]) -> None:
         self.num_columns = len(weights[0]) if gate else sum(len(weight) for weight in weights)
+        self.panels = bool(gate)
         self._gate = GATES[gate]
         self._packed = torch.ops.fairlead.pack([weight.detach() for weight in weights], bool(gate))
-        self._bias = _pack_bias(biases, alternate=bool(gate)) if biases else None
+        self._bias = pack_bias(biases, alternate=bool(gate)) if biases else None
         self._multiply = torch.ops.fairlead.linear.default
 
-    def __call__(self, x_TK: Tensor) -> Tensor:
+    def __call__(self, x_TK: Tensor, add: Add | None = None) -> Tensor:
+        if add is not None and self._gate:
+            both: Tensor = self._multiply(x_TK, self._packed, self._bias, len(self._packed) * LANES, GATES[""])
+            add(both, x_TK)
+            gated: Tensor = torch.ops.fairlead.gate_panels(both, self.num_columns, self._gate)
+            return gated
         y_TN: Tensor = self._multiply(x_TK, self._packed, self._bias, self.num_columns, self._gate)
+        if add is not None:
+            add(y_TN, x_TK)
         return y_TN
 
 
-def _pack_bias(biases: Sequence[Tensor], *, alternate: bool) -> Tensor:
+def pack_bias(biases: Sequence[Tensor], *, alternate: bool) -> Tensor:
     """float32, of every column of the panels."""
 
     def panels(bias: Tensor) -> Tensor:
@@ -88,30 +126,45 @@ def _pack_bias(biases: Sequence[Tensor], *, alternate: bool) -> Tensor:
 class OneDnnLinear:
     """oneDNN over reordered weights: private operators of torch, hence `works`."""
 
+    panels = False
+
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor], gate: Activation | Literal[""]) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([weight.detach() for weight in weights]), None)
         self._bias = torch.cat([bias.detach() for bias in biases]) if biases else None
         self._activation = ACTIVATIONS[gate] if gate else None
 
-    def __call__(self, x_TK: Tensor) -> Tensor:
+    def __call__(self, x_TK: Tensor, add: Add | None = None) -> Tensor:
         y_TN: Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, self._weight, self._bias, "none", [], "")
-        return _gated(y_TN, self._activation) if self._activation else y_TN
+        if add is not None:
+            add(y_TN, x_TK)
+        return gated(y_TN, self._activation) if self._activation else y_TN
 
 
 class PlainLinear:
     """F.linear. A single weight is shared, not copied."""
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor], gate: Activation | Literal[""]) -> None:
+    panels = False
+
+    def __init__(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor], gate: Activation | Literal[""], *, layers: TritonLayers | None = None
+    ) -> None:
+        """`layers`: whose kernel computes the gate."""
         self._weight = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
         self._bias = torch.cat([bias.detach() for bias in biases]) if biases else None
-        self._activation = ACTIVATIONS[gate] if gate else None
+        self._gated: Callable[[Tensor], Tensor] | None = None
+        if gate:
+            self._gated = (
+                functools.partial(layers.gated, activation=gate) if layers else functools.partial(gated, activation=ACTIVATIONS[gate])
+            )
 
-    def __call__(self, x_TK: Tensor) -> Tensor:
+    def __call__(self, x_TK: Tensor, add: Add | None = None) -> Tensor:
         y_TN = F.linear(x_TK, self._weight, self._bias)
-        return _gated(y_TN, self._activation) if self._activation else y_TN
+        if add is not None:
+            add(y_TN, x_TK)
+        return self._gated(y_TN) if self._gated else y_TN
 
 
-def _gated(both: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def gated(both: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     gate, up = both.chunk(2, -1)
     return activation(gate) * up
 

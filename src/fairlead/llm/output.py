@@ -7,7 +7,8 @@ import codecs
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
-from fairlead.core.generation import FinishReason, Sampling
+from fairlead.core.generation import FinishReason, Sampling, ToolCall
+from fairlead.llm.parsing.parser import Piece, ResponseParser
 from fairlead.llm.tokenizer import Tokenizer
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -23,10 +24,14 @@ class Pushed(NamedTuple):
     finish_reason: FinishReason = ""
     stop_reason: str | int | None = None
     """The stop string or stop token id; None for an end-of-sequence token."""
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
 
 
 class OutputStream:
     """One answer on its way out.
+
+    Where it is parsed, stop strings are looked for in the text of the answer alone: not in reasoning, and not in calls.
 
     Text that may turn out to be the beginning of a stop string is held back until that is decided, and bytes until they are
     a whole character. The text ends before the stop string, or after it with `include_stop_str_in_output`; that of an
@@ -41,14 +46,20 @@ class OutputStream:
         *,
         eos_ids: Collection[int] = (),
         max_model_len: int = 0,
+        parser: ResponseParser | None = None,
+        shown_ids: Collection[int] = frozenset(),
     ) -> None:
-        """`max_model_len`: tokens of prompt and answer together; 0: no such bound."""
+        """`max_model_len`: tokens of prompt and answer together; 0: no such bound. `parser`: parts the answer; `shown_ids`: special
+        tokens that it must see."""
         self.sampling = sampling
         self.num_generated = 0
+        self.num_reasoned = 0
+        """Of the tokens, those of reasoning."""
         self.finished = False
         self._eos_ids = frozenset() if sampling.ignore_eos else frozenset(eos_ids)
         self._stop_ids = frozenset(sampling.stop_token_ids)
-        self._detokenizer = detokenizer(tokenizer, prompt_ids, skip_special_tokens=sampling.skip_special_tokens)
+        self._parser = parser
+        self._detokenizer = detokenizer(tokenizer, prompt_ids, skip_special_tokens=sampling.skip_special_tokens, shown_ids=shown_ids)
         self._stops = _StopStrings(sampling.stop) if sampling.stop else None
         room = max_model_len - len(prompt_ids) if max_model_len else None
         bounds = [bound for bound in (sampling.max_tokens, room) if bound is not None]
@@ -69,6 +80,8 @@ class OutputStream:
         text = self._detokenizer.push(token_id) if reason != "stop" or self.sampling.include_stop_str_in_output else ""
         if reason:
             text += self._detokenizer.finish()
+        if self._parser is not None:
+            return self._parsed(self._parser, text, reason, stop)
         if self._stops is not None:
             text, matched = self._stops.push(text, ignore=self.num_generated <= self.sampling.min_tokens)
             if matched is not None:
@@ -78,6 +91,42 @@ class OutputStream:
                 text += self._stops.finish()
         self.finished = bool(reason)
         return Pushed(text, reason, stop)
+
+    def _parsed(self, parser: ResponseParser, text: str, reason: FinishReason, stop: str | int | None) -> Pushed:
+        reasoned = parser.reasons
+        pieces = parser.push(text) if text else []
+        self.num_reasoned += reasoned or parser.reasons
+        if reason:
+            pieces += parser.finish(cut=reason == "length")
+        elif parser.enough:
+            reason = "stop"
+        elif self._stops is None and len(pieces) < 2:  # mostly
+            only = pieces[0] if pieces else Piece()
+            return Pushed(only.text, "", None, only.reasoning, () if only.call is None else (only.call,))
+        shown, matched = self._shown(pieces, end=bool(reason))
+        if matched is not None:
+            reason, stop = "stop", matched
+        if reason == "stop" and parser.num_calls and matched is None:
+            reason = "tool_calls"
+        self.finished = bool(reason)
+        text = "".join(piece.text for piece in shown)
+        reasoning = "".join(piece.reasoning for piece in shown)
+        return Pushed(text, reason, stop, reasoning, tuple(piece.call for piece in shown if piece.call is not None))
+
+    def _shown(self, pieces: list[Piece], *, end: bool) -> tuple[list[Piece], str | None]:
+        """The pieces up to a stop string in their text, and that; what may be the beginning of one is held back."""
+        if self._stops is None:
+            return pieces, None
+        shown: list[Piece] = []
+        for piece in pieces:
+            if not piece.text:
+                shown.append(piece)
+                continue
+            text, matched = self._stops.push(piece.text, ignore=self.num_generated <= self.sampling.min_tokens)
+            shown.append(Piece(text=text))
+            if matched is not None:
+                return [*shown, Piece(text=matched if self.sampling.include_stop_str_in_output else "")], matched
+        return [*shown, Piece(text=self._stops.finish() if end else "")], None
 
     def finish(self) -> str:
         """The text that is held back, where the generation ends for a reason of somebody else's."""
@@ -98,9 +147,11 @@ class Detokenizer(Protocol):
         """What is left: bytes that never became a character show as U+FFFD."""
 
 
-def detokenizer(tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
-    """One for the tokens that follow `prompt_ids`."""
-    skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+def detokenizer(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True, shown_ids: Collection[int] = frozenset()
+) -> Detokenizer:
+    """One for the tokens that follow `prompt_ids`. `shown_ids`: special tokens that are not skipped."""
+    skip = tokenizer.special_ids.difference(shown_ids) if skip_special_tokens else frozenset()
     match tokenizer.spelling:
         case "bytes":
             made: Detokenizer = _Bytes(tokenizer, skip)

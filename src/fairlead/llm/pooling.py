@@ -148,13 +148,13 @@ def buckets(lens: Sequence[int], max_tokens: int = MAX_BATCH_TOKENS) -> Iterator
 def load_pooling(folder: Path, spec: LlmSpec, *, device: str = "cpu") -> PoolingModel:
     """Raises LoadError with one sentence that names the file or what is not supported."""
     checkpoint = open_checkpoint(folder)
-    _check_config(checkpoint)
+    check_config(checkpoint, "embeddings come from an encoder or a decoder")
     pooling = read_pooling(folder, checkpoint.config)
     dtype = choose_dtype(checkpoint.dtype, spec, device)
     model = load_model(transformers.AutoModel, checkpoint, dtype, None, optional=HEADS)
     if device != "cpu":
         model = model.to(device)
-    max_length = _max_length(checkpoint, model, spec)
+    max_length = longest_text(checkpoint, model, spec)
     loaded = PoolingModel(
         model,
         pooling,
@@ -170,11 +170,12 @@ def load_pooling(folder: Path, spec: LlmSpec, *, device: str = "cpu") -> Pooling
     return loaded
 
 
-def _check_config(checkpoint: Checkpoint) -> None:
+def check_config(checkpoint: Checkpoint, needed: str) -> None:
+    """Raises LoadError."""
     config = checkpoint.config
     who = f"{checkpoint.architecture} ({config.model_type})"
     if config.is_encoder_decoder:
-        raise LoadError(f"{who} is not supported: embeddings come from an encoder or a decoder, and it has both")
+        raise LoadError(f"{who} is not supported: {needed}, and it has an encoder and a decoder")
     if config.get_text_config() is not config:
         raise LoadError(f"{who} is not supported: it is multimodal; serve a checkpoint of its text model alone")
 
@@ -230,8 +231,8 @@ def _read_modes(path: Path) -> tuple[Mode, ...]:
     return modes
 
 
-def _max_length(checkpoint: Checkpoint, model: Any, spec: LlmSpec) -> int:
-    """The least of what the files say. Raises LoadError where more is wanted."""
+def longest_text(checkpoint: Checkpoint, model: Any, spec: LlmSpec) -> int:
+    """In tokens: the least of what the files say. Raises LoadError where more is wanted."""
     folder = checkpoint.folder
     known = [_positions(checkpoint.config, model)]
     for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):

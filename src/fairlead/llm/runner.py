@@ -12,6 +12,7 @@ import torch
 
 from fairlead.llm.batch import LayerCache, StepBatch, new_cache
 from fairlead.llm.load import Decoder
+from fairlead.llm.lora import Laid, Layout
 from fairlead.llm.scheduler import Chunk
 from fairlead.observe.nvtx import ranged
 
@@ -25,9 +26,19 @@ class Runner:
     """Owns the device's memory: KV blocks, state rows, input buffers."""
 
     def __init__(
-        self, decoder: Decoder, *, num_blocks: int, block_size: int, max_num_seqs: int, max_batch_tokens: int, max_model_len: int
+        self,
+        decoder: Decoder,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        max_model_len: int,
+        layout: Layout | None = None,
     ) -> None:
+        """`layout`: of adapters; None for a draft model, which computes every sequence without."""
         self.decoder = decoder
+        self.layout = layout
         self.block_size = block_size
         self.cache: list[LayerCache] = new_cache(decoder.layers, num_blocks, block_size, decoder.dtype, decoder.device)
         max_blocks = -(-max_model_len // block_size)
@@ -47,8 +58,9 @@ class Runner:
     def run(self, chunks: Seq[Chunk]) -> torch.Tensor:
         """Compute the chunks: K and V of their tokens go to their blocks.
 
-        Returns logits [N, V] in the model's dtype: for each chunk in order its last row where it `samples`, or all its
-        rows where the sequence wants the log-probabilities of its prompt (and some of the chunk's rows are the prompt's).
+        Returns logits [N, V] in the model's dtype: for each chunk in order the row of its last known token and those of its
+        drafts where it `samples`, or all its rows where the sequence wants the log-probabilities of its prompt (and some of
+        the chunk's rows are the prompt's).
         """
         with torch.inference_mode():
             return self.decoder(self.gather(chunks), self.cache)
@@ -60,13 +72,17 @@ class Runner:
         starts = np.empty(num_seqs, np.int64)
         lens = np.empty(num_seqs, np.int64)
         ids: list[int] = []
+        adapted = False
         for s, chunk in enumerate(chunks):
             sequence, start, num = chunk.seq, chunk.start, chunk.num_tokens
+            adapted = adapted or sequence.adapter is not None
             rows[s], starts[s], lens[s] = sequence.row, start, num
             if num == 1:
                 ids.append(sequence.token_ids[start])
             else:
                 ids += sequence.token_ids[start : start + num]
+                if chunk.num_drafts:
+                    ids += sequence.draft[: chunk.num_drafts]
             self._know_blocks(sequence.row, sequence.blocks)
         total = len(ids)
         query_starts = self._query_starts.host[: num_seqs + 1]
@@ -99,7 +115,12 @@ class Runner:
             self._logit_rows.device(num_logits),
             max_query_len=int(lens.max()),
             max_context_len=longest,
+            laid=self._lay(self.layout, chunks, lens, num_logits) if adapted and self.layout is not None else None,
         )
+
+    def _lay(self, layout: Layout, chunks: Seq[Chunk], lens: np.ndarray, num_logits: int) -> Laid | None:
+        adapters = [None if chunk.seq.adapter is None else chunk.seq.adapter.weights for chunk in chunks]
+        return layout.lay(adapters, lens, self._logit_rows.host[:num_logits])
 
     def _know_blocks(self, row: int, blocks: list[int]) -> None:
         """Write what is new of a sequence's block table into its row. A sequence that lost its blocks has a new list."""
@@ -117,6 +138,10 @@ class Runner:
             if wants_prompt_logits(chunk):
                 out[num : num + chunk.num_tokens] = range(query_starts[s], query_starts[s + 1])
                 num += chunk.num_tokens
+            elif chunk.num_drafts:
+                end = query_starts[s + 1]
+                out[num : num + chunk.num_drafts + 1] = range(end - chunk.num_drafts - 1, end)
+                num += chunk.num_drafts + 1
             elif chunk.samples:
                 out[num] = query_starts[s + 1] - 1
                 num += 1

@@ -4,8 +4,8 @@ Which route a step takes is decided on the host before anything is computed: row
 one argmax over the batch, in the model's dtype; only the others get a float32 copy of their row. What a row yields depends
 on its own logits and its own (seed, choice, position), never on the rows beside it.
 
-Order of what shapes a distribution, as in vLLM 1: logit bias and tokens forbidden by `min_tokens`, repetition, frequency and
-presence penalties, temperature, min_p, top_k, top_p.
+Order of what shapes a distribution, as in vLLM 1: logit bias, repetition, frequency and presence penalties, tokens forbidden by a
+grammar and by `min_tokens`, temperature, min_p, top_k, top_p.
 """
 
 import math
@@ -19,6 +19,8 @@ import torch
 from fairlead.core.generation import Sampling
 
 Row = np.ndarray[Any, np.dtype[np.float32]]
+MaskRows = np.ndarray[Any, np.dtype[np.int32]]
+"""[R, W]: a bit for every token of the vocabulary, from the lowest on."""
 
 MIN_TEMPERATURE = 1e-5
 """Below it float32 cannot divide logits any more; it is as good as greedy."""
@@ -31,6 +33,11 @@ NUM_UNIFORMS = 64
 
 SUM_SIZE = 128
 """Weights summed in float32 before their sums go on in float64: ten times cheaper than a float64 sum over all."""
+
+CEILINGS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.float32(np.inf), -np.float32(np.inf)
+)
+"""Of the eight tokens that a byte of a mask is about."""
 
 NOT_FINITE = "the model's logits hold NaN or infinity, or forbid every token"
 
@@ -56,24 +63,41 @@ class SampleRow:
         "_bias",
         "_bias_ids",
         "_counts",
+        "_masks",
+        "_masks_from",
         "_min_tokens",
         "_stop_ids",
         "_uniforms",
+        "_uniforms_block",
         "greedy",
+        "guided",
         "index",
         "num_generated",
         "sampling",
         "seed",
     )
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], *, seed: int, index: int = 0, stop_ids: Iterable[int] = ()) -> None:
-        """`sampling`: with its defaults filled; `index`: which of the n choices; `stop_ids`: forbidden until `min_tokens`."""
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt_ids: Sequence[int],
+        *,
+        seed: int,
+        index: int = 0,
+        stop_ids: Iterable[int] = (),
+        guided: bool = False,
+    ) -> None:
+        """`sampling`: with its defaults filled; `index`: which of the n choices; `stop_ids`: forbidden until `min_tokens`;
+        `guided`: a grammar forbids tokens, of which `allow` tells before each step."""
         assert sampling.temperature is not None and sampling.repetition_penalty is not None
         self.sampling = sampling
         self.seed = seed
         self.index = index
         self.num_generated = 0
         self.greedy = sampling.greedy
+        self.guided = guided
+        self._masks: MaskRows | None = None
+        self._masks_from = 0
         self._stop_ids = np.fromiter(stop_ids, np.int64)
         self._min_tokens = sampling.min_tokens if len(self._stop_ids) else 0
         self._bias_ids = np.fromiter(sampling.logit_bias.keys(), np.int64)
@@ -84,18 +108,39 @@ class SampleRow:
         elif sampling.presence_penalty or sampling.frequency_penalty:
             self._counts = _TokenCounts(())
         self._uniforms: np.ndarray[Any, np.dtype[np.float64]] | None = None
+        self._uniforms_block = -1
 
     def push(self, token_id: int) -> None:
         """The token was accepted: the row goes on to its next position."""
         self.num_generated += 1
         if self._counts is not None:
             self._counts.add(token_id)
-        if self.num_generated % NUM_UNIFORMS == 0:
-            self._uniforms = None
+
+    def pop(self, token_id: int) -> None:
+        """Take back the last `push`, which was of this token."""
+        self.num_generated -= 1
+        if self._counts is not None:
+            self._counts.remove(token_id)
+
+    def allow(self, masks_RW: MaskRows, first: int = 0) -> None:
+        """What the grammar allows in the step: row `first` for this position, and the next ones for those that follow."""
+        self._masks = masks_RW
+        self._masks_from = first - self.num_generated
+
+    @property
+    def mask(self) -> tuple[MaskRows, int]:
+        """(the step's masks, the row of this position)."""
+        assert self._masks is not None, "the step has found no masks"
+        return self._masks, self._masks_from + self.num_generated
 
     @property
     def plain(self) -> bool:
         """Its logits are taken as they are."""
+        return not self.guided and self.only_masked
+
+    @property
+    def only_masked(self) -> bool:
+        """Nothing shapes its logits, but that a grammar may forbid some."""
         return self._counts is None and not len(self._bias_ids) and self.num_generated >= self._min_tokens
 
     def uniform(self) -> float:
@@ -104,30 +149,38 @@ class SampleRow:
         Philox4x64-10 (Salmon et al. 2011) counts instead of remembering, so that a step may be computed again.
         """
         block, place = divmod(self.num_generated, NUM_UNIFORMS)
-        if self._uniforms is None:
+        if self._uniforms is None or block != self._uniforms_block:
             key = np.array([self.seed & 0xFFFF_FFFF_FFFF_FFFF, self.index], np.uint64)
             bits = np.random.Philox(key=key, counter=block * (NUM_UNIFORMS // 4))  # four numbers for each count
             self._uniforms = np.random.Generator(bits).random(NUM_UNIFORMS)
+            self._uniforms_block = block
         return float(self._uniforms[place])
 
     def adjust(self, logits_V: Row) -> None:
         """Apply bias, forbidden tokens and penalties in place."""
         if len(self._bias_ids):
             logits_V[self._bias_ids] += self._bias
-        if self.num_generated < self._min_tokens:
-            logits_V[self._stop_ids[self._stop_ids < len(logits_V)]] = -np.inf
         if self._counts is not None:
             self._counts.penalize(logits_V, self.sampling)
+        if self.guided:
+            masks_RW, place = self.mask
+            np.minimum(logits_V, ceilings(masks_RW[place], len(logits_V)), out=logits_V)
+        if self.num_generated < self._min_tokens:
+            ids = self._stop_ids[self._stop_ids < len(logits_V)]
+            ends = logits_V[ids]
+            logits_V[ids] = -np.inf
+            if self.guided and logits_V.max() == -np.inf:  # the grammar is complete: nothing else may come
+                logits_V[ids] = ends
 
 
 class _TokenCounts:
     """Which tokens a sequence has, and how often it generated each: what penalties need, in memory of the distinct tokens."""
 
-    __slots__ = ("_ids", "_num", "_places", "_times")
+    __slots__ = ("_ids", "_num", "_num_prompt", "_places", "_times")
 
     def __init__(self, prompt_ids: Sequence[int]) -> None:
         distinct = np.unique(np.asarray(prompt_ids, np.int64))
-        self._num = len(distinct)
+        self._num = self._num_prompt = len(distinct)
         self._ids = np.concatenate([distinct, np.empty(64, np.int64)])
         self._times = np.zeros(len(self._ids), np.float32)
         """How often `_ids` were generated; 0: only in the prompt."""
@@ -142,6 +195,14 @@ class _TokenCounts:
             self._ids[place] = token_id
             self._num += 1
         self._times[place] += 1
+
+    def remove(self, token_id: int) -> None:
+        """Undo the last `add`, which was of this token."""
+        place = self._places[token_id]
+        self._times[place] -= 1
+        if place == self._num - 1 and place >= self._num_prompt and not self._times[place]:
+            self._num -= 1
+            del self._places[token_id]
 
     def penalize(self, logits_V: Row, sampling: Sampling) -> None:
         """Repetition (Keskar et al. 2019, CTRL) divides positive logits and multiplies negative ones, of prompt and answer;
@@ -168,14 +229,74 @@ class Sampler:
         The caller tells each row what became of its token with `push`.
         """
         assert logits_NV.shape == (len(rows), self.vocab_size), f"{tuple(logits_NV.shape)} for {len(rows)} rows of {self.vocab_size}"
-        own = [n for n, row in enumerate(rows) if not (row.greedy and row.plain) or row.sampling.logprobs is not None]
+        own, masked = [], []
+        for n, row in enumerate(rows):
+            if not (row.greedy and row.only_masked) or row.sampling.logprobs is not None:
+                own.append(n)
+            elif row.guided:
+                masked.append(n)
+        if not own and not masked:
+            return [sampled(token_id) for token_id in _argmax(logits_NV)]
+        some = len(own) + len(masked) < len(rows)
+        answers = [sampled(token_id) for token_id in _argmax(logits_NV)] if some else [Sampled(-1)] * len(rows)
+        if masked:
+            ids = _masked_argmax(logits_NV if len(masked) == len(rows) else logits_NV[masked], [rows[n] for n in masked], [1] * len(masked))
+            for n, token_id in zip(masked, ids, strict=True):
+                answers[n] = sampled(token_id)
         if not own:
-            return [_sampled(token_id) for token_id in _argmax(logits_NV)]
-        answers = [Sampled(-1)] * len(rows) if len(own) == len(rows) else [_sampled(token_id) for token_id in _argmax(logits_NV)]
+            return answers
         # one transfer in the model's dtype, however many rows
         for n, logits_V in zip(own, _on_host(logits_NV if len(own) == len(rows) else logits_NV[own]), strict=True):
             answers[n] = self._sample_row(logits_V, rows[n])
         return answers
+
+    def verify(self, logits_NV: torch.Tensor, rows: Sequence[SampleRow], drafts: Sequence[Sequence[int]]) -> list[list[Sampled]]:
+        """One token or more for each row, in order. `logits_NV` has a row for the next token of each, and then one for what
+        follows each token of its draft.
+
+        A token of the draft counts as chosen where it is the very one that is chosen in its place, with all that its own
+        position brings; then the next place is looked at. So drafts change how many tokens come, never which.
+        """
+        assert logits_NV.shape == (len(rows) + sum(map(len, drafts)), self.vocab_size)
+        answers: list[list[Sampled]] = []
+        likeliest: list[int] | None = None
+        masked = all(row.guided and row.greedy and row.only_masked for row in rows)
+        if masked:
+            likeliest = _masked_argmax(logits_NV, rows, [len(draft) + 1 for draft in drafts])
+        at = 0
+        for row, draft in zip(rows, drafts, strict=True):
+            if row.greedy and (masked or row.plain) and row.sampling.logprobs is None:
+                if likeliest is None:
+                    likeliest = _argmax(logits_NV)
+                chosen = []
+                for place, token_id in enumerate(likeliest[at : at + len(draft) + 1]):
+                    chosen.append(sampled(token_id))
+                    if place == len(draft) or token_id != draft[place]:
+                        break
+            else:
+                chosen = self._verify_row(logits_NV[at : at + len(draft) + 1], row, draft)
+            if chosen[-1].error and len(chosen) > 1:  # it fails, if it does, as the first of the next step
+                chosen.pop()
+            answers.append(chosen)
+            at += len(draft) + 1
+        return answers
+
+    def _verify_row(self, logits_PV: torch.Tensor, row: SampleRow, draft: Sequence[int]) -> list[Sampled]:
+        """`row` looks ahead, and is as it was when this returns."""
+        chosen: list[Sampled] = []
+        pushed: list[int] = []
+        try:
+            for place, logits_V in enumerate(_on_host(logits_PV)):
+                chosen.append(self._sample_row(logits_V, row))
+                token_id = chosen[-1].token_id
+                if place == len(draft) or token_id != draft[place]:
+                    break
+                row.push(token_id)
+                pushed.append(token_id)
+        finally:
+            for token_id in reversed(pushed):
+                row.pop(token_id)
+        return chosen
 
     def _sample_row(self, logits_V: Row, row: SampleRow) -> Sampled:
         """`logits_V` is not changed."""
@@ -233,21 +354,43 @@ def _on_host(logits_NV: torch.Tensor) -> Iterable[Row]:
         yield from logits_NV[at : at + ROWS_AT_ONCE].float().numpy()
 
 
-def _argmax(logits_NV: torch.Tensor) -> list[int]:
-    """The first of the largest of each row; -1 where the largest is not finite."""
+def _masked_argmax(logits_NV: torch.Tensor, rows: Sequence[SampleRow], nums: Sequence[int]) -> list[int]:
+    """`_argmax` of guided rows, which have so many logits each: for their position, and those that follow."""
+    masks_RW = rows[0].mask[0]
+    places: list[int] = []
+    for row, num in zip(rows, nums, strict=True):
+        own_RW, place = row.mask
+        assert own_RW is masks_RW, "masks of several steps"
+        places += range(place, place + num)
+    return _argmax(logits_NV, masks_RW[places])
+
+
+def ceilings(mask_W: MaskRows, vocab_size: int) -> Row:
+    """[V]: no logit of a token may be above, which is minus infinity where the mask forbids it; of several rows, [N, V]."""
+    bytes_W = mask_W.view(np.uint8)
+    return CEILINGS.take(bytes_W, axis=0).reshape(*bytes_W.shape[:-1], -1)[..., :vocab_size]
+
+
+def _argmax(logits_NV: torch.Tensor, mask_NW: MaskRows | None = None) -> list[int]:
+    """The first of the largest of each row, of those that the mask allows; -1 where the largest is not finite."""
     if logits_NV.device.type != "cpu":
+        if mask_NW is not None:
+            ceilings_NV = torch.from_numpy(ceilings(mask_NW, logits_NV.shape[-1])).to(logits_NV.device, logits_NV.dtype)
+            logits_NV = torch.minimum(logits_NV, ceilings_NV)
         ids_N = logits_NV.argmax(-1)
         finite_N = logits_NV.gather(-1, ids_N[:, None]).squeeze(-1).isfinite()
         return torch.where(finite_N, ids_N, -1).tolist()  # type: ignore[no-any-return]
     ids: list[int] = []
     for at in range(0, len(logits_NV), ROWS_AT_ONCE):  # torch's argmax takes 5 to 20 times as long on a CPU
         rows = logits_NV[at : at + ROWS_AT_ONCE].float().numpy()
+        if mask_NW is not None:
+            rows = np.minimum(rows, ceilings(mask_NW[at : at + ROWS_AT_ONCE], rows.shape[-1]))
         chosen = rows.argmax(-1)
         ids += np.where(np.isfinite(rows[np.arange(len(rows)), chosen]), chosen, -1).tolist()
     return ids
 
 
-def _sampled(token_id: int) -> Sampled:
+def sampled(token_id: int) -> Sampled:
     return Sampled(token_id) if token_id >= 0 else Sampled(-1, error=NOT_FINITE)
 
 

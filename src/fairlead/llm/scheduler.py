@@ -2,7 +2,8 @@
 
 One rule, that of vLLM's v1 scheduler: the tokens computed catch up with the tokens known. Prompts cut into chunks, decodes,
 cached prefixes and sequences that start again after a preemption are all the same case. Sequences are served by
-(priority, arrival); of one priority those that run before those that wait.
+(priority, arrival); of one priority those that run before those that wait. Drafts come last: they take budget and blocks that
+nothing known has a use for.
 
     waiting ── plan ──► running ── finish ──► gone          abort: from anywhere
        ▲                  │
@@ -27,7 +28,9 @@ class Chunk(NamedTuple):
     start: int
     num_tokens: int
     samples: bool
-    """Its last token is the last one known: the step's logits choose the next."""
+    """It goes up to the last token known: the step's logits choose the next."""
+    num_drafts: int = 0
+    """Of its tokens the last, which are the sequence's `draft`: each has logits, to see whether it is what would be chosen."""
 
 
 @dataclass(slots=True)
@@ -46,6 +49,8 @@ class Plan:
     published: list[int] = field(default_factory=list)
     """Blocks that others may share already, and that this step is to fill."""
     num_tokens: int = 0
+    num_drafts: int = 0
+    """Of those, the ones that are not known."""
     num_reserved: int = 0
     """While it is made: tokens kept for running sequences that decode and have not had their turn."""
 
@@ -147,21 +152,45 @@ class Scheduler:
                 self._continue(plan, seq)
         if admitting:
             self._admit(plan)
+        if only is None:  # what fails is to be found among what is known
+            for index, chunk in enumerate(plan.chunks):
+                if chunk.seq.draft and chunk.samples:
+                    self._add_draft(plan, index, chunk)
         if plan.chunks:
             self._underway = plan
         return plan
 
     def commit(self, plan: Plan) -> None:
-        """The step is computed. The engine then appends a token to each sequence whose chunk `samples`."""
+        """The step is computed. The engine then appends a token to each sequence whose chunk `samples`, or several and tells
+        how many of them were drafts (`accept`)."""
         assert plan is self._underway, "this plan is not under way"
         self._underway = None
-        for seq, _, num_tokens, _ in plan.chunks:
+        for seq, _, num_tokens, _, num_drafts in plan.chunks:
             if seq.row >= 0:
-                seq.num_computed += num_tokens
+                seq.num_computed += num_tokens - num_drafts
+                seq.draft = []
         for seq in plan.admitted:
             if seq.num_preemptions == 0 and self._asks_cache(seq):
                 self.num_prefix_queried_tokens += seq.num_tokens
                 self.num_prefix_hit_tokens += seq.cached_tokens
+
+    def reserve(self, seq: Sequence, num_tokens: int) -> int:
+        """Blocks for a draft that is being made, before the step is planned, where there are more free than those that run
+        need next. Returns for how many tokens after the known ones there is room."""
+        end, size = len(seq.token_ids) + num_tokens, self.pool.block_size
+        missing = self.pool.num_blocks_for(min(end, self.max_model_len)) - len(seq.blocks)
+        if missing > 0:
+            spare = self.pool.num_free - len(self.running)
+            if spare > 0:
+                seq.blocks += self.pool.allocate(min(missing, spare))
+        return len(seq.blocks) * size - len(seq.token_ids)
+
+    def accept(self, seq: Sequence, num_tokens: int) -> None:
+        """So many of its draft's tokens are known now: what the last step computed of them stands."""
+        start, size = seq.num_computed, self.pool.block_size
+        seq.num_computed = end = start + num_tokens
+        if end // size > start // size:
+            self.pool.publish(seq, start // size, end // size)
 
     def rollback(self, plan: Plan) -> None:
         """The step failed: what it was to compute is not there.
@@ -172,6 +201,8 @@ class Scheduler:
         assert plan is self._underway, "this plan is not under way"
         self._underway = None
         self.pool.unpublish(plan.published)
+        for chunk in plan.chunks:
+            chunk.seq.draft = []
         for seq in plan.admitted:
             if seq.row >= 0:
                 self._vacate(seq)
@@ -240,6 +271,21 @@ class Scheduler:
             plan.published += self.pool.publish(seq, start // size, end // size)
         plan.chunks.append(Chunk(seq, start, num_tokens, end == len(seq.token_ids)))
         plan.num_tokens += num_tokens
+
+    def _add_draft(self, plan: Plan, index: int, chunk: Chunk) -> None:
+        """As much of the draft as there is budget and memory for. It takes nothing from anybody."""
+        seq, start, num_tokens, samples, _ = chunk
+        end, size = start + num_tokens, self.pool.block_size
+        room = (len(seq.blocks) + self.pool.num_free) * size
+        num_drafts = min(len(seq.draft), self.max_batch_tokens - plan.num_tokens, self.max_model_len - end, room - end)
+        if num_drafts <= 0:
+            return
+        missing = self.pool.num_blocks_for(end + num_drafts) - len(seq.blocks)
+        if missing > 0:
+            seq.blocks += self.pool.allocate(missing)
+        plan.chunks[index] = Chunk(seq, start, num_tokens + num_drafts, samples, num_drafts)
+        plan.num_tokens += num_drafts
+        plan.num_drafts += num_drafts
 
     def _admit(self, plan: Plan, *, before: float = float("inf")) -> bool:
         """Start waiting sequences of a priority better than `before`, in order. False once one must go on waiting:
@@ -350,5 +396,6 @@ class Scheduler:
     def _vacate(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.pool.release(seq)
+        seq.draft = []
         heappush(self._free_rows, seq.row)
         seq.row = -1

@@ -1,6 +1,7 @@
 """One generation on its way through the engine."""
 
 from fairlead.core.generation import Sampling
+from fairlead.llm.adapters import Use
 
 
 class Sequence:
@@ -11,10 +12,12 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter",
         "arrived",
         "blocks",
         "cached_tokens",
         "deadline",
+        "draft",
         "hashes",
         "id",
         "num_computed",
@@ -38,11 +41,15 @@ class Sequence:
         priority: int = 0,
         deadline: float = float("inf"),
         salt: str = "",
+        adapter: Use | None = None,
     ) -> None:
         """`arrived`, `deadline`: seconds of the engine's clock; `priority`: smaller goes first."""
         self.id = id
         self.token_ids = list(prompt_ids)
         self.num_prompt = len(prompt_ids)
+        self.draft: list[int] = []
+        """Tokens that may follow, proposed for the next step alone: it computes them with the last one known, and those that
+        turn out to be chosen become known. Only of one that decodes."""
         self.num_computed = 0
         self.blocks: list[int] = []
         """Block ids, in the order of its tokens."""
@@ -55,7 +62,9 @@ class Sequence:
         self.priority = priority
         self.deadline = deadline
         """When it is given up if it has not started by then."""
-        self.salt = salt
+        self.salt = salt if adapter is None else f"{salt}\0{adapter.identity}"
+        """What is computed of the same tokens differs with it: of the prefix cache."""
+        self.adapter = adapter
         self.cached_tokens = 0
         """Of its prompt, found in the prefix cache when it first started."""
         self.scheduled_at = -1.0

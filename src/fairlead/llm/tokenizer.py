@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -24,6 +25,10 @@ from fairlead.core.generation import Chat, Message
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """What a chat template is always told: not for `template_kwargs`."""
+SWITCHES = ("enable_thinking", "thinking")
+"""By which templates without degrees of reasoning are told whether the model shall reason."""
+SHORT_IDS = "alphanumeric strings with length 9"
+"""What templates say that refuse calls with other ids (Mistral's)."""
 CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 """Marks where the final message ends in the rendered chat; transformers' own."""
 
@@ -40,6 +45,8 @@ class Tokenizer:
         self.backend = backend
         self.source = source
         self.templates = templates
+        self.response_template: Any = None
+        """As tokenizer_config.json has it."""
         self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         """The largest id and one."""
@@ -67,6 +74,7 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
         tokenizer = cls(backend, source=str(path), templates=_read_templates(folder, config, named, chat_template))
+        tokenizer.response_template = config.get("response_template")
         tokenizer.bos_id = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
         tokenizer.eos_id = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
         return tokenizer
@@ -79,12 +87,31 @@ class Tokenizer:
                 f"but the model has only {vocab_size} embedding rows (`vocab_size` in {weights}): they are not of one checkpoint"
             )
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as it is spelled, and its id."""
+        return self.backend.get_vocab(with_added_tokens=True)
+
     # Encode
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """`add_special_tokens`: those that tokenizer.json's post-processor puts first and last; what tokenizer_config.json says
         of them (`add_bos_token`) does not count, as in transformers 5."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_pair(self, text: str, pair: str, limit: int | None = None) -> tuple[list[int], list[int]]:
+        """(ids, type of each) of two texts in one row. `limit`: tokens at most; the longer text is cut first, at its end, until both are
+        of one length. Raises InvalidRequest for a limit that leaves nothing of them."""
+        both = self.backend.encode(text, pair)
+        if limit is None or len(both) <= limit:
+            return both.ids, both.type_ids
+        room = limit - self.backend.num_special_tokens_to_add(True)
+        if room < 1:
+            raise InvalidRequest(f"`truncate_prompt_tokens` is {limit}: it must leave room for more than the special tokens")
+        first, second = (self.backend.encode(each, add_special_tokens=False) for each in (text, pair))
+        for encoding, length in zip((first, second), cut_lengths(len(first), len(second), room), strict=True):
+            encoding.truncate(length)
+        both = self.backend.post_process(first, second, True)
+        return both.ids, both.type_ids
 
     def encode_chat(self, chat: Chat) -> list[int]:
         """Raises InvalidRequest. The template writes the special tokens itself."""
@@ -139,6 +166,16 @@ class Tokenizer:
         return piece.replace("▁", " ").encode()
 
 
+def cut_lengths(first: int, second: int, room: int) -> tuple[int, int]:
+    """Of two texts that are too long together; as transformers' `longest_first`."""
+    short, long = min(first, second), max(first, second)
+    if short * 2 > room:
+        short, long = room // 2, room - room // 2
+    else:
+        long = room - short
+    return (short, long) if first <= second else (long, short)
+
+
 class ChatTemplates:
     """Jinja templates by name, rendered exactly as transformers does it.
 
@@ -154,9 +191,11 @@ class ChatTemplates:
         self._sources = dict(sources)
         environment = _environment()
         self._templates: dict[str, jinja2.Template] = {}
+        self._variables: dict[str, set[str]] = {}
         for name, (text, file) in sources.items():
             try:
                 self._templates[name] = environment.from_string(text)
+                self._variables[name] = jinja2.meta.find_undeclared_variables(environment.parse(text))
             except jinja2.TemplateSyntaxError as error:
                 raise LoadError(f"{file}: the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
         if len(self._templates) == 1:
@@ -167,6 +206,26 @@ class ChatTemplates:
             file = next(iter(sources.values()))[1]
             raise LoadError(f"{file}: has the chat templates {sorted(sources)}, none of them named `default`")
 
+    @property
+    def texts(self) -> list[str]:
+        return [text for text, _ in self._sources.values()]
+
+    @property
+    def shows_tools(self) -> bool:
+        return any("tools" in variables for variables in self._variables.values())
+
+    def _effort(self, chat: Chat, variables: set[str]) -> dict[str, Any]:
+        """Raises InvalidRequest."""
+        if not chat.reasoning_effort:
+            return {}
+        switches = [name for name in SWITCHES if name in variables]
+        if "reasoning_effort" not in variables and not switches:
+            raise InvalidRequest("`reasoning_effort` cannot be heeded: this model's chat template knows nothing of it")
+        if clash := {"reasoning_effort", *switches} & chat.template_kwargs.keys():
+            raise InvalidRequest(f"`reasoning_effort` is set, and `{min(clash)}` among the chat template's arguments, too: set one of them")
+        given: dict[str, Any] = dict.fromkeys(switches, chat.reasoning_effort != "none")
+        return given | ({"reasoning_effort": chat.reasoning_effort} if "reasoning_effort" in variables else {})
+
     def render(self, chat: Chat) -> str:
         """Raises InvalidRequest: the template refused the chat, or failed on it."""
         if not chat.messages:
@@ -176,7 +235,8 @@ class ChatTemplates:
         if chat.continue_final_message and chat.add_generation_prompt:
             raise InvalidRequest("`continue_final_message` and `add_generation_prompt` exclude each other")
         name = "tool_use" if chat.tools and "tool_use" in self._templates else self._only
-        messages = [_plain(message) for message in chat.messages]
+        arguments = {**chat.template_kwargs, **self._effort(chat, self._variables[name])}
+        messages = [_plain(message, short_ids=SHORT_IDS in self._sources[name][0]) for message in chat.messages]
         final = ""
         if chat.continue_final_message:
             final = _mark_end(messages[-1], self._sources[name][0])
@@ -184,7 +244,7 @@ class ChatTemplates:
             text = self._templates[name].render(
                 {
                     **self.named_tokens,
-                    **chat.template_kwargs,
+                    **arguments,
                     "messages": messages,
                     "tools": chat.tools or None,
                     "documents": None,
@@ -198,12 +258,23 @@ class ChatTemplates:
         return _cut_at_end(text, final) if chat.continue_final_message else text
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def _plain(message: Message, *, short_ids: bool) -> dict[str, Any]:
     """As templates want it: no key without a value, arguments of tool calls as data and not as JSON."""
     plain: dict[str, Any] = {name: value for name, value in msgspec.to_builtins(message).items() if value is not None}
+    if message.reasoning is not None:  # templates know it by several names
+        plain["reasoning_content"] = plain["thinking"] = message.reasoning
     if message.tool_calls:
         plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
+    if short_ids:
+        for call in plain.get("tool_calls", ()):
+            call["id"] = _short(call.get("id"))
+        if message.tool_call_id is not None:
+            plain["tool_call_id"] = _short(message.tool_call_id)
     return plain
+
+
+def _short(id: Any) -> str:
+    return "".join(character for character in str(id) if character.isalnum())[-9:].rjust(9, "0")
 
 
 def _plain_call(call: dict[str, Any]) -> dict[str, Any]:

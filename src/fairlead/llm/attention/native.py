@@ -10,6 +10,10 @@ class NativeAttention:
 
     name = "native"
 
+    def __init__(self, *, fixed: bool = False) -> None:
+        self.fixed = fixed
+        """A token's result has the same bits whatever tokens are computed with it."""
+
     def store(self, k_TKD: torch.Tensor, v_TKE: torch.Tensor, layer: LayerCache, slots_T: torch.Tensor) -> None:
         torch.ops.fairlead.store(k_TKD, v_TKE, layer.k, layer.v, slots_T)
 
@@ -26,5 +30,7 @@ class NativeAttention:
             spec.window,
             spec.softcap,
             spec.sinks_H,
+            None,
+            self.fixed,
         )
         return out_THE

@@ -13,6 +13,7 @@ from fairlead.llm.batch import AttentionSpec, LayerCache, StepBatch
 
 class TorchAttention:
     name = "torch"
+    fixed = False
 
     def store(self, k_TKD: torch.Tensor, v_TKE: torch.Tensor, layer: LayerCache, slots_T: torch.Tensor) -> None:
         block_size = layer.k.shape[2]

@@ -41,6 +41,7 @@ constexpr int64_t PACKED_KEYS = 128;     // keys packed at once
 constexpr int64_t STREAM_KEYS = 256;     // keys streamed between two updates of the running maximum
 constexpr int64_t STREAM_ROWS = 8;       // packing pays off above
 constexpr int64_t SPLIT_KEYS = 512;      // a span is not split below
+constexpr int64_t FIXED_KEYS = 2048;     // where spans end if what else is computed must not decide it
 constexpr int64_t SERIAL_COST = 1 << 16; // multiplications that a second thread is not woken for
 constexpr float NOTHING = -1e30f;        // maximum of no scores; finite, so that masked - NOTHING is no NaN
 constexpr float LOG2E = 1.44269504f;
@@ -318,6 +319,7 @@ template <typename T, bool PAIRS> struct Attention {
     int64_t num_sequences, table_width;
     int64_t num_heads, num_kv_heads, group, k_size, v_size, block_size, window;
     float scale, softcap;
+    bool fixed; // a row's sums are taken in one order, whatever rows are computed with it
     const float* sinks;
     int64_t ld; // of the accumulated rows
     float* partials = nullptr;
@@ -384,7 +386,7 @@ template <typename T, bool PAIRS> struct Attention {
     }
 
     void compute(const Item& item, int64_t head, Scratch& scratch) const {
-        const bool packed = item.num_rows > STREAM_ROWS && k_size % PER_WORD == 0;
+        const bool packed = (item.num_rows > STREAM_ROWS || fixed) && k_size % PER_WORD == 0;
         const int64_t rows = item.num_rows, padded_rows = round_up(rows, TILE_ROWS), step = packed ? PACKED_KEYS : STREAM_KEYS;
         const int64_t depth = round_up(k_size, PER_WORD) / PER_WORD;
         float* acc = scratch.take(padded_rows * (ld + step + 2 + k_size) + PACKED_KEYS * (k_size + ld));
@@ -435,7 +437,11 @@ template <typename T, bool PAIRS> struct Attention {
         finish(item, head, acc, maximum, sum);
     }
 
-    int64_t begin_of(const Item& item) const { return first_key(item.sequence, item.row) / block_size * block_size; }
+    int64_t begin_of(const Item& item) const {
+        const int64_t step = fixed ? FIXED_KEYS : block_size;
+        if (fixed && sinks) return 0; // which of a row's spans has the sink must not depend on the other rows
+        return first_key(item.sequence, item.row) / step * step;
+    }
 
     void copy_queries(const Item& item, int64_t head, W* queries, int64_t depth) const {
         for (int64_t r = 0; r < item.num_rows; r++) {
@@ -559,11 +565,12 @@ template <typename T, bool PAIRS> struct Attention {
             }
         }
         const int64_t fair = std::max<int64_t>(total * num_kv_heads / (num_threads * 4), SERIAL_COST);
-        for (size_t i = 0, whole = items.size(); num_threads > 1 && i < whole; i++) {
+        for (size_t i = 0, whole = items.size(); (num_threads > 1 || fixed) && i < whole; i++) {
             const Item item = items[i];
-            const int64_t span = item.end - item.key, parts = std::min((item.cost + fair - 1) / fair, span / SPLIT_KEYS);
+            const int64_t span = item.end - item.key;
+            const int64_t parts = fixed ? (span + FIXED_KEYS - 1) / FIXED_KEYS : std::min((item.cost + fair - 1) / fair, span / SPLIT_KEYS);
             if (parts < 2) continue;
-            const int64_t length = round_up((span + parts - 1) / parts, std::max(block_size, PACKED_KEYS));
+            const int64_t length = fixed ? FIXED_KEYS : round_up((span + parts - 1) / parts, std::max(block_size, PACKED_KEYS));
             Merge merge{item, 0};
             merge.item.partial = partials_size;
             for (int64_t key = item.key; key < item.end; key += length, merge.num_parts++) {
@@ -615,7 +622,7 @@ void check_cache(const Tensor& cache, const char* name) {
 
 template <typename T, bool PAIRS = false>
 Tensor attend_typed(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, const Tensor& lens, const Tensor& tables,
-                    double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks) {
+                    double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks, bool fixed) {
     Tensor out = at::empty({q.size(0), q.size(1), v.size(3)}, q.options());
     const Tensor logits = sinks ? sinks->to(at::kFloat).contiguous() : Tensor();
     Attention<T, PAIRS> a;
@@ -626,7 +633,7 @@ Tensor attend_typed(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
     a.num_sequences = lens.size(0), a.table_width = tables.stride(0);
     a.num_heads = q.size(1), a.num_kv_heads = k.size(1), a.group = a.num_heads / a.num_kv_heads;
     a.k_size = k.size(3), a.v_size = v.size(3), a.block_size = k.size(2), a.window = window;
-    a.scale = static_cast<float>(scale), a.softcap = static_cast<float>(softcap);
+    a.scale = static_cast<float>(scale), a.softcap = static_cast<float>(softcap), a.fixed = fixed;
     a.sinks = sinks ? logits.const_data_ptr<float>() : nullptr;
     a.ld = round_up(a.v_size, LANES);
     a.run();
@@ -635,9 +642,10 @@ Tensor attend_typed(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 
 // q [T, H, D] of S sequences, one after another, in any strides but the last; k, v [num_blocks, K, block_size, D or Dv];
 // starts int32 [S + 1]; lens int32 [S]; tables int32 [S, B]; sinks [H]. Returns [T, H, Dv]. `pairs`: bfloat16 by dot products of pairs,
-// where the CPU has them; by default where they are the faster way.
+// where the CPU has them; by default where they are the faster way. `fixed`: a token's result has the same bits whatever tokens are
+// computed with it, by tiles alone and spans that end at fixed keys.
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, const Tensor& lens, const Tensor& tables,
-              double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks, std::optional<bool> pairs) {
+              double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks, std::optional<bool> pairs, bool fixed) {
     check_cache(k, "k_cache"), check_cache(v, "v_cache");
     TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1 && q.size(2) == k.size(3), "q must be [T, H, D] with its last dimension contiguous");
     TORCH_CHECK(q.size(1) % k.size(1) == 0 && k.size(1) == v.size(1) && k.size(2) == v.size(2),
@@ -650,15 +658,15 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
                 "query_starts [S + 1], context_lens [S] and block_tables [S, B] do not fit");
     TORCH_CHECK(scale > 0, "scale must be positive");
     TORCH_CHECK(!sinks || sinks->numel() == q.size(1), "sinks must be [H]");
-    if (q.scalar_type() == at::kFloat) return attend_typed<float>(q, k, v, starts, lens, tables, scale, window, softcap, sinks);
+    if (q.scalar_type() == at::kFloat) return attend_typed<float>(q, k, v, starts, lens, tables, scale, window, softcap, sinks, fixed);
     TORCH_CHECK(q.scalar_type() == at::kBFloat16, "attention is for float32 and bfloat16, not ", q.scalar_type());
 #if defined(__AVX512BF16__)
     // Measured: an Intel server core does a quarter as many of these as multiplications of floats, so that floats are twice as fast there.
     // A fixed rule, since the two round differently: the same machine gives the same tokens.
     if (pairs.value_or(__builtin_cpu_is("amd")))
-        return attend_typed<bf16, true>(q, k, v, starts, lens, tables, scale, window, softcap, sinks);
+        return attend_typed<bf16, true>(q, k, v, starts, lens, tables, scale, window, softcap, sinks, fixed);
 #endif
-    return attend_typed<bf16>(q, k, v, starts, lens, tables, scale, window, softcap, sinks);
+    return attend_typed<bf16>(q, k, v, starts, lens, tables, scale, window, softcap, sinks, fixed);
 }
 
 void store_one(const Tensor& x, const Tensor& cache, const int64_t* slots) {
@@ -696,7 +704,7 @@ void store_tokens(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cac
 TORCH_LIBRARY_FRAGMENT(fairlead, m) {
     m.def("store(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
     m.def("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_starts, Tensor context_lens, Tensor block_tables, "
-          "float scale, int window, float softcap, Tensor? sinks, bool? pairs=None) -> Tensor");
+          "float scale, int window, float softcap, Tensor? sinks, bool? pairs=None, bool fixed=False) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fairlead, CPU, m) {
     m.impl("store", &store_tokens);

@@ -1,8 +1,9 @@
 // Linear layers over packed weights and the elementwise steps between them, for float32 and bfloat16.
 //
-// Weights lie in panels of 16 outputs, [N / 16][K][16] float or [N / 16][K / 2][16][2] bfloat16 (pairs of k, the layout of
-// VNNI), zero-padded. A register tile is up to 12 tokens x 2 panels, its operands packed k-major, as in BLIS (Van Zee and
-// van de Geijn, 2015). One layout serves one token (bound by memory) and a thousand (bound by arithmetic).
+// Weights lie in panels of 16 outputs, [N / 16][K][16] float, [N / 16][K / 2][16][2] bfloat16 (pairs of k, the layout of
+// VNNI) or [N / 16][K / 4][16][4] bytes, zero-padded. A register tile is up to 12 tokens x 2 panels, its operands packed
+// k-major, as in BLIS (Van Zee and van de Geijn, 2015). One layout serves one token (bound by memory) and a thousand (bound
+// by arithmetic).
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -14,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -23,6 +25,9 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 #define FAIRLEAD_AVX512 1
+#ifdef __AVX512VNNI__
+#define FAIRLEAD_BYTES 1
+#endif
 #endif
 
 namespace {
@@ -126,21 +131,30 @@ constexpr int MAX_ROWS = 4;
 struct FloatDot {  // float32 weights
     using Weight = float;
     using Token = float;
+    using Sum = vec;
     static constexpr int DEPTH = 1;  // ks of one step
 };
 struct WidenDot {  // bfloat16 weights widened to float in registers: exact products, and the faster way where a fused
     using Weight = bf16;  // multiply-add of floats issues twice a cycle and a bfloat16 dot every second cycle (Intel)
     using Token = float;
+    using Sum = vec;
     static constexpr int DEPTH = 2;
 };
 struct PairDot {  // vdpbf16ps: twice the products of a float multiply-add where it issues as often (Zen 4 and later)
     using Weight = bf16;
     using Token = uint32_t;  // a pair of bfloat16
+    using Sum = vec;
     static constexpr int DEPTH = 2;
+};
+struct ByteDot {  // vpdpbusd: four products of a byte without sign, the weight, and one with, the token; sums are exact
+    using Weight = uint8_t;  // 128 more than the number that it stands for
+    using Token = uint32_t;  // four int8
+    using Sum = ints;
+    static constexpr int DEPTH = 4;
 };
 
 template <typename Dot, int R, int P>
-inline void multiply(const typename Dot::Token* x, const typename Dot::Weight* w, int64_t stride, int64_t steps, vec (&acc)[R][P]) {
+inline void multiply(const typename Dot::Token* x, const typename Dot::Weight* w, int64_t stride, int64_t steps, typename Dot::Sum (&acc)[R][P]) {
     if constexpr (std::is_same_v<Dot, FloatDot>) {
         for (int64_t k = 0; k < steps; k++, x += R, w += LANES) {
             vec weight[P];
@@ -162,6 +176,16 @@ inline void multiply(const typename Dot::Token* x, const typename Dot::Weight* w
             for (int r = 0; r < R; r++)
                 for (int p = 0; p < P; p++) acc[r][p] = fma(splat(x[R + r]), odd[p], acc[r][p]);
         }
+    } else if constexpr (std::is_same_v<Dot, ByteDot>) {
+#ifdef FAIRLEAD_BYTES
+        for (int64_t k = 0; k < steps; k++, x += R, w += 4 * LANES) {
+            __m512i weight[P];
+            for (int p = 0; p < P; p++) memcpy(&weight[p], w + p * stride, 64);
+            for (int r = 0; r < R; r++)
+                for (int p = 0; p < P; p++)
+                    acc[r][p] = (ints)_mm512_dpbusd_epi32((__m512i)acc[r][p], weight[p], _mm512_set1_epi32((int)x[r]));
+        }
+#endif
     } else {
 #ifdef __AVX512BF16__
         for (int64_t k = 0; k < steps; k++, x += R, w += 2 * LANES) {
@@ -175,6 +199,12 @@ inline void multiply(const typename Dot::Token* x, const typename Dot::Weight* w
     }
 }
 
+// A token's bytes stand for multiples of `scale`; 128 times their sum is what the weights' offset adds to each product.
+struct Quantized {
+    float scale;
+    int32_t offset;
+};
+
 // Where a tile's results go: `out` rows of `width` columns.
 template <typename T>
 struct Destination {
@@ -182,12 +212,26 @@ struct Destination {
     int64_t width;
     const float* bias;  // of every packed column, or null
     int64_t gate;
+    const float* scales = nullptr;  // of bytes: of every packed column,
+    const Quantized* rows = nullptr;  // and of every row
 };
 
 template <typename Dot, typename T, int R, int P>
 void tile(const void* tokens, const void* panel, int64_t stride, int64_t steps, const Destination<T>& to, int64_t row, int64_t first_panel) {
     vec acc[R][P] = {};
-    multiply<Dot, R, P>((const typename Dot::Token*)tokens, (const typename Dot::Weight*)panel, stride, steps, acc);
+    if constexpr (std::is_same_v<Dot, ByteDot>) {
+        ints sums[R][P];
+        for (int r = 0; r < R; r++)
+            for (int p = 0; p < P; p++) sums[r][p] = ints{} - to.rows[row + r].offset;
+        multiply<Dot, R, P>((const typename Dot::Token*)tokens, (const typename Dot::Weight*)panel, stride, steps, sums);
+        for (int p = 0; p < P; p++) {
+            const vec scale = load(to.scales + (first_panel + p) * LANES, LANES);
+            // By multiply-adds: products alone may be reordered, and in one tile otherwise than in another.
+            for (int r = 0; r < R; r++) acc[r][p] = fma(fma(__builtin_convertvector(sums[r][p], vec), splat(to.rows[row + r].scale), vec{}), scale, vec{});
+        }
+    } else {
+        multiply<Dot, R, P>((const typename Dot::Token*)tokens, (const typename Dot::Weight*)panel, stride, steps, acc);
+    }
     if (to.bias)
         for (int p = 0; p < P; p++) {
             const vec bias = load(to.bias + (first_panel + p) * LANES, LANES);
@@ -256,10 +300,26 @@ inline void transpose(__m512i (&a)[16]) {
 }
 #endif
 
-// Sixteen units of one row: floats of 16 ks, or pairs of 32.
+#ifdef FAIRLEAD_BYTES
+// Sixteen numbers as bytes: the nearest of -127 to 127 multiples.
+template <typename T>
+inline __m128i bytes(const T* x, int64_t n, float inverse) {
+    return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32((__m512)(load(x, n) * inverse)));
+}
+#endif
+
+// Sixteen units of one row: floats of 16 ks, pairs of 32, or bytes of 64, which stand for x * inverse.
 template <typename Dot, typename T>
-inline bits units(const T* row, int64_t k, int64_t size) {
-    if constexpr (std::is_same_v<Dot, PairDot>) {
+inline bits units(const T* row, int64_t k, int64_t size, [[maybe_unused]] float inverse) {
+    if constexpr (std::is_same_v<Dot, ByteDot>) {
+        bits quads{};
+#ifdef FAIRLEAD_BYTES
+        __m128i parts[4];
+        for (int i = 0; i < 4; i++) parts[i] = bytes(row + 4 * k + 16 * i, std::max<int64_t>(0, size - 4 * k - 16 * i), inverse);
+        memcpy(&quads, parts, 64);
+#endif
+        return quads;
+    } else if constexpr (std::is_same_v<Dot, PairDot>) {
         bits pairs{};
         memcpy(&pairs, row + 2 * k, std::min<int64_t>(64, 2 * (size - 2 * k)));
         return pairs;
@@ -268,27 +328,71 @@ inline bits units(const T* row, int64_t k, int64_t size) {
     }
 }
 
+// Four bytes a lane, added to its sum.
+inline ints add_bytes(ints sum, [[maybe_unused]] bits row) {
+#ifdef FAIRLEAD_BYTES
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi8(1), (__m512i)row);
+#else
+    return sum;
+#endif
+}
+
+// Of a row's largest number: below it the inverse would not be finite, and the row counts as zeros.
+constexpr float SMALLEST = 1e-30f;
+
+// The largest number of a row, infinity and what is no number among them: as bits of positive floats these order alike.
+template <typename T>
+float largest(const T* x, int64_t size) {
+    bits most{};
+    for (int64_t k = 0; k < size; k += LANES) {
+        const bits x_bits = (bits)load(x + k, size - k) & 0x7fffffffu;
+        most = x_bits > most ? x_bits : most;
+    }
+    uint32_t largest = 0;
+    for (int i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
+    float out;
+    memcpy(&out, &largest, 4);
+    return out;
+}
+
+// `quantized`, of bytes: what the rows' bytes stand for.
 template <typename Dot, typename T>
-void pack_rows(const T* x, int64_t size, int rows, int64_t num_units, uint32_t* to) {
+void pack_rows(const T* x, int64_t size, int rows, int64_t num_units, uint32_t* to, [[maybe_unused]] Quantized* quantized) {
+    float inverse[LANES] = {};
+    ints sums[LANES] = {};
+    if constexpr (std::is_same_v<Dot, ByteDot>)
+        for (int r = 0; r < rows; r++) {
+            const float most = largest(x + r * size, size);
+            inverse[r] = most >= SMALLEST ? 127.f / most : 0.f;
+            quantized[r].scale = most * (1.f / 127.f);
+        }
     for (int64_t k = 0; k < num_units; k += LANES) {
         const int64_t n = std::min<int64_t>(LANES, num_units - k);
         if (rows == 1) {
-            const bits row = units<Dot>(x, k, size);
+            const bits row = units<Dot>(x, k, size, inverse[0]);
+            if constexpr (std::is_same_v<Dot, ByteDot>) sums[0] = add_bytes(sums[0], row);
             memcpy(to + k, &row, n * 4);
             continue;
         }
 #ifdef FAIRLEAD_AVX512
         __m512i block[16];
-        for (int r = 0; r < 16; r++) block[r] = r < rows ? (__m512i)units<Dot>(x + r * size, k, size) : _mm512_setzero_si512();
+        for (int r = 0; r < 16; r++) block[r] = r < rows ? (__m512i)units<Dot>(x + r * size, k, size, inverse[r]) : _mm512_setzero_si512();
+        if constexpr (std::is_same_v<Dot, ByteDot>)
+            for (int r = 0; r < rows; r++) sums[r] = add_bytes(sums[r], (bits)block[r]);
         transpose(block);
         for (int j = 0; j < n; j++) _mm512_mask_storeu_epi32(to + (k + j) * rows, first(rows), block[j]);
 #else
         for (int r = 0; r < rows; r++) {
-            const bits row = units<Dot>(x + r * size, k, size);
+            const bits row = units<Dot>(x + r * size, k, size, 0.f);
             for (int j = 0; j < n; j++) to[(k + j) * rows + r] = row[j];
         }
 #endif
     }
+    if constexpr (std::is_same_v<Dot, ByteDot>)
+        for (int r = 0; r < rows; r++) {
+            quantized[r].offset = 0;
+            for (int i = 0; i < LANES; i++) quantized[r].offset += 128 * sums[r][i];
+        }
 }
 
 // Rows split into tiles of nearly one size.
@@ -306,24 +410,29 @@ constexpr int64_t ELEMENTS_PER_THREAD = 16 << 10;
 // Packed tokens of one round: they stay in the second-level cache while weights pass.
 constexpr int64_t ROUND_BYTES = 512 << 10;
 constexpr int64_t CHUNK_BYTES = 64 << 10;
+// 127 * 127 of each, which is the result, stay within 31 bits; what overflows before the offset is taken off comes back.
+constexpr int64_t MAX_INT8_DEPTH = 128 << 10;
 
 template <typename Dot, typename T>
-void run(const Tensor& x, const Tensor& packed, Tensor& out, const float* bias, int64_t gate) {
+void run(const Tensor& x, const Tensor& packed, Tensor& out, const float* bias, int64_t gate, [[maybe_unused]] const float* scales = nullptr) {
     const int64_t size = x.size(1), num_panels = packed.size(0), steps = packed.size(1);
     const int64_t stride = packed.stride(0), width = out.size(1);
     const int64_t num_units = std::is_same_v<Dot, WidenDot> ? 2 * steps : steps;
     const T* from = x.const_data_ptr<T>();
     const auto* weights = (const typename Dot::Weight*)packed.const_data_ptr();
-    const Destination<T> to{out.mutable_data_ptr<T>(), width, bias, gate};
     const RowTiles tiles(x.size(0));
 
     static thread_local std::vector<uint32_t> memory;
+    static thread_local std::vector<Quantized> row_scales;
     if ((int64_t)memory.size() < tiles.rows * num_units) memory.resize(tiles.rows * num_units);
+    if (std::is_same_v<Dot, ByteDot> && (int64_t)row_scales.size() < tiles.rows) row_scales.resize(tiles.rows);
     uint32_t* const tokens = memory.data();
+    Quantized* const quantized = row_scales.data();
+    const Destination<T> to{out.mutable_data_ptr<T>(), width, bias, gate, scales, quantized};
     const int64_t tiles_per_thread = std::max<int64_t>(1, 4 * ELEMENTS_PER_THREAD / (size * MAX_ROWS + 1));
     parallel_for(0, tiles.num_tiles, tiles_per_thread, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; t++)
-            pack_rows<Dot>(from + tiles.begin(t) * size, size, tiles.size(t), num_units, tokens + tiles.begin(t) * num_units);
+            pack_rows<Dot>(from + tiles.begin(t) * size, size, tiles.size(t), num_units, tokens + tiles.begin(t) * num_units, quantized + tiles.begin(t));
     });
 
     // Work is cut into rounds of row tiles times chunks of panels, taken one by one: a core that other work disturbs
@@ -378,6 +487,14 @@ bool dot_pairs() {
 #endif
 }
 
+bool fast_int8() {
+#ifdef FAIRLEAD_BYTES
+    return true;
+#else
+    return false;
+#endif
+}
+
 // x [M, K] times packed weights, plus a bias of every packed column: [M, N], or [M, N / 2] gated.
 Tensor linear(const Tensor& x_in, const Tensor& packed, const std::optional<Tensor>& bias, int64_t num_columns, int64_t gate) {
     const Tensor x = x_in.is_contiguous() ? x_in : x_in.contiguous();
@@ -396,6 +513,220 @@ Tensor linear(const Tensor& x_in, const Tensor& packed, const std::optional<Tens
         run<WidenDot, bf16>(x, packed, out, b, gate);
     return out;
 }
+
+// x [M, K] times bytes, each row of x as bytes of its own scale: [M, N], or [M, N / 2] gated.
+Tensor linear_int8(const Tensor& x_in, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias, int64_t num_columns, int64_t gate) {
+    const Tensor x = x_in.is_contiguous() ? x_in : x_in.contiguous();
+    const int64_t depth = packed.size(1) * 4;
+    TORCH_CHECK(x.dim() == 2 && x.size(1) <= depth && x.size(1) + 4 > depth, "linear_int8: x has ", x.size(-1), " columns, the weights ", depth);
+    TORCH_CHECK(packed.scalar_type() == at::kByte && scales.scalar_type() == at::kFloat && scales.numel() == packed.size(0) * LANES && scales.is_contiguous(),
+                "linear_int8: a scale of every packed column");
+    TORCH_CHECK(fast_int8(), "linear_int8: this processor has no AVX-512 VNNI");
+    Tensor out = at::empty({x.size(0), num_columns}, x.options());
+    if (x.size(0) == 0) return out;
+    const float* b = bias ? bias->const_data_ptr<float>() : nullptr;
+    if (x.scalar_type() == at::kFloat) {
+        run<ByteDot, float>(x, packed, out, b, gate, scales.const_data_ptr<float>());
+    } else {
+        TORCH_CHECK(x.scalar_type() == at::kBFloat16, "linear_int8: x is float32 or bfloat16");
+        run<ByteDot, bf16>(x, packed, out, b, gate, scales.const_data_ptr<float>());
+    }
+    return out;
+}
+
+// ---- low-rank additions (LoRA) of the adapters of one step, as Punica's SGMV (Chen et al., 2023): rows of one adapter together
+
+// Where an adapter's weights for one layer lie in its arena: A of all siblings in panels, then for each sibling B in panels.
+struct LowRank {
+    static constexpr int MAX_PARTS = 3, PART = 6;
+    static constexpr int64_t SIZE = 2 + MAX_PARTS * PART;
+    const int64_t* at;
+    int64_t a() const { return at[0]; }
+    int64_t num_a_panels() const { return at[1]; }
+    struct Part {
+        int64_t b, rank, first_rank;  // rank 0: the adapter has nothing here
+        int64_t column, num_columns;  // of the output
+        int64_t step;  // columns from one panel to the next: 16, or 32 where two siblings alternate
+    };
+    Part part(int i) const {
+        const int64_t* p = at + 2 + i * PART;
+        return {p[0], p[1], p[2], p[3], p[4], p[5]};
+    }
+};
+
+// h = x A^T of R rows, `width` columns.
+template <typename Dot, typename T, int R, int P>
+void shrink(const void* tokens, const void* a, int64_t stride, int64_t steps, int64_t first_panel, T* h, int64_t width) {
+    vec acc[R][P] = {};
+    const auto* panel = (const typename Dot::Weight*)a + first_panel * stride;
+    multiply<Dot, R, P>((const typename Dot::Token*)tokens, panel, stride, steps, acc);
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) store(h + r * width + (first_panel + p) * LANES, acc[r][p], LANES);
+}
+
+// y += h B^T of R rows.
+template <typename Dot, typename T, int R, int P>
+void expand(const void* tokens, const void* b, int64_t stride, int64_t steps, const LowRank::Part& part, int64_t first_panel, T* y, int64_t width, const int64_t* rows) {
+    vec acc[R][P] = {};
+    const auto* panel = (const typename Dot::Weight*)b + first_panel * stride;
+    multiply<Dot, R, P>((const typename Dot::Token*)tokens, panel, stride, steps, acc);
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) {
+            const int64_t n = part.num_columns - (first_panel + p) * LANES;
+            T* const to = y + rows[r] * width + part.column + (first_panel + p) * part.step;
+            store(to, load(to, n) + acc[r][p], n);
+        }
+}
+
+template <typename T>
+using Shrink = void (*)(const void*, const void*, int64_t, int64_t, int64_t, T*, int64_t);
+template <typename Dot, typename T, int P, int... R>
+constexpr std::array<Shrink<T>, sizeof...(R)> shrinks_of(std::integer_sequence<int, R...>) {
+    return {&shrink<Dot, T, R + 1, P>...};
+}
+template <typename Dot, typename T, int P>
+inline constexpr auto SHRINKS = shrinks_of<Dot, T, P>(std::make_integer_sequence<int, MAX_ROWS>{});
+
+template <typename T>
+using Expand = void (*)(const void*, const void*, int64_t, int64_t, const LowRank::Part&, int64_t, T*, int64_t, const int64_t*);
+template <typename Dot, typename T, int P, int... R>
+constexpr std::array<Expand<T>, sizeof...(R)> expands_of(std::integer_sequence<int, R...>) {
+    return {&expand<Dot, T, R + 1, P>...};
+}
+template <typename Dot, typename T, int P>
+inline constexpr auto EXPANDS = expands_of<Dot, T, P>(std::make_integer_sequence<int, MAX_ROWS>{});
+template <typename Dot, typename T>
+inline constexpr auto WIDE_EXPANDS = expands_of<Dot, T, 4>(std::make_integer_sequence<int, MAX_ROWS / 2>{});
+
+constexpr int64_t PANELS_PER_TASK = 64;
+
+template <typename Dot, typename T>
+void add_low_rank_as(Tensor& y, const Tensor& x, const std::vector<const T*>& arenas, const int64_t* places, const int64_t* tiles, int64_t num_tiles, const int64_t* rows) {
+    constexpr int DEPTH = Dot::DEPTH;
+    const int64_t size = x.size(1), width = y.size(1), steps = (size + DEPTH - 1) / DEPTH;
+    const int64_t num_units = std::is_same_v<Dot, PairDot> ? steps : steps * DEPTH;
+    const int64_t stride = steps * DEPTH * LANES;
+    const T* const from = x.const_data_ptr<T>();
+    T* const to = y.mutable_data_ptr<T>();
+    int64_t widest = 0, most_panels = 0;
+    for (int64_t i = 0; i < (int64_t)arenas.size(); i++) {
+        const LowRank place{places + i * LowRank::SIZE};
+        widest = std::max(widest, place.num_a_panels() * LANES);
+        int64_t num_panels = 0;
+        for (int p = 0; p < LowRank::MAX_PARTS; p++)
+            if (const auto part = place.part(p); part.rank) num_panels += (part.num_columns + LANES - 1) / LANES;
+        most_panels = std::max(most_panels, num_panels);
+    }
+    static thread_local std::vector<uint32_t> memory;
+    const int64_t each = widest * MAX_ROWS;
+    if ((int64_t)memory.size() < num_tiles * each) memory.resize(num_tiles * each);
+    uint32_t* const low = memory.data();
+
+    const int64_t shrink_work = std::max<int64_t>(1, size * widest);
+    parallel_for(0, num_tiles, std::max<int64_t>(1, WEIGHT_BYTES_PER_THREAD / (int64_t)sizeof(T) / shrink_work), [&](int64_t begin, int64_t end) {
+        static thread_local std::vector<uint32_t> packed;
+        static thread_local std::vector<T> gathered, h;
+        if ((int64_t)packed.size() < num_units * MAX_ROWS) packed.resize(num_units * MAX_ROWS);
+        if ((int64_t)gathered.size() < size * MAX_ROWS) gathered.resize(size * MAX_ROWS);
+        if ((int64_t)h.size() < each) h.resize(each);
+        for (int64_t t = begin; t < end; t++) {
+            const int64_t adapter = tiles[3 * t], first_row = tiles[3 * t + 1];
+            const int num = (int)tiles[3 * t + 2];
+            const LowRank place{places + adapter * LowRank::SIZE};
+            for (int r = 0; r < num; r++) memcpy(gathered.data() + r * size, from + rows[first_row + r] * size, size * sizeof(T));
+            pack_rows<Dot>(gathered.data(), size, num, num_units, packed.data(), nullptr);
+            const T* const a = arenas[adapter] + place.a();
+            const int64_t low_width = place.num_a_panels() * LANES;
+            for (int64_t p = 0; p < place.num_a_panels();) {
+                const bool two = place.num_a_panels() - p >= 2;
+                (two ? SHRINKS<Dot, T, 2> : SHRINKS<Dot, T, 1>)[num - 1](packed.data(), a, stride, steps, p, h.data(), low_width);
+                p += two ? 2 : 1;
+            }
+            if (low_width) pack_rows<Dot>(h.data(), low_width, num, low_width / (std::is_same_v<Dot, PairDot> ? 2 : 1), low + t * each, nullptr);
+        }
+    });
+
+    const int64_t tasks_each = (most_panels + PANELS_PER_TASK - 1) / PANELS_PER_TASK;
+    const int64_t expand_work = std::max<int64_t>(1, PANELS_PER_TASK * widest * LANES / LowRank::MAX_PARTS);
+    parallel_for(0, num_tiles * tasks_each, std::max<int64_t>(1, WEIGHT_BYTES_PER_THREAD / (int64_t)sizeof(T) / expand_work), [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; task++) {
+            const int64_t t = task / tasks_each, adapter = tiles[3 * t];
+            const int num = (int)tiles[3 * t + 2];
+            const int64_t* const mine = rows + tiles[3 * t + 1];
+            const LowRank place{places + adapter * LowRank::SIZE};
+            // Panels of all siblings are counted on.
+            int64_t skip = task % tasks_each * PANELS_PER_TASK, left = PANELS_PER_TASK;
+            for (int i = 0; i < LowRank::MAX_PARTS && left > 0; i++) {
+                const LowRank::Part part = place.part(i);
+                if (!part.rank) continue;
+                const int64_t num_panels = (part.num_columns + LANES - 1) / LANES;
+                if (skip >= num_panels) {
+                    skip -= num_panels;
+                    continue;
+                }
+                const int64_t last = std::min(num_panels, skip + left);
+                left -= last - skip;
+                const T* const b = arenas[adapter] + part.b;
+                const uint32_t* const h = low + t * each + part.first_rank * num / (std::is_same_v<Dot, PairDot> ? 2 : 1);
+                for (int64_t p = skip; p < last;) {
+                    const int64_t beside = last - p;
+                    if (num <= MAX_ROWS / 2 && beside >= 4) {
+                        WIDE_EXPANDS<Dot, T>[num - 1](h, b, part.rank * LANES, part.rank / DEPTH, part, p, to, width, mine);
+                        p += 4;
+                    } else if (beside >= 2) {
+                        EXPANDS<Dot, T, 2>[num - 1](h, b, part.rank * LANES, part.rank / DEPTH, part, p, to, width, mine);
+                        p += 2;
+                    } else {
+                        EXPANDS<Dot, T, 1>[num - 1](h, b, part.rank * LANES, part.rank / DEPTH, part, p, to, width, mine);
+                        p += 1;
+                    }
+                }
+                skip = 0;
+            }
+        }
+    });
+}
+
+// y[row] += (x[row] A^T) B^T. `arenas`: an adapter's weights each, `places` [adapters, LowRank::SIZE]; `tiles` [., 3]: adapter,
+// the first of its `rows`, how many (at most `low_rank_rows`).
+void add_low_rank(Tensor y, const Tensor& x, at::TensorList arenas, const Tensor& places, const Tensor& tiles, const Tensor& rows) {
+    TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0) && x.scalar_type() == y.scalar_type(), "add_low_rank: x and y are contiguous rows of one type");
+    TORCH_CHECK(places.is_contiguous() && places.scalar_type() == at::kLong && places.dim() == 2 && places.size(0) == (int64_t)arenas.size() && places.size(1) == LowRank::SIZE, "add_low_rank: a place for each adapter");
+    TORCH_CHECK(tiles.is_contiguous() && tiles.scalar_type() == at::kLong && tiles.dim() == 2 && tiles.size(1) == 3, "add_low_rank: tiles are [., 3]");
+    TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kLong, "add_low_rank: rows are int64");
+    const int64_t size = x.size(1) + (x.scalar_type() == at::kBFloat16 ? x.size(1) % 2 : 0);
+    for (int64_t i = 0; i < (int64_t)arenas.size(); i++) {
+        const LowRank place{places.const_data_ptr<int64_t>() + i * LowRank::SIZE};
+        const auto fits = [&](int64_t begin, int64_t num) { return begin >= 0 && num >= 0 && begin + num <= arenas[i].numel(); };
+        TORCH_CHECK(arenas[i].is_contiguous() && arenas[i].scalar_type() == x.scalar_type() && fits(place.a(), place.num_a_panels() * LANES * size), "add_low_rank: A of adapter ", i);
+        for (int p = 0; p < LowRank::MAX_PARTS; p++) {
+            const auto part = place.part(p);
+            if (!part.rank) continue;
+            const int64_t num_panels = (part.num_columns + LANES - 1) / LANES;
+            TORCH_CHECK(part.rank > 0 && part.rank % 2 == 0 && part.first_rank >= 0 && part.first_rank % 2 == 0 && part.first_rank + part.rank <= place.num_a_panels() * LANES && fits(part.b, num_panels * LANES * part.rank), "add_low_rank: B of adapter ", i);
+            TORCH_CHECK(part.column >= 0 && part.num_columns > 0 && part.step >= LANES && part.column + (num_panels - 1) * part.step + part.num_columns - (num_panels - 1) * LANES <= y.size(1), "add_low_rank: columns of adapter ", i);
+        }
+    }
+    const int64_t num_tiles = tiles.size(0);
+    const int64_t *tile = tiles.const_data_ptr<int64_t>(), *row = rows.const_data_ptr<int64_t>();
+    for (int64_t t = 0; t < num_tiles; t++)
+        TORCH_CHECK(tile[3 * t] >= 0 && tile[3 * t] < (int64_t)arenas.size() && tile[3 * t + 1] >= 0 && tile[3 * t + 2] > 0 && tile[3 * t + 2] <= MAX_ROWS && tile[3 * t + 1] + tile[3 * t + 2] <= rows.numel(), "add_low_rank: tile ", t);
+    for (int64_t r = 0; r < rows.numel(); r++) TORCH_CHECK(row[r] >= 0 && row[r] < x.size(0), "add_low_rank: row ", row[r]);
+    const auto run = [&](auto dot, auto type) {
+        using T = decltype(type);
+        std::vector<const T*> weights;
+        for (const Tensor& arena : arenas) weights.push_back(arena.const_data_ptr<T>());
+        add_low_rank_as<decltype(dot), T>(y, x, weights, places.const_data_ptr<int64_t>(), tile, num_tiles, row);
+    };
+    if (x.scalar_type() == at::kFloat)
+        run(FloatDot{}, float{});
+    else if (dot_pairs())
+        run(PairDot{}, bf16{});
+    else
+        run(WidenDot{}, bf16{});
+}
+
+int64_t low_rank_rows() { return MAX_ROWS; }
 
 template <typename T>
 void pack_panel(const T* w, int64_t size, int64_t rows, T* to) {
@@ -452,6 +783,65 @@ Tensor pack(at::TensorList weights_in, bool alternate) {
     if (weights[0].scalar_type() == at::kFloat) return pack_as<float>(weights, alternate);
     TORCH_CHECK(weights[0].scalar_type() == at::kBFloat16, "pack: weights are float32 or bfloat16");
     return pack_as<bf16>(weights, alternate);
+}
+
+// Sixteen rows at most as a panel of bytes, each row of its own scale: its largest number is 127 times that.
+template <typename T>
+void pack_int8_panel(const T* from, int64_t rows, int64_t size, int64_t steps, uint32_t* to, float* scales) {
+    std::vector<T> padded;
+    if (rows < LANES) {
+        padded.resize(LANES * size);
+        std::copy_n(from, rows * size, padded.data());
+        from = padded.data();
+    }
+    Quantized quantized[LANES];
+    pack_rows<ByteDot>(from, size, LANES, steps, to, quantized);
+    for (int64_t i = 0; i < steps * LANES; i++) to[i] ^= 0x80808080u;
+    for (int64_t r = 0; r < LANES; r++) scales[r] = quantized[r].scale;
+}
+
+// Weights [N_i, K] one below the other as panels of bytes and a scale of every packed column; every weight begins a panel,
+// so that N_i are multiples of 16 but for the last; or two of them, gate and up, in alternating panels.
+std::tuple<Tensor, Tensor> pack_int8(at::TensorList weights, bool alternate) {
+    TORCH_CHECK(!weights.empty() && (!alternate || (weights.size() == 2 && weights[0].sizes() == weights[1].sizes())), "pack_int8: two weights of one shape alternate");
+    const int64_t size = weights[0].size(1), steps = (size + 3) / 4;
+    TORCH_CHECK(fast_int8(), "pack_int8: this processor has no AVX-512 VNNI");
+    TORCH_CHECK(size <= MAX_INT8_DEPTH, "pack_int8: sums of ", size, " products may overflow");
+    struct Panel {
+        size_t weight;
+        int64_t row;
+    };
+    std::vector<Panel> panels;
+    for (size_t i = 0; i < weights.size(); i++) {
+        const Tensor& w = weights[i];
+        TORCH_CHECK(w.dim() == 2 && w.size(1) == size && w.scalar_type() == weights[0].scalar_type() && w.is_contiguous(), "pack_int8: weights are contiguous [N, K] of one K and type");
+        TORCH_CHECK(alternate || i + 1 == weights.size() || w.size(0) % LANES == 0, "pack_int8: siblings have a multiple of 16 rows");
+        for (int64_t row = 0; row < w.size(0); row += LANES) panels.push_back({i, row});
+    }
+    if (alternate) {
+        const std::vector<Panel> apart = panels;
+        for (size_t p = 0; p < panels.size(); p++) panels[p] = apart[p % 2 * (apart.size() / 2) + p / 2];
+    }
+    Tensor out = at::empty({(int64_t)panels.size(), steps, LANES, 4}, weights[0].options().dtype(at::kByte));
+    Tensor scales = at::empty({(int64_t)panels.size() * LANES}, weights[0].options().dtype(at::kFloat));
+    const auto pack = [&](auto type) {
+        using T = decltype(type);
+        parallel_for(0, (int64_t)panels.size(), 1, [&](int64_t begin, int64_t end) {
+            for (int64_t p = begin; p < end; p++) {
+                const Tensor& w = weights[panels[p].weight];
+                const int64_t row = panels[p].row;
+                pack_int8_panel(w.const_data_ptr<T>() + row * size, std::min<int64_t>(LANES, w.size(0) - row), size, steps,
+                                (uint32_t*)out.mutable_data_ptr<uint8_t>() + p * steps * LANES, scales.mutable_data_ptr<float>() + p * LANES);
+            }
+        });
+    };
+    if (weights[0].scalar_type() == at::kFloat) {
+        pack(float{});
+    } else {
+        TORCH_CHECK(weights[0].scalar_type() == at::kBFloat16, "pack_int8: weights are float32 or bfloat16");
+        pack(bf16{});
+    }
+    return {out, scales};
 }
 
 // ---- between the linear layers
@@ -554,6 +944,31 @@ Tensor gate_mul(const Tensor& both, int64_t gate) {
     return out;
 }
 
+template <typename T>
+void gate_panels_as(const Tensor& both, int64_t gate, Tensor& out) {
+    const int64_t rows = out.size(0), size = out.size(1), width = both.size(1);
+    const T* from = both.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    parallel_for(0, rows, std::max<int64_t>(1, ELEMENTS_PER_THREAD / 4 / size), [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; m++)
+            for (int64_t d = 0; d < size; d += LANES) {
+                const T* panel = from + m * width + 2 * d;
+                store(to + m * size + d, rounded(activate(load(panel, LANES), gate), T{}) * load(panel + LANES, LANES), size - d);
+            }
+    });
+}
+
+// The same of [M, 2 F] as `linear` gives it ungated from alternating panels, F rounded up to whole ones.
+Tensor gate_panels(const Tensor& both, int64_t num_columns, int64_t gate) {
+    TORCH_CHECK(both.is_contiguous() && both.dim() == 2 && both.size(1) == (num_columns + LANES - 1) / LANES * 2 * LANES, "gate_panels: [M, whole panels]");
+    Tensor out = at::empty({both.size(0), num_columns}, both.options());
+    if (both.scalar_type() == at::kFloat)
+        gate_panels_as<float>(both, gate, out);
+    else
+        gate_panels_as<bf16>(both, gate, out);
+    return out;
+}
+
 // Rotary embedding (RoFormer) in the halves layout; cos and sin hold the first half of each position's angles.
 template <typename T>
 void rotate(const T* x, T* out, const float* cos, const float* sin, int64_t half) {
@@ -646,21 +1061,31 @@ int64_t num_threads() { return Pool::get().num_threads(); }
 TORCH_LIBRARY_FRAGMENT(fairlead, m) {
     m.def("pack(Tensor[] weights, bool alternate) -> Tensor");
     m.def("linear(Tensor x, Tensor packed, Tensor? bias, int num_columns, int gate) -> Tensor");
+    m.def("pack_int8(Tensor[] weights, bool alternate) -> (Tensor, Tensor)");
+    m.def("linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int num_columns, int gate) -> Tensor");
     m.def("add_norm(Tensor(a!) x, Tensor? y, Tensor w, float eps, float scale, bool round_first) -> Tensor");
     m.def("add_normed(Tensor(a!) x, Tensor y, Tensor w, float eps, bool round_first) -> ()");
     m.def("gate_mul(Tensor both, int gate) -> Tensor");
+    m.def("gate_panels(Tensor both, int num_columns, int gate) -> Tensor");
+    m.def("add_low_rank(Tensor(a!) y, Tensor x, Tensor[] arenas, Tensor places, Tensor tiles, Tensor rows) -> ()");
+    m.def("low_rank_rows() -> int", &low_rank_rows);
     m.def(
         "rope_store(Tensor(a!) qkv, Tensor positions, Tensor slots, Tensor? cos, Tensor? sin, Tensor(b!) k_cache, Tensor(c!) v_cache, "
         "Tensor? q_weight, Tensor? k_weight, int num_heads, float eps, bool round_first) -> ()");
     m.def("fast_linear() -> bool", &fast_linear);
+    m.def("fast_int8() -> bool", &fast_int8);
     m.def("set_num_threads(int num) -> ()", &set_num_threads);
     m.def("num_threads() -> int", &num_threads);
 }
 TORCH_LIBRARY_IMPL(fairlead, CPU, m) {
     m.impl("pack", &pack);
     m.impl("linear", &linear);
+    m.impl("pack_int8", &pack_int8);
+    m.impl("linear_int8", &linear_int8);
     m.impl("add_norm", &add_norm);
     m.impl("add_normed", &add_normed);
     m.impl("gate_mul", &gate_mul);
+    m.impl("gate_panels", &gate_panels);
+    m.impl("add_low_rank", &add_low_rank);
     m.impl("rope_store", &rope_store);
 }

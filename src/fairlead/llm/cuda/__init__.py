@@ -1,0 +1,1 @@
+"""The engine on CUDA devices: kernels between the projections, captured steps, tokens chosen on the device."""

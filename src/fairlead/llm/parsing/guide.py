@@ -1,0 +1,182 @@
+"""Grammars of answers that call tools, or that reason before they follow a guide: llguidance's Lark, from a template's data."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from fairlead.core.errors import InvalidRequest
+from fairlead.core.generation import Guide, ToolChoice
+from fairlead.llm.parsing.calls import types_of
+from fairlead.llm.parsing.template import ResponseTemplate
+
+Thought = Literal["", "may", "open"]
+"""Whether an answer begins with reasoning: not, as it likes, or the prompt has begun it."""
+
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+_HOLES = re.compile(r"(NAME|ARGUMENTS)")
+_SLASH = re.compile(r"(?<!\\)((?:\\\\)*)/")
+_START = re.compile(r"^start\b", re.MULTILINE)
+
+
+def needs_grammar(tools: Sequence[Mapping[str, Any]], choice: ToolChoice) -> bool:
+    return bool(tools) and (choice.mode in ("required", "named") or any(tool["function"].get("strict") for tool in tools))
+
+
+def guide_of(
+    template: ResponseTemplate,
+    added_ids: Mapping[str, int],
+    *,
+    tools: Sequence[Mapping[str, Any]],
+    choice: ToolChoice,
+    guide: Guide | None,
+    thought: Thought,
+) -> Guide | None:
+    """What an answer must look like; None: as it likes. `guide`: of its text; `added_ids`: tokens that a grammar must name as such.
+
+    Raises InvalidRequest.
+    """
+    wants_calls = needs_grammar(tools, choice) or (bool(tools) and guide is not None)
+    if not wants_calls and (guide is None or not thought):
+        return guide
+    rules = _Rules(template, added_ids)
+    if not wants_calls:
+        assert guide is not None
+        rules.start(thought, rules.answer(guide))
+        return Guide(kind="lark", text=rules.text, parameter=guide.parameter)
+    if not template.call:
+        raise InvalidRequest(
+            f"`tool_choice` cannot be heeded: the response template of this model ({template.name}) does not tell how calls are written"
+        )
+    named = [tool for tool in tools if choice.mode != "named" or tool["function"]["name"] == choice.name]
+    forced = choice.mode in ("required", "named")
+    calls = rules.calls(named, schemas=forced, parallel=choice.parallel and choice.mode != "named")
+    if forced:
+        rules.start(thought, calls)
+    elif guide is not None:
+        rules.start(thought, f"({rules.answer(guide)} | {calls})")
+    else:
+        rules.start(thought, rules.text_and_calls(named, parallel=choice.parallel))
+    return Guide(kind="lark", text=rules.text, parameter="tools" if guide is None else guide.parameter)
+
+
+class _Rules:
+    """A grammar that is being written. Its names begin with `fl_`, so that they clash with none of a caller's grammar."""
+
+    def __init__(self, template: ResponseTemplate, added_ids: Mapping[str, int]) -> None:
+        self.template = template
+        self._added_ids = added_ids
+        texts = sorted(added_ids, key=len, reverse=True)
+        self._added = re.compile("|".join(f"({re.escape(text)})" for text in texts)) if texts else None
+        self._lines: list[str] = []
+        self._count = 0
+
+    @property
+    def text(self) -> str:
+        return "\n".join((*self._lines, "FL_TEXT: /(.|\\n)*/", ""))
+
+    def rule(self, body: str, options: str = "") -> str:
+        self._count += 1
+        name = f"fl_{self._count}"
+        self._lines.append(f"{name}{options}: {body}")
+        return name
+
+    def start(self, thought: Thought, body: str) -> None:
+        reasoning = self.template.reasoning
+        before = ""
+        if thought and reasoning is not None and reasoning.open is not None and reasoning.close is not None:
+            inner = self.until(reasoning.close.literals[0]) + " FL_SPACE?"
+            before = inner if thought == "open" else f"({self.literal(reasoning.open.literals[0])} {inner})?"
+            self._lines.append("FL_SPACE: /[ \\n]{1,8}/")
+        self._lines.append(f"start: {before} {body}")
+
+    def literal(self, text: str) -> str:
+        return " ".join(self._parts(text))
+
+    def _parts(self, text: str) -> list[str]:
+        pieces = [text] if self._added is None else [piece for piece in self._added.split(text) if piece]
+        return [f"<[{self._added_ids[piece]}]>" if piece in self._added_ids else json.dumps(piece, ensure_ascii=False) for piece in pieces]
+
+    def until(self, text: str) -> str:
+        """Any text, up to and with this one."""
+        first, *rest = self._parts(text)
+        head = f"FL_TEXT {first}" if first.startswith("<[") else self.rule(f"FL_TEXT {first}", "[lazy]")
+        return " ".join((head, *rest))
+
+    def answer(self, guide: Guide) -> str:
+        """The rule of a guide. Raises InvalidRequest."""
+        match guide.kind:
+            case "json":
+                return self.rule(f"%json {guide.text}")
+            case "choice":
+                return self.rule(" | ".join(json.dumps(each, ensure_ascii=False) for each in json.loads(guide.text)))
+            case "regex":
+                slashed = _SLASH.sub(r"\1\/", guide.text).replace("\n", "\\n")
+                return self.rule(f"/{slashed}/")
+        if len(re.findall(r"\bstart\b", guide.text)) != 1 or _START.search(guide.text) is None or "%llguidance" in guide.text:
+            raise InvalidRequest(
+                f"`{guide.parameter}` cannot stand beside reasoning or tools: its rule `start` must be there once, and named nowhere else"
+            )
+        self._lines.append(_START.sub("fl_answer", guide.text))
+        return "fl_answer"
+
+    # Calls
+
+    def calls(self, tools: Sequence[Mapping[str, Any]], *, schemas: bool, parallel: bool) -> str:
+        """`schemas`: of all tools, not of the strict ones alone."""
+        form = self.template
+        one = self.rule(" | ".join(self._call(tool, schemas=schemas) for tool in tools))
+        more = f"({self.literal(form.between)} {one})*" if parallel else ""
+        return self.rule(f"{self.literal(form.before)} {one} {more} {self.literal(form.after)}")
+
+    def text_and_calls(self, tools: Sequence[Mapping[str, Any]], *, parallel: bool) -> str:
+        """Text, in which calls of strict tools follow their schemas. Raises InvalidRequest."""
+        form, region = self.template, self.template.calls
+        whole = form.before + form.call
+        assert region is not None and region.open is not None
+        trigger = next((literal for literal in region.open.literals if whole.startswith(literal)), "")
+        trigger = trigger or (self._added.match(whole) or [""])[0] if self._added is not None else trigger
+        if not trigger:
+            raise InvalidRequest(
+                f"`tools` cannot be `strict` with `tool_choice: auto`: calls of this model ({form.name}) begin with nothing that tells them from text"
+            )
+        bodies = [self._call(tool, schemas=False, behind=trigger) for tool in tools]
+        more = ""
+        if form.after and parallel:  # a list
+            one = self.rule(" | ".join(self._call(tool, schemas=False) for tool in tools))
+            more = f"({self.literal(form.between)} {one})*"
+        call = self.rule(f"{self.until(trigger)} ({' | '.join(bodies)}) {more} {self.literal(form.after)}")
+        return self.rule(f"{call}* FL_TEXT" if parallel else f"{call} | FL_TEXT")
+
+    def _call(self, tool: Mapping[str, Any], *, schemas: bool, behind: str = "") -> str:
+        """`behind`: what is already there of it, and of what stands before the calls."""
+        form, function = self.template, tool["function"]
+        schema = (function.get("parameters") or ANY_OBJECT) if schemas or function.get("strict") else ANY_OBJECT
+        region = form.calls
+        assert region is not None and region.calls is not None
+        name = json.dumps(function["name"]) if region.calls.name.key else function["name"]
+        written = (form.before + form.call).removeprefix(behind) if behind else form.call
+        holes = {"NAME": self.literal(name), "ARGUMENTS": self._arguments(schema)}
+        parts = [holes.get(piece) or self.literal(piece) for piece in _HOLES.split(written) if piece]
+        return self.rule(" ".join(parts))
+
+    def _arguments(self, schema: Mapping[str, Any]) -> str:
+        if not self.template.argument:
+            return self.rule(f"%json {json.dumps({'type': 'object', **schema}, ensure_ascii=False)}")
+        required = schema.get("required") or ()
+        properties = schema.get("properties") or {}
+        shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+        parts = [
+            self._argument(key, {**each, **shared} if isinstance(each, dict) else {}) + ("" if key in required else "?")
+            for key, each in properties.items()
+        ]
+        return self.rule(" ".join(parts) or '""')
+
+    def _argument(self, key: str, schema: Mapping[str, Any]) -> str:
+        before, after = (part.replace("KEY", key) for part in self.template.argument.partition("VALUE")[::2])
+        if isinstance(choices := schema.get("enum"), list):
+            written = [each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in choices]
+            return self.rule(f"{self.literal(before)} ({' | '.join(map(self.literal, filter(None, written)))}) {self.literal(after)}")
+        if types_of(schema) in (set(), {"string"}):
+            return self.rule(f"{self.literal(before)} {self.until(after)}")
+        return self.rule(f"{self.literal(before)} %json {json.dumps(schema, ensure_ascii=False)} {self.literal(after)}")
