@@ -16,7 +16,7 @@ from joserfc.jwk import ECKey
 from tritonclient.grpc import service_pb2 as pb
 
 from fairlead.core.policy import Scope
-from fairlead.gateway.upstream.fake import Fake
+from fairlead.runtime.upstream.fake import Fake
 from tests.api.http_fake import until
 from tests.api.keyed import SERVICE, House, Refusal, bearer, chat, grpc_row, house, number, row, wire_to
 from tests.gateway.identity.authority import Authority

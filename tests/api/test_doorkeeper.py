@@ -26,7 +26,7 @@ from fairlead.core.errors import Unauthenticated
 from fairlead.core.policy import Scope
 from fairlead.gateway.identity.keys import NewKey, new_key
 from fairlead.gateway.signing import sign
-from fairlead.gateway.upstream.fake import Fake
+from fairlead.runtime.upstream.fake import Fake
 from tests.api.http_fake import Wire
 from tests.api.keyed import (
     HEALTH,
@@ -143,6 +143,13 @@ NAMED = {
     "tokenize": Door("POST", "/v1/tokenize", {"model": "{model}", "prompt": "a b"}, {}, "chat", "secret-chat"),
     "detokenize": Door("POST", "/v1/detokenize", {"model": "{model}", "tokens": []}, {}, "chat", "secret-chat"),
     "moderations": Door("POST", "/v1/moderations", {"model": "{model}", "input": "a b"}, {}, "", "secret-chat"),
+    "rerank": Door("POST", "/v1/rerank", {"model": "{model}", "query": "a", "documents": ["b"]}, {}, "chat", "secret-chat"),
+    "score": Door("POST", "/v1/score", {"model": "{model}", "text_1": "a", "text_2": "b"}, {}, "chat", "secret-chat"),
+    "messages": Door("POST", "/v1/messages", chat("{model}"), {}, "chat", "secret-chat"),
+    "messages with events": Door("POST", "/v1/messages", chat("{model}", stream=True), {}, "chat", "secret-chat"),
+    "counting a message": Door(
+        "POST", "/v1/messages/count_tokens", {"model": "{model}", "messages": chat("")["messages"]}, {}, "chat", "secret-chat"
+    ),
     "chat elsewhere": Door("POST", "/v1/chat/completions", chat("{model}"), {}, "far-chat", "secret-far-chat"),
     "events elsewhere": Door("POST", "/v1/chat/completions", chat("{model}", stream=True), {}, "far-chat", "secret-far-chat"),
     "embeddings elsewhere": Door("POST", "/v1/embeddings", {"model": "{model}", "input": "a b"}, {}, "far-chat", "secret-far-chat"),
@@ -184,6 +191,10 @@ def message(name: str, model: str) -> Any:
 def complaint(door: Door, response: httpx2.Response) -> str:
     """What it says is wrong, in the shape of the door's protocol."""
     body = response.json()
+    if door.path.startswith("/v1/messages"):
+        assert (list(body), list(body["error"])) == (["error", "request_id", "type"], ["type", "message"]), body
+        assert response.headers["request-id"] == body["request_id"]
+        return str(body["error"]["message"])
     if not door.openai:
         assert list(body) == ["error"], body
         return str(body["error"])
@@ -201,7 +212,9 @@ async def test_whoever_shows_no_key_is_refused_in_the_shape_of_the_protocol_and_
     assert response.status_code == 401
     assert complaint(door, response).startswith(WHO)
     assert response.headers["www-authenticate"] == 'Bearer realm="fairlead"'
-    if door.openai:
+    if door.path.startswith("/v1/messages"):
+        assert response.json()["error"]["type"] == "authentication_error"
+    elif door.openai:
         assert response.json()["error"]["code"] == "invalid_api_key"
 
 
@@ -584,10 +597,11 @@ REFUSED = {
     "unknown path": (404, "POST {path}/no/where HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"),
 }
 OPENAI_PATHS = ("/v1/tokenize", "/v1/chat/completions")
+MESSAGES = "/v1/messages"
 
 
 @pytest.mark.parametrize("what", REFUSED)
-@pytest.mark.parametrize("path", [*OPENAI_PATHS, "/v2/models/identity/infer", "/v2/repository/index", "/admin/keys"])
+@pytest.mark.parametrize("path", [*OPENAI_PATHS, MESSAGES, "/v2/models/identity/infer", "/v2/repository/index", "/admin/keys"])
 async def test_what_is_refused_before_it_is_routed_has_the_shape_of_its_path(home: House, path: str, what: str) -> None:
     expected, text = REFUSED[what]
     key = home.new_key(Scope.INFER, Scope.ADMIN)
@@ -602,6 +616,8 @@ async def test_what_is_refused_before_it_is_routed_has_the_shape_of_its_path(hom
     answer = json.loads(body)
     if path in OPENAI_PATHS:
         assert set(answer["error"]) == {"message", "type", "param", "code"}
+    elif path == MESSAGES:
+        assert (answer["type"], set(answer["error"])) == ("error", {"type", "message"})
     elif path.startswith("/admin"):
         assert (headers["content-type"], answer["status"]) == ("application/problem+json", status)
     else:

@@ -17,9 +17,9 @@ import pytest_asyncio
 
 from fairlead.gateway.routing.places import Attempt
 from fairlead.gateway.routing.trip import Trip
-from fairlead.gateway.upstream.fake import Fake, Received, Script
-from fairlead.gateway.upstream.place import UpstreamTicket
 from fairlead.gateway.visit import Visit
+from fairlead.runtime.upstream.fake import Fake, Received, Script
+from fairlead.runtime.upstream.place import UpstreamTicket
 from tests.api.http_fake import Wire, until
 from tests.api.keyed import House, chat, house, row, wire_to
 

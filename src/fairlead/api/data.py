@@ -8,6 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from fairlead.api.anthropic.errors import AnthropicErrors
+from fairlead.api.anthropic.routes import Anthropic
 from fairlead.api.doorkeeper import Doorkeeper, caller_of
 from fairlead.api.jobs.bfl import BlackForestErrors
 from fairlead.api.jobs.canonical import JobProblems
@@ -16,12 +18,15 @@ from fairlead.api.kserve.rest import Rest
 from fairlead.api.line import AccessLine
 from fairlead.api.openai.door import Elsewhere
 from fairlead.api.openai.errors import OpenAIErrors
+from fairlead.api.openai.ranking import Rankings
+from fairlead.api.openai.responses import Responses
+from fairlead.api.openai.responses_kept import Kept
 from fairlead.api.openai.routes import OpenAI
 from fairlead.api.openapi import Operation, document, examples_of
 from fairlead.api.status import http_status
 from fairlead.api.web import Admit, Shapes, json_app, json_response
 from fairlead.core.errors import FairleadError
-from fairlead.core.policy import Scope
+from fairlead.core.policy import ResponseSettings, Scope
 from fairlead.core.request import Inference
 from fairlead.gateway.identity.identity import may_use
 from fairlead.observe.finished import Finished
@@ -36,6 +41,7 @@ DATA_SHAPES: Shapes = {
     "/v1/models/fairlead/": Details(),
     "/v1/models/{owner}/": Details(),
     "/v1/get_result": BlackForestErrors(),
+    "/v1/messages": AnthropicErrors(),
     "/v1/{model}": BlackForestErrors(),
     "/v1": OpenAIErrors(),
 }
@@ -53,10 +59,17 @@ def data_app(
     more: Iterable[Operation] = (),
     finished: Finished | None = None,
     max_body_bytes: int = 64 << 20,
+    kept: Kept | None = None,
+    responses: ResponseSettings | None = None,
 ) -> ASGIApp:
-    """The ASGI app of port 8000; `more`: of jobs. KServe's `infer` answers here with server-sent events only: plain answers are the server's own business."""
+    """The ASGI app of port 8000; `more`: of jobs; `kept`: responses that are, None for a server that keeps none. KServe's `infer` answers here with server-sent events only: plain answers are the server's own business."""
     finished = finished or Finished()
-    operations = [*data_operations(repository, gateway or repository, finished, elsewhere, max_body_bytes), *more]
+    inference = gateway or repository
+    operations = [
+        *data_operations(repository, inference, finished, elsewhere, max_body_bytes),
+        *Responses(repository, inference, finished, max_body_bytes, elsewhere, kept, responses).operations,
+        *more,
+    ]
 
     async def openapi(http: Request) -> Response:
         caller, _ = caller_of(http)
@@ -87,9 +100,11 @@ def data_app(
 def data_operations(
     repository: ModelRepository, gateway: Inference, finished: Finished, elsewhere: Elsewhere | None, max_body_bytes: int
 ) -> Iterator[Operation]:
-    """All but the jobs'."""
+    """All but those of what is stored."""
     yield from Rest(repository, gateway, finished, max_body_bytes).operations
     yield from OpenAI(repository, gateway, finished, max_body_bytes, elsewhere).operations
+    yield from Rankings(repository, gateway, finished, max_body_bytes, elsewhere).operations
+    yield from Anthropic(repository, gateway, finished, max_body_bytes, elsewhere).operations
 
 
 def _admit(doorkeeper: Doorkeeper | None, finished: Finished) -> Admit | None:

@@ -261,7 +261,7 @@ class Exchange:
         except InvalidRequest:
             return False
         model, _, version = self.peeked.model.partition("@")
-        if not elsewhere.remote(model) or elsewhere.falls_back(model):
+        if not elsewhere.passes(model, version) or elsewhere.falls_back(model):
             return False
         self.model, self.version = model, version
         return True

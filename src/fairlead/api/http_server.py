@@ -54,6 +54,9 @@ class Elsewhere(Protocol):
     def remote(self, model: str) -> bool:
         """No version of it is here, but other servers compute it."""
 
+    def passes(self, model: str, version: str) -> bool:
+        """They, or engines of others, take its bodies as they came."""
+
     def falls_back(self, model: str) -> bool:
         """A model that is here may answer in its place: then its bodies are read by the app."""
 

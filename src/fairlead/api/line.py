@@ -23,6 +23,8 @@ class AccessLine:
         self.model, self.version = model, version
         self.asked_version = version
         """"": none was named, and traffic decides which one answers; `version` is then that of whoever it would be without."""
+        self.adapter = ""
+        """Of the model, where its name names one."""
         self.caller, self.signed_by = caller_of(http)
         self.id = _sane(SANE_ID, http.headers.get("x-request-id", "")) or new_request_id()
         self.trace = _sane(SANE_TRACE, http.headers.get("traceparent", ""))

@@ -36,6 +36,7 @@ TAGS = {
     "inference": "Ask a model.",
     "repository": "Load and unload models.",
     "openai": "The OpenAI API: language models and embedders.",
+    "anthropic": "Anthropic's Messages API: language models.",
     "images": "Pictures, in the shapes of other services: jobs beneath.",
     "jobs": "Requests that are answered later, their files, and the calls that tell of them.",
     "admin": "Tenants, keys, usage, audit, configuration, models, versions, rollouts.",
@@ -58,6 +59,9 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "string", "minLength": 1},
     },
     "incident": {"description": "Its id.", "schema": {"type": "string", "minLength": 1}},
+    "file": {"description": "The file's id.", "schema": {"type": "string", "minLength": 1}},
+    "batch": {"description": "The batch's id.", "schema": {"type": "string", "minLength": 1}},
+    "response": {"description": "The response's id.", "schema": {"type": "string", "minLength": 1}},
     "alias": {"description": "The alias's name.", "schema": {"type": "string", "minLength": 1}},
     "prediction": {"description": "The job's id.", "schema": {"type": "string", "minLength": 1}},
     "owner": {"description": "Always `fairlead`.", "schema": {"type": "string", "minLength": 1}},
@@ -79,6 +83,11 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "before": {"in": "query", "description": "Only jobs that are older than this one: `next` of a page.", "schema": {"type": "string"}},
     "cursor": {"in": "query", "description": "As `next` of a page has it.", "schema": {"type": "string"}},
     "limit": {"in": "query", "description": "Of a page.", "schema": {"type": "integer", "minimum": 1}},
+    "stream": {"in": "query", "description": "Its events in place of the object.", "schema": {"type": "boolean"}},
+    "purpose": {"in": "query", "description": "Only files of this purpose.", "schema": {"type": "string"}},
+    "starting_after": {"in": "query", "description": "Only events after this number.", "schema": {"type": "integer", "minimum": 0}},
+    "after": {"in": "query", "description": "Only items that follow this one.", "schema": {"type": "string"}},
+    "order": {"in": "query", "description": "desc: the newest first.", "schema": {"type": "string", "enum": ["asc", "desc"]}},
     "Prefer": {
         "in": "header",
         "description": "`wait=SECONDS`: answer when the job has ended, or after so long.",
@@ -182,7 +191,7 @@ def document(operations: Iterable[Operation], examples: dict[str, dict[str, Any]
             "schemas": components,
             "responses": {
                 _response_name(status, error): {
-                    "description": HTTPStatus(status).phrase,
+                    "description": _phrase(status),
                     "content": {getattr(error, "content_type", JSON): {"schema": schema_of[repr(error)]}},
                 }
                 for operation in operations
@@ -214,8 +223,12 @@ def _smallest(tensor: TensorSpec) -> list[int]:
     return [1 if dim == -1 else dim for dim in tensor.shape]
 
 
+def _phrase(status: int) -> str:
+    return "Overloaded" if status == 529 else HTTPStatus(status).phrase
+
+
 def _response_name(status: int, error: Any) -> str:
-    phrase = HTTPStatus(status).phrase.title().replace(" ", "")
+    phrase = _phrase(status).title().replace(" ", "")
     return f"{error.__name__}{phrase}"
 
 
@@ -273,7 +286,7 @@ def _request_body(operation: Operation, schema_of: dict[str, Any], examples: dic
 
 def _answer(operation: Operation, schema_of: dict[str, Any], status: int) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    described: dict[str, Any] = {"description": HTTPStatus(status).phrase}
+    described: dict[str, Any] = {"description": _phrase(status)}
     if operation.media:
         content = {media: {} for media in operation.media}
     elif operation.events != "only":

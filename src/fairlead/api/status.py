@@ -72,6 +72,7 @@ ENDS: dict[int, tuple[str, str]] = {
     CLIENT_LEFT: ("cancelled", "cancelled"),
     501: ("refused", "unsupported"),
     503: ("refused", "unavailable"),
+    529: ("refused", "unavailable"),
 }
 GRPC_ENDS: dict[int, tuple[str, str]] = {
     GrpcStatus.OK: ("success", ""),

@@ -266,9 +266,9 @@ Ended = Callable[[int, str], None]
 """Told once how an answer ended: its status (CLIENT_LEFT where nobody waited for it) and what went wrong, "" if nothing."""
 
 
-def framed(data: bytes) -> bytes:
+def framed(data: bytes, name: str = "") -> bytes:
     """A server-sent event."""
-    return b"data: " + data + b"\n\n"
+    return (f"event: {name}\n".encode() if name else b"") + b"data: " + data + b"\n\n"
 
 
 class EventStream:
@@ -279,13 +279,20 @@ class EventStream:
     """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], ended: Ended, headers: Mapping[str, str], errors: ErrorShape | None = None
+        self,
+        events: AsyncGenerator[bytes, None],
+        ended: Ended,
+        headers: Mapping[str, str],
+        errors: ErrorShape | None = None,
+        error_event: str = "",
     ) -> None:
+        """`error_event`: the name of the event that tells of an error."""
         self.events = events
         self.ended = ended
         self.headers = headers
         self.line: Any = None
         self.errors = errors or PlainErrors()
+        self.error_event = error_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, message = 503, "the server stopped"
@@ -323,7 +330,7 @@ class EventStream:
         if not started:
             answer = self.errors.response(failure, self.headers)
             return answer.status_code, failure.message, answer
-        await send({"type": "http.response.body", "body": framed(self.errors.event(failure))})
+        await send({"type": "http.response.body", "body": framed(self.errors.event(failure), self.error_event)})
         return http_status(failure), failure.message, None
 
     async def _start(self, send: Send) -> None:

@@ -14,10 +14,12 @@ from sqlalchemy import ColumnElement, Connection, Engine, Select, Table
 from fairlead.core.errors import NotFound
 from fairlead.core.policy import DEFAULT_TENANT, Scope
 from fairlead.store import tables
+from fairlead.store.batches import BatchStore
 from fairlead.store.control import ControlStore
 from fairlead.store.database import open_database
 from fairlead.store.jobs import JobStore
 from fairlead.store.registry import RegistryStore
+from fairlead.store.responses import ResponseStore
 from fairlead.store.rows import (
     AuditQuery,
     AuditRow,
@@ -53,6 +55,8 @@ class Store:
         self.registry = RegistryStore(self._transactions, control)
         self.control = ControlStore(self._transactions, control)
         self.slos = SloStore(self._transactions, control)
+        self.responses = ResponseStore(self._transactions, control)
+        self.batches = BatchStore(self._transactions)
 
     @classmethod
     def open(cls, url: str) -> "Store":

@@ -470,3 +470,92 @@ slo_hours = Table(
     Index("slo_hours_hour", "hour"),
 )
 """Each server writes its own rows. `hour` is its first second; of `digest` another one means that something else was counted."""
+
+responses = Table(
+    "responses",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant", String, nullable=False),
+    Column("previous", String),
+    Column("status", String, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("ended", Double),
+    Column("expires", Double, nullable=False),
+    Column("server", String, nullable=False),
+    Column("lease_until", Double, nullable=False),
+    Column("cancelling", Boolean, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("input", LargeBinary, nullable=False),
+    Column("events", LargeBinary),
+    Index("responses_tenant", "tenant", "expires"),
+    Index("responses_expires", "expires"),
+    _part("responses_unended", "lease_until", where=NOT_ENDED),
+)
+
+response_items = Table(
+    "response_items",
+    metadata,
+    Column("item", String, nullable=False),
+    Column("response", String, nullable=False),
+    PrimaryKeyConstraint("item", "response"),
+    Index("response_items_response", "response"),
+)
+"""Where an item is that a later request refers to."""
+
+response_sizes = Table("response_sizes", metadata, Column("tenant", String, primary_key=True), Column("size", BigInteger, nullable=False))
+"""Of all responses of a tenant together."""
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("purpose", String, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("expires", Double, nullable=False),
+    Index("files_tenant", "tenant", "id"),
+    Index("files_expires", "expires"),
+)
+
+file_parts = Table(
+    "file_parts",
+    metadata,
+    Column("file", String, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("file", "number"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant", String, nullable=False),
+    Column("project", String, nullable=False),
+    Column("key", String, nullable=False),
+    Column("address", String, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("ended", Double),
+    Column("expires", Double, nullable=False),
+    Column("server", String, nullable=False),
+    Column("lease_until", Double, nullable=False),
+    Column("cancelling", Boolean, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Index("batches_tenant", "tenant", "id"),
+    Index("batches_expires", "expires"),
+    _part("batches_unended", "lease_until", where=NOT_ENDED),
+)
+
+batch_results = Table(
+    "batch_results",
+    metadata,
+    Column("batch", String, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("good", Boolean, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("batch", "number"),
+)
+"""Of the lines of a batch that runs: what need not be asked again."""

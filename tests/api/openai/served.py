@@ -110,6 +110,9 @@ class Played:
         self.find(name, version)
         return INFO if name == "m" else None
 
+    def adapters(self, name: str, version: str = "") -> tuple[str, ...]:
+        return ()
+
     def index(self, *, ready: bool = False) -> list[Any]:
         return [type("Entry", (), {"name": name}) for name in ("t", "m", "m")]
 

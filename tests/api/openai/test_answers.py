@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletionChunk as SdkChunk
 from fairlead.api.openai.answers import Chats, Completions, embeddings, encode, total_usage
 from fairlead.core.generation import Delta, TokenLogprob, Usage
 
-USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
+USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1, reasoning_tokens=1)
 
 
 def token(text: str, logprob: float = -0.5, *, id: int = 1, top: tuple[TokenLogprob, ...] = (), data: bytes | None = None) -> TokenLogprob:
@@ -70,6 +70,7 @@ def test_usage_is_null_until_the_chunk_after_the_last(answer):
         "completion_tokens": 2,
         "total_tokens": 5,
         "prompt_tokens_details": {"cached_tokens": 1},
+        "completion_tokens_details": {"reasoning_tokens": 1},
     }
 
 
@@ -232,5 +233,5 @@ def test_embeddings_as_numbers_or_as_their_bytes():
 
 def test_the_usage_of_several_prompts_is_their_sum():
     assert total_usage([Delta(text="a"), Delta(usage=USAGE), Delta(usage=USAGE)]) == Usage(
-        prompt_tokens=6, completion_tokens=4, cached_tokens=2
+        prompt_tokens=6, completion_tokens=4, cached_tokens=2, reasoning_tokens=2
     )

@@ -14,7 +14,7 @@ from fairlead.api.openai.bodies import (
     chat_of,
     texts_of,
 )
-from fairlead.api.openai.errors import NOT_SUPPORTED, BadParameter, decode_body
+from fairlead.api.openai.errors import NOT_SUPPORTED, RENAMED, BadParameter, decode_body
 from fairlead.core.generation import Message, Sampling
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -170,14 +170,31 @@ def test_a_wrong_value_is_named(ask, fields, param, code):
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "missing_required_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-        ({"tool_choice": "auto"}, "tool_choice", "invalid_value"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format", "unsupported_value"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "reasoning": "y"}]}, "messages[0].reasoning", "invalid_value"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "reasoning": "y", "reasoning_content": "z"}]},
+            "messages[0].reasoning_content",
+            "invalid_value",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f"}}]}]},
+            "messages[0].tool_calls[0].function.arguments",
+            "missing_required_parameter",
+        ),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+            "missing_required_parameter",
+        ),
+        ({"structured_outputs": {"xml": "x"}}, "structured_outputs.xml", "unknown_parameter"),
         ({"store": True}, "store", "invalid_value"),
         ({"modalities": ["text", "audio"]}, "modalities[1]", "invalid_value"),
         ({"continue_final_message": True}, "continue_final_message", "invalid_value"),
-        ({"chat_template_kwargs": {"tools": "all"}}, "chat_template_kwargs.tools", "invalid_type"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools", "unsupported_parameter"),
         ({"chat_template_kwargs": {"big": 1 << 70}}, "chat_template_kwargs", "invalid_value"),
     ],
 )
@@ -189,6 +206,12 @@ def test_a_chats_wrong_value_is_named(fields, param, code):
 def test_what_others_know_and_this_server_does_not_is_said_to_be_unsupported(name):
     message, param, code = refused(chat, **{name: "x"})
     assert (message, param, code) == (f"Unsupported parameter: '{name}' is not supported by this server.", name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("name", sorted(RENAMED))
+def test_what_vllm_renamed_is_told_its_new_name(name):
+    message, param, code = refused(chat, **{name: "x"})
+    assert (param, code) == (name, "unsupported_parameter") and f"structured_outputs: {{{name.removeprefix('guided_')}" in message
 
 
 def test_best_of_is_n_or_nothing():
@@ -240,19 +263,21 @@ def test_a_conversation_as_the_template_wants_it():
         messages=[
             {"role": "developer", "content": "be brief"},
             {"role": "user", "content": [{"type": "text", "text": "what "}, {"type": "text", "text": "now?"}], "name": "ann"},
-            {"role": "assistant", "content": None, "tool_calls": calls, "refusal": None, "annotations": []},
+            {"role": "assistant", "content": None, "tool_calls": calls, "refusal": None, "annotations": [], "reasoning_content": "hm"},
             {"role": "tool", "content": "7", "tool_call_id": "c"},
         ],
-        chat_template_kwargs={"tools": [{"type": "function"}], "enable_thinking": False},
+        tools=[{"type": "function", "function": {"name": "f"}}],
+        chat_template_kwargs={"enable_thinking": False},
     )
     told = chat_of(body)
     assert told.messages == [
         Message(role="system", content="be brief"),
         Message(role="user", content="what now?", name="ann"),
-        Message(role="assistant", tool_calls=calls),
+        Message(role="assistant", tool_calls=calls, reasoning="hm"),
         Message(role="tool", content="7", tool_call_id="c"),
     ]
-    assert (told.tools, told.template_kwargs) == ([{"type": "function"}], {"enable_thinking": False})
+    shown = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    assert (told.tools, told.template_kwargs) == ([shown], {"enable_thinking": False})
     assert told.add_generation_prompt
 
 

@@ -18,6 +18,10 @@ ASKED = {
     "/v1/embeddings": {"input": "to be"},
     "/v1/tokenize": {"prompt": "to be", "return_token_strs": True},
     "/v1/detokenize": {"tokens": [1]},
+    "/v1/rerank": {"query": "to be", "documents": ["to", {"text": "be"}]},
+    "/v1/score": {"text_1": "to be", "text_2": ["to", "be"]},
+    "/v1/messages": {"messages": [{"role": "user", "content": "!reason so !call f {}"}], "max_tokens": 9},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "to be"}]},
 }
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

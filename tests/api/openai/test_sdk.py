@@ -198,7 +198,7 @@ async def test_the_client_without_async(port):
         ({"model": "identity"}, openai.BadRequestError, "unsupported_model"),
         ({"model": "embedder"}, openai.BadRequestError, "unsupported_model"),
         ({"temperature": -1}, openai.BadRequestError, "invalid_value"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "missing_required_parameter"),
         ({"max_tokens": 1000}, openai.BadRequestError, "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "word " * 100}]}, openai.BadRequestError, "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "!raise"}]}, openai.InternalServerError, "model_error"),

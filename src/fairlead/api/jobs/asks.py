@@ -8,8 +8,9 @@ from msgspec import Meta, Struct
 from fairlead.api.jobs.face import Face, base64_bytes, decode_named
 from fairlead.api.kserve.codec import decode as decode_tensors
 from fairlead.api.line import AccessLine
-from fairlead.api.openai.bodies import Body, ChatBody, CompletionBody, EmbeddingBody, chat_of, texts_of
+from fairlead.api.openai.bodies import Body, ChatBody, CompletionBody, EmbeddingBody, generate_of, texts_of
 from fairlead.api.openai.errors import decode_body
+from fairlead.api.openai.formats import guide_of
 from fairlead.api.openai.passing import peek, raw_of
 from fairlead.core.errors import InvalidRequest, NotFound, Unsupported
 from fairlead.core.generation import MAX_PICTURES, Embed, Generate, Mode, PictureFormat
@@ -101,14 +102,15 @@ def asked(face: Face, line: AccessLine, data: bytes) -> Request:
     if "messages" in fields:
         body = chat = decode_body(whole, ChatBody)
         _check_kept(chat)
-        prompt = Generate(chat=chat_of(chat), sampling=chat.complete())
+        prompt = generate_of(chat)
     elif "prompt" in fields:
         body = completion = decode_body(whole, CompletionBody)
         _check_kept(completion)
         if completion.echo:
             raise InvalidRequest("`input.echo` is not offered by jobs")
         text, ids = _one(texts_of(completion.prompt, "prompt"), "prompt")
-        prompt = Generate(text=text, token_ids=ids, sampling=completion.complete(), add_special_tokens=completion.add_special_tokens)
+        sampling, guide = completion.complete(), guide_of(completion.response_format, completion.structured_outputs)
+        prompt = Generate(text=text, token_ids=ids, sampling=sampling, guide=guide, add_special_tokens=completion.add_special_tokens)
     elif "input" in fields:
         body = embedding = decode_body(whole, EmbeddingBody)
         if embedding.encoding_format == "base64":

@@ -18,6 +18,7 @@ from fairlead.api.jobs.asks import INPUT, asked
 from fairlead.api.jobs.face import Face, cursor, decode_named, parted, wait_seconds
 from fairlead.api.kserve.codec import to_json
 from fairlead.api.line import AccessLine
+from fairlead.api.openai.answers import Call, calls_of
 from fairlead.api.openapi import Operation
 from fairlead.api.problems import Problems
 from fairlead.api.status import CLIENT_LEFT
@@ -93,6 +94,8 @@ class JobPicture(Struct):
 class JobChoice(Struct, omit_defaults=True):
     index: int
     text: str = ""
+    reasoning: str = ""
+    tool_calls: list[Call] = []
     finish_reason: str = ""
     embedding: list[float] = []
 
@@ -333,7 +336,14 @@ class Canonical(Face):
                 )
             )
         choices = [
-            JobChoice(choice.index, choice.text, choice.finish_reason, np.frombuffer(choice.vector, "<f4").tolist())
+            JobChoice(
+                index=choice.index,
+                text=choice.text,
+                reasoning=choice.reasoning,
+                tool_calls=calls_of(choice),
+                finish_reason=choice.finish_reason,
+                embedding=np.frombuffer(choice.vector, "<f4").tolist(),
+            )
             for choice in result.choices
         ]
         arrays = unpacked(result.outputs)

@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import UNSET, Struct, UnsetType
 
 from fairlead import __version__
-from fairlead.core.generation import MAX_LOGPROBS, Delta, TokenLogprob, Usage
+from fairlead.core.generation import MAX_LOGPROBS, Delta, TokenLogprob, ToolCall, Usage
 
 FINGERPRINT = f"fairlead-{__version__}"
 LEAST = -9999.0
@@ -19,11 +19,15 @@ LEAST = -9999.0
 
 encode = msgspec.json.Encoder().encode
 
-FinishReason = Literal["stop", "length", "content_filter"]
+FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
 
 
 class PromptTokensDetails(Struct):
     cached_tokens: int
+
+
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int
 
 
 class UsageBody(Struct):
@@ -31,6 +35,7 @@ class UsageBody(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class PromptLogprob(Struct):
@@ -58,9 +63,42 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
+class CalledFunction(Struct):
+    name: str
+    arguments: str
+    """JSON, as far as the model writes JSON."""
+
+
+class Call(Struct):
+    """Of a tool."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
+class CalledPiece(Struct, omit_defaults=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class CallPiece(Struct, omit_defaults=True):
+    """The first one of a call has `id`, `type` and the name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledPiece | None = None
+
+
 class ChatDelta(Struct, omit_defaults=True):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
+    """vLLM's name for it."""
+    reasoning_content: str | None = None
+    """The same: DeepSeek's name, which most others took."""
+    tool_calls: list[CallPiece] | None = None
 
 
 class ChatPiece(Struct):
@@ -73,9 +111,15 @@ class ChatPiece(Struct):
 
 
 class ChatAnswer(Struct):
-    content: str
+    content: str | None
+    """null where there are only calls."""
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning: str | UnsetType = UNSET
+    """vLLM's name for it."""
+    reasoning_content: str | UnsetType = UNSET
+    """The same: DeepSeek's name, which most others took."""
+    tool_calls: list[Call] | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
@@ -155,6 +199,10 @@ class Model(Struct):
     owned_by: str
     max_model_len: int | None = None
     """Tokens of prompt and answer together; null where another server knows."""
+    root: str | None = None
+    """Of a LoRA adapter: the model that it belongs to."""
+    parent: str | None = None
+    """The same."""
     object: Literal["model"] = "model"
 
 
@@ -201,7 +249,10 @@ class Chats:
         if index not in self._opened:
             self._opened.add(index)
             yield self._chunk([ChatPiece(index, ChatDelta(role="assistant", content=""))])
-        piece = ChatPiece(index, ChatDelta(content=delta.text or None))
+        told = ChatDelta(content=delta.text or None, reasoning=delta.reasoning or None, reasoning_content=delta.reasoning or None)
+        if delta.tool_calls:
+            told.tool_calls = [_call_piece(call) for call in delta.tool_calls]
+        piece = ChatPiece(index, told)
         if delta.logprobs is not None:
             piece.logprobs = _chat_logprobs(delta.logprobs)
         if delta.finish_reason:
@@ -335,7 +386,22 @@ def _chat_logprobs(tokens: Iterable[TokenLogprob]) -> ChatLogprobs:
 
 def _chat_choice(delta: Delta) -> ChatChoice:
     logprobs = None if delta.logprobs is None else _chat_logprobs(delta.logprobs)
-    return ChatChoice(delta.index, ChatAnswer(delta.text), _reason(delta), logprobs, delta.stop_reason)
+    answer = ChatAnswer(delta.text if delta.text or not delta.tool_calls else None)
+    if delta.reasoning:
+        answer.reasoning = answer.reasoning_content = delta.reasoning
+    if delta.tool_calls:
+        answer.tool_calls = calls_of(delta)
+    return ChatChoice(delta.index, answer, _reason(delta), logprobs, delta.stop_reason)
+
+
+def calls_of(delta: Delta) -> list[Call]:
+    """Whole."""
+    return [Call(call.id, CalledFunction(call.name, call.arguments)) for call in delta.tool_calls]
+
+
+def _call_piece(call: ToolCall) -> CallPiece:
+    first = bool(call.id)
+    return CallPiece(call.index, call.id or None, "function" if first else None, CalledPiece(call.name if first else None, call.arguments))
 
 
 def prompt_logprobs_of(told: Sequence[TokenLogprob | None] | None, num_top: int = MAX_LOGPROBS) -> PromptLogprobs | UnsetType:
@@ -348,7 +414,7 @@ def prompt_logprobs_of(told: Sequence[TokenLogprob | None] | None, num_top: int 
 
 
 def _reason(delta: Delta) -> FinishReason:
-    return delta.finish_reason if delta.finish_reason in ("length", "content_filter") else "stop"
+    return delta.finish_reason if delta.finish_reason in ("length", "content_filter", "tool_calls") else "stop"
 
 
 def _index(delta: Delta) -> int:
@@ -366,12 +432,19 @@ def total_usage(deltas: Iterable[Delta]) -> Usage:
         prompt_tokens=sum(usage.prompt_tokens for usage in usages),
         completion_tokens=sum(usage.completion_tokens for usage in usages),
         cached_tokens=sum(usage.cached_tokens for usage in usages),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
     )
 
 
 def _usage(usage: Usage) -> UsageBody:
     num_tokens = usage.prompt_tokens + usage.completion_tokens
-    return UsageBody(usage.prompt_tokens, usage.completion_tokens, num_tokens, PromptTokensDetails(usage.cached_tokens))
+    return UsageBody(
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        num_tokens,
+        PromptTokensDetails(usage.cached_tokens),
+        CompletionTokensDetails(usage.reasoning_tokens),
+    )
 
 
 def embeddings(deltas: Sequence[Delta], model: str, encoding: Literal["float", "base64"]) -> Embeddings:

@@ -11,7 +11,9 @@ from msgspec import Meta, Struct, msgpack
 from msgspec.structs import replace
 
 from fairlead.api.openai.errors import BadParameter
-from fairlead.core.generation import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS, Chat, Message, Penalty, Sampling
+from fairlead.api.openai.formats import ResponseFormat, StructuredOutputs, guide_of
+from fairlead.api.openai.tools import tools_of
+from fairlead.core.generation import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS, Chat, Generate, Message, Penalty, Sampling, ToolChoice
 
 LARGEST = (1 << 31) - 1
 Count = Annotated[int, Meta(ge=0, le=LARGEST)]
@@ -20,6 +22,7 @@ TokenId = Count
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 DEFAULT_MAX_TOKENS = 16
 """Of a text completion, as OpenAI has it."""
 MAX_PROMPTS = 2048
@@ -73,6 +76,8 @@ class Body(Struct, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Logprobs | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
     priority: Count | None = None
     """1 is the highest."""
 
@@ -124,11 +129,13 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    """vLLM's name for it; answers tell both."""
     # What other servers' answers hold, which clients send back as they came
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
-    reasoning_content: str | None = None
 
     def plain(self, place: str) -> Message:
         """For the chat template. Raises BadParameter."""
@@ -144,7 +151,13 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
                     raise BadParameter(f"Missing required parameter: '{where}.text'.", f"{where}.text", "missing_required_parameter")
                 texts.append(part.text)
             content = "".join(texts)
-        if content is None and not (self.role == "assistant" and self.tool_calls):
+        reasoning = self.reasoning_content if self.reasoning is None else self.reasoning
+        if reasoning is not None and self.role != "assistant":
+            raise BadParameter("Reasoning belongs to messages of the assistant.", f"{place}.reasoning", "invalid_value")
+        if self.reasoning_content not in (None, reasoning):
+            message = f"'{place}.reasoning' and '{place}.reasoning_content' are the same: give one of them."
+            raise BadParameter(message, f"{place}.reasoning_content", "invalid_value")
+        if content is None and not (self.role == "assistant" and (self.tool_calls or reasoning)):
             where = f"{place}.content"
             raise BadParameter(f"Missing required parameter: '{where}'.", where, "missing_required_parameter")
         if self.tool_calls and self.role != "assistant":
@@ -153,40 +166,69 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
             where = f"{place}.tool_call_id"
             raise BadParameter(f"Missing required parameter: '{where}'.", where, "missing_required_parameter")
         role = "system" if self.role == "developer" else self.role
-        return Message(role=role, content=content, name=self.name, tool_calls=self.tool_calls, tool_call_id=self.tool_call_id)
+        calls = [_call(call, f"{place}.tool_calls[{number}]") for number, call in enumerate(self.tool_calls or ())] or None
+        return Message(role=role, content=content, name=self.name, tool_calls=calls, tool_call_id=self.tool_call_id, reasoning=reasoning)
 
 
-class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
-    type: str
-    json_schema: Any = None
-    schema: Any = None
+def _call(call: dict[str, Any], place: str) -> dict[str, Any]:
+    """A call of an earlier answer. Raises BadParameter."""
+    function = call.get("function")
+    name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
+    for value, right, where in ((name, isinstance(name, str), "name"), (arguments, isinstance(arguments, (str, dict)), "arguments")):
+        if value is None:
+            where = f"{place}.function.{where}"
+            raise BadParameter(f"Missing required parameter: '{where}'.", where, "missing_required_parameter")
+        if not right:
+            where = f"{place}.function.{where}"
+            raise BadParameter(f"Invalid type for '{where}': expected `str`.", where, "invalid_type")
+    return call
+
+
+def generate_of(body: "ChatBody") -> Generate:
+    """Raises BadParameter."""
+    chat, choice = _chat_of(body)
+    return Generate(
+        chat=chat,
+        sampling=body.complete(),
+        guide=guide_of(body.response_format, body.structured_outputs),
+        tool_choice=choice,
+        parsed=True,
+        stream=bool(body.stream),
+    )
 
 
 def chat_of(body: "ChatBody | TokenizeBody") -> Chat:
     """Raises BadParameter."""
+    return _chat_of(body)[0]
+
+
+def _chat_of(body: "ChatBody | TokenizeBody") -> tuple[Chat, ToolChoice]:
     if not body.messages:
         raise BadParameter("Invalid 'messages': empty array. Expected an array with minimum length 1.", "messages", "empty_array")
     if body.add_generation_prompt and body.continue_final_message:
         message = "'continue_final_message' needs 'add_generation_prompt' to be false."
         raise BadParameter(message, "continue_final_message", "invalid_value")
     messages = [message.plain(f"messages[{number}]") for number, message in enumerate(body.messages)]
-    _check_numbers([message.tool_calls for message in messages], "messages")
-    _check_numbers(body.chat_template_kwargs, "chat_template_kwargs")
-    arguments = dict(body.chat_template_kwargs or {})
-    tools = arguments.pop("tools", None) or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    check_numbers([message.tool_calls for message in messages], "messages")
+    check_numbers(body.chat_template_kwargs, "chat_template_kwargs")
+    check_numbers(body.tools, "tools")
+    if "tools" in (body.chat_template_kwargs or {}):
         where = "chat_template_kwargs.tools"
-        raise BadParameter(f"Invalid type for '{where}': expected an array of objects.", where, "invalid_type")
-    return Chat(
+        raise BadParameter(f"Unsupported parameter: '{where}'. Use 'tools' in its place.", where, "unsupported_parameter")
+    asked = body if isinstance(body, ChatBody) else None
+    tools, choice = tools_of(body.tools, asked.tool_choice if asked else None, asked.parallel_tool_calls if asked else None)
+    chat = Chat(
         messages=messages,
         tools=tools,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
-        template_kwargs=arguments,
+        reasoning_effort=body.reasoning_effort or "",
+        template_kwargs=body.chat_template_kwargs or {},
     )
+    return chat, choice
 
 
-def _check_numbers(free: Any, where: str) -> None:
+def check_numbers(free: Any, where: str) -> None:
     """JSON's integers have no bound, those on the way to the engine have. Raises BadParameter."""
     try:
         msgpack.encode(free)
@@ -201,29 +243,23 @@ class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
-    """Handed to the chat template as they are, `tools` among them."""
+    """Handed to the chat template as they are."""
+    reasoning_effort: Effort | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    parallel_tool_calls: bool | None = None
     tools: list[Any] | None = None
-    tool_choice: Literal["none"] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     def complete(self) -> Sampling:
         """Raises BadParameter."""
-        if self.response_format is not None and self.response_format.type != "text":
-            message = f"'response_format' of type {self.response_format.type!r} is not supported: this server does not constrain what the model writes."
-            raise BadParameter(message, "response_format", "unsupported_value")
-        if self.tools:
-            message = "'tools' is not supported: the answer's tool calls would not be parsed. `chat_template_kwargs: {tools: [...]}` shows tools to the model and returns its text as it is."
-            raise BadParameter(message, "tools", "unsupported_parameter")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             message = "'max_tokens' and 'max_completion_tokens' are the same: give one of them."
             raise BadParameter(message, "max_completion_tokens", "invalid_value")
@@ -278,6 +314,8 @@ class TokenizeBody(Struct, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    reasoning_effort: Effort | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 

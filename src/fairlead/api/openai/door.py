@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import structlog
-from msgspec import Struct
+from msgspec import Struct, structs
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -19,10 +19,10 @@ from fairlead.api.openai.moderations import DEFAULT_MODEL
 from fairlead.api.openai.passing import Peek, Whole, chained, passed, peek, raw_of
 from fairlead.api.openapi import Operation
 from fairlead.api.status import CLIENT_LEFT, INTERNAL
-from fairlead.api.web import EventStream, Serve, json_response, read_body, while_connected
+from fairlead.api.web import ErrorShape, EventStream, Serve, json_response, read_body, while_connected
 from fairlead.core.caller import Caller
 from fairlead.core.errors import FairleadError
-from fairlead.core.generation import Delta, EngineInfo, Prompt
+from fairlead.core.generation import Delta, Detokenize, EngineInfo, Generate, Prompt, Tokenize
 from fairlead.core.request import Inference, Raw, Request, Response
 from fairlead.gateway.identity.identity import may_use
 from fairlead.observe.finished import Finished
@@ -40,6 +40,9 @@ class Elsewhere(Protocol):
 
     def remote(self, model: str) -> bool:
         """No version of it is here, but other servers compute it."""
+
+    def passes(self, model: str, version: str) -> bool:
+        """They, or engines of others, take its bodies as they came."""
 
     def falls_back(self, model: str) -> bool:
         """A model that is here may answer in its place."""
@@ -66,6 +69,8 @@ class Door:
     tag: ClassVar[str] = "openai"
     error: ClassVar[Any] = OpenAIError
     """The shape of its errors, for OpenAPI."""
+    overloaded: ClassVar[int] = 503
+    """The status of one that comes when the server cannot take it."""
 
     def __init__(
         self, repository: ModelRepository, gateway: Inference, finished: Finished, max_body_bytes: int, elsewhere: Elsewhere | None
@@ -78,7 +83,7 @@ class Door:
         self.max_body_bytes = min(max_body_bytes, MAX_BODY_BYTES)
         self.since = int(time.time())
 
-    def errors(self, prompt_parameter: str | None = None) -> OpenAIErrors:
+    def errors(self, prompt_parameter: str | None = None) -> ErrorShape:
         """How this protocol tells them."""
         return OpenAIErrors(prompt_parameter)
 
@@ -96,15 +101,42 @@ class Door:
         if not self.repository.known(name) or not may_use(caller, name):
             raise no_such_model(name)
 
+    def named(self, model: str) -> tuple[str, str, str]:
+        """(name, version, adapter) of `name`, `name@version`, `name:adapter` or `name@version:adapter`. A model that has a colon in its
+        own name wins."""
+        name, version = parted(model)
+        if version:
+            before, _, adapter = version.partition(":")
+            return (name, before, adapter) if adapter else (name, version, "")
+        base, colon, adapter = name.rpartition(":")
+        if colon and adapter and self.repository.known(base) and not self._has(name):
+            return base, "", adapter
+        return name, "", ""
+
+    def _has(self, name: str) -> bool:
+        return self.repository.known(name) or (self.elsewhere is not None and self.elsewhere.remote(name))
+
+    def _ask(self, line: AccessLine, model: str) -> None:
+        """What the line is about."""
+        line.model, line.asked_version, line.adapter = self.named(model)
+
     # To the repository and back
 
     def request_of(self, prompt: Prompt, line: AccessLine, priority: int | None = None) -> Request:
-        return line.complete(Request(model=line.model, version=line.asked_version, prompt=prompt, id=line.id, priority=priority or 0))
+        """Raises BadParameter."""
+        first = line.request is None
+        if line.adapter:
+            prompt = adapted(prompt, line)
+        request = Request(model=line.model, version=line.asked_version, prompt=prompt, id=line.id, priority=priority or 0)
+        line.complete(request)
+        if line.adapter and first:
+            line.timeline.note(time.perf_counter(), "adapted", {"adapter": line.adapter})
+        return request
 
     def requests_of(self, prompts: Sequence[Prompt], line: AccessLine, priority: int | None) -> list[Request]:
         """The prompts of one HTTP request, which limits count as one."""
         requests = [self.request_of(prompt, line, priority) for prompt in prompts]
-        if len(requests) == 1:
+        if len(requests) == 1 and not line.adapter:  # which no other server has
             requests[0].raw = line.raw
         for request in requests[1:]:
             request.num_requests = 0
@@ -187,7 +219,7 @@ class Door:
             body_required=True,
             answer=answer,
             events=events,
-            errors=(400, 404, 413, 429, 500, 501, 503),
+            errors=(400, 404, 413, 429, 500, 501, self.overloaded),
             error=self.error,
         )
 
@@ -201,10 +233,12 @@ class Door:
                 data = await read_body(http, self.max_body_bytes)
                 if self.elsewhere is not None and (path := http.scope["path"]) in PASSED_ON:
                     peeked = peek(data)
-                    line.model, line.asked_version = parted(peeked.model)
+                    self._ask(line, peeked.model)
                     line.version = line.asked_version
                     line.raw = raw_of(peeked, path, data, http.headers.get("accept", ""))
-                    if self.elsewhere.remote(line.model) and may_use(line.caller, line.model):
+                    if self.elsewhere.passes(line.model, line.asked_version) and may_use(line.caller, line.model):
+                        if line.adapter:
+                            raise no_such_model(peeked.model)
                         try:
                             # only one that can be read can be answered here where the others are gone
                             body = decode_body(data, type_) if self.elsewhere.falls_back(line.model) else None
@@ -214,11 +248,13 @@ class Door:
                             return await self._pass(http, peeked, line, line.raw)
                         return await serve(http, body, line)
                 body = decode_body(data, type_)
-                line.model, line.asked_version = parted(DEFAULT_MODEL if body.model is None else body.model)
+                self._ask(line, DEFAULT_MODEL if body.model is None else body.model)
                 if engine:
                     self.info(line.caller, line.model, line.asked_version)
                 else:
                     self.check_known(line.caller, line.model)
+                    if line.adapter:
+                        raise no_such_model(body.model or line.model)
                 # until it is known which one answers
                 line.version = self.repository.find(line.model, line.asked_version).version
                 return await serve(http, body, line)
@@ -244,6 +280,15 @@ class Door:
 
 async def _first(responses: AsyncGenerator[Response, None]) -> Response:
     return await anext(responses)
+
+
+def adapted(prompt: Prompt, line: AccessLine) -> Prompt:
+    """The prompt for the adapter that the model's name names. Raises BadParameter where there is nothing to adapt."""
+    if isinstance(prompt, Generate):
+        return structs.replace(prompt, adapter=line.adapter)
+    if isinstance(prompt, Tokenize | Detokenize):  # one tokenizer for all
+        return prompt
+    raise BadParameter(f"The model '{line.model}' has no adapters: they change what a model generates.", "model", "unsupported_model")
 
 
 def delta_of(response: Response) -> Delta:

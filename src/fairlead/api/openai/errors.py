@@ -24,7 +24,7 @@ _MISSING = re.compile(r"Object missing required field `(.+?)`")
 _CHOICE = re.compile(r"Invalid enum value (.+)", re.DOTALL)
 _PLACE = re.compile(r" - at `\$\.?(.+?)`$")
 _INDEX = re.compile(r"\[.*?\]")
-_BACKTICKED = re.compile(r"`(\w+)`")
+_BACKTICKED = re.compile(r"`(\w[\w.\[\]]*)`")
 
 
 class BadParameter(InvalidRequest):
@@ -36,21 +36,26 @@ class BadParameter(InvalidRequest):
         self.code = code
 
 
+class Missing(BadParameter):
+    """Something with an id that is not there, or is another tenant's."""
+
+
 NOT_SUPPORTED = frozenset(
     (
+        "access_programs",
         "audio",
         "background",
+        "background_options",
+        "context_management",
+        "conversation",
         "function_call",
         "functions",
-        "guided_choice",
-        "guided_grammar",
-        "guided_json",
-        "guided_regex",
         "input_fidelity",
         "logit_processors",
+        "moderation",
         "prediction",
-        "reasoning_effort",
-        "structured_outputs",
+        "prompt_cache_options",
+        "prompt_cache_retention",
         "style",
         "suffix",
         "verbosity",
@@ -59,8 +64,17 @@ NOT_SUPPORTED = frozenset(
 )
 """Parameters that others know and this server does not."""
 
+RENAMED = {
+    "guided_choice": "`structured_outputs: {choice: [...]}`",
+    "guided_grammar": "`structured_outputs: {grammar: ...}`",
+    "guided_json": "`structured_outputs: {json: ...}`",
+    "guided_regex": "`structured_outputs: {regex: ...}`",
+}
+"""Parameters that vLLM once had, and what took their place."""
+
 CODES: dict[type[FairleadError], tuple[int, str, str | None]] = {
     errors.ContextExceeded: (400, "invalid_request_error", "context_length_exceeded"),
+    Missing: (404, "invalid_request_error", None),
     errors.TooLarge: (413, "invalid_request_error", "request_too_large"),
     LongHead: (431, "invalid_request_error", "headers_too_large"),
     LateRequest: (408, "invalid_request_error", "request_timeout"),
@@ -105,7 +119,7 @@ class OpenAIErrors:
         if isinstance(error, TooLarge):
             # What is left of the body is not worth reading.
             headers["Connection"] = "close"
-        return json_response(self._body(error), _entry(error)[0], headers)
+        return json_response(self.body(error), _entry(error)[0], headers)
 
     def refusal(self, request: Request, error: HTTPException) -> Response:
         """What never reaches an operation: an unknown path, a method that the path does not have."""
@@ -124,9 +138,9 @@ class OpenAIErrors:
         return _entry(error)[0], JSON, self.event(error)
 
     def event(self, error: FairleadError) -> bytes:
-        return msgspec.json.encode(self._body(error))
+        return msgspec.json.encode(self.body(error))
 
-    def _body(self, error: FairleadError) -> OpenAIError:
+    def body(self, error: FairleadError) -> OpenAIError:
         _, kind, code = _entry(error)
         if isinstance(error, errors.LimitExceeded) and error.reason.startswith("budget"):
             kind = code = "insufficient_quota"
@@ -168,13 +182,16 @@ def decode_body(body: bytes, type_: type[T]) -> T:
         raise BadParameter(f"We could not parse the JSON body of your request: {error}.", None) from None
 
 
-def explained(message: str, type_: type) -> BadParameter:
-    """What msgspec says is wrong, in OpenAI's words."""
+def explained(message: str, type_: type, within: str = "") -> BadParameter:
+    """What msgspec says is wrong, in OpenAI's words. `within`: where the request has what was read as `type_`."""
     place = _PLACE.search(message)
-    where = place[1] if place else ""
+    inner = place[1] if place else ""
+    where = ".".join(part for part in (within, inner) if part)
     what = message[: place.start()] if place else message
     if unknown := _UNKNOWN.fullmatch(what):
         name = f"{where}.{unknown[1]}" if where else unknown[1]
+        if instead := RENAMED.get(unknown[1]):
+            return BadParameter(f"Unsupported parameter: '{name}'. Use {instead} in its place.", name, "unsupported_parameter")
         if unknown[1] in NOT_SUPPORTED:
             return BadParameter(f"Unsupported parameter: '{name}' is not supported by this server.", name, "unsupported_parameter")
         return BadParameter(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
@@ -184,7 +201,7 @@ def explained(message: str, type_: type) -> BadParameter:
     if not where:
         return BadParameter(f"Invalid request body: {what[:1].lower()}{what[1:]}.", None, "invalid_type")
     if choice := _CHOICE.fullmatch(what):
-        supported = ", ".join(map(repr, _supported(type_, where)))
+        supported = ", ".join(map(repr, _supported(type_, inner)))
         return BadParameter(f"Invalid value for '{where}': {choice[1]}. Supported values are: {supported}.", where, "invalid_value")
     if ", got `" in what:
         return BadParameter(f"Invalid type for '{where}': {what[:1].lower()}{what[1:]}.", where, "invalid_type")

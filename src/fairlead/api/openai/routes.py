@@ -1,5 +1,6 @@
 """The operations under `/v1`: models, chats, completions, embeddings, tokens."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
@@ -32,10 +33,12 @@ from fairlead.api.openai.bodies import (
     EmbeddingBody,
     TokenizeBody,
     chat_of,
+    generate_of,
     texts_of,
 )
-from fairlead.api.openai.door import Door, Elsewhere, answered, delta_of, left, parted, passed_on
-from fairlead.api.openai.errors import BadParameter
+from fairlead.api.openai.door import Door, Elsewhere, answered, delta_of, left, passed_on
+from fairlead.api.openai.errors import BadParameter, no_such_model
+from fairlead.api.openai.formats import guide_of
 from fairlead.api.openai.moderations import ModerationBody, Moderations, moderations
 from fairlead.api.openai.passing import Whole
 from fairlead.api.openai.together import each, interleaved
@@ -67,7 +70,7 @@ class OpenAI(Door):
     ) -> None:
         super().__init__(repository, gateway, finished, max_body_bytes, elsewhere)
         self.operations = (
-            self.get("/v1/models", "openaiModels", "Models that generate or embed", self.models, Models),
+            self.get("/v1/models", "openaiModels", "Models that generate, embed or score", self.models, Models),
             self.get("/v1/models/{model}", "openaiModel", "One of them", self.model, Model, 400, 404, 503),
             self.post("/v1/chat/completions", "openaiChat", "Answer a conversation", self.chat, ChatBody, ChatCompletion, events="also"),
             self.post("/v1/completions", "openaiComplete", "Continue a text", self.complete, CompletionBody, Completion, events="also"),
@@ -92,7 +95,11 @@ class OpenAI(Door):
         ready = {entry.name for entry in self.repository.index(ready=True) if self.repository.versions(entry.name)}
         names = sorted(name for name in ready if may_use(caller, name))
         found = {name: self.repository.engine_info(name) for name in names}
-        listed = [self._model(name, info) for name, info in found.items() if info is not None]
+        listed = []
+        for name, info in found.items():
+            if info is not None:
+                adapters = await asyncio.to_thread(self.repository.adapters, name)
+                listed += [self._model(name, info), *(self._adapter(name, adapter, info) for adapter in adapters)]
         others = [] if self.elsewhere is None else self.elsewhere.remote_models()
         listed += [Model(name, self.since, OWNER) for name in others if name not in found and may_use(caller, name)]
         return json_response(Models(listed))
@@ -103,24 +110,36 @@ class OpenAI(Door):
         if self.elsewhere is not None and self.elsewhere.remote(name) and may_use(caller, name):
             return json_response(Model(name, self.since, OWNER))
         try:
-            return json_response(self._model(name, self.info(caller_of(http)[0], *parted(name))))
+            base, version, adapter = self.named(name)
+            info = self.info(caller, base, version)
+            if not adapter:
+                return json_response(self._model(name, info))
+            if adapter not in await asyncio.to_thread(self.repository.adapters, base, version):
+                raise no_such_model(name)
+            return json_response(self._adapter(name.removesuffix(f":{adapter}"), adapter, info))
         except FairleadError as error:
             return self.errors().response(error, {})
 
     def _model(self, name: str, info: EngineInfo) -> Model:
         return Model(name, self.since, OWNER, info.max_model_len)
 
+    def _adapter(self, name: str, adapter: str, info: EngineInfo) -> Model:
+        """As vLLM lists it."""
+        return Model(f"{name}:{adapter}", self.since, OWNER, info.max_model_len, root=name, parent=name)
+
     # Generation
 
     async def chat(self, http: HttpRequest, body: ChatBody, line: AccessLine) -> Any:
-        prompt = Generate(chat=chat_of(body), sampling=body.complete(), stream=bool(body.stream))
+        prompt = generate_of(body)
         answer = Chats(f"chatcmpl-{line.id}", body.model, include_usage=body.include_usage)
         return await self._generate(http, body, [prompt], answer, line)
 
     async def complete(self, http: HttpRequest, body: CompletionBody, line: AccessLine) -> Any:
         sampling = body.complete()
+        guide = guide_of(body.response_format, body.structured_outputs)
+        stream = bool(body.stream)
         prompts = [
-            Generate(text=text, token_ids=ids, sampling=sampling, stream=bool(body.stream), add_special_tokens=body.add_special_tokens)
+            Generate(text=text, token_ids=ids, sampling=sampling, guide=guide, stream=stream, add_special_tokens=body.add_special_tokens)
             for text, ids in texts_of(body.prompt, "prompt")
         ]
         answer = Completions(
@@ -185,8 +204,13 @@ class OpenAI(Door):
     async def embed(self, http: HttpRequest, body: EmbeddingBody, line: AccessLine) -> Any:
         prompts = [Embed(text=text, token_ids=ids, dimensions=body.dimensions) for text, ids in texts_of(body.input, "input")]
         requests = self.requests_of(prompts, line, body.priority)
-        deltas = await while_connected(http.scope, http.receive, each(partial(self.only, line), requests))
-        return left(line) if deltas is None else answered(embeddings(deltas, body.model, body.encoding_format or "float"), line)
+        found = await while_connected(http.scope, http.receive, each(partial(self.responses_of, line), requests))
+        if found is None:
+            return left(line)
+        if found[0][0].raw is not None:
+            return passed_on(found[0][0], line)
+        deltas = [delta_of(response) for (response,) in found]
+        return answered(embeddings(deltas, body.model, body.encoding_format or "float"), line)
 
     async def moderate(self, http: HttpRequest, body: ModerationBody, line: AccessLine) -> Any:
         spec = self.repository.find(line.model, line.asked_version).spec

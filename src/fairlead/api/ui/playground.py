@@ -89,7 +89,7 @@ class PlayableModel(Playable, frozen=True, kw_only=True):
     example: list[ExampleTensor] | None = None
     """Inputs that work: its first warm-up request."""
     tools: bool = False
-    """Whether `tools` may be sent, as far as this server knows: another one sees for itself."""
+    """Whether `tools` may be sent; another server sees for itself."""
     structured_output: bool = False
     """The same of `response_format`."""
 
@@ -159,6 +159,8 @@ class Playground:
             inputs=[_tensor(tensor) for tensor in found.spec.inputs] if info is None else [],
             outputs=[_tensor(tensor) for tensor in found.spec.outputs] if info is None else [],
             example=_example(found),
+            tools=info is not None and info.tools,
+            structured_output=info is not None and info.structured_output,
         )
         return described
 
