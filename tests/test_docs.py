@@ -14,6 +14,8 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
 from fairlead.api.admin import Admin
+from fairlead.api.anthropic.bodies import MessagesBody
+from fairlead.api.anthropic.errors import KINDS
 from fairlead.api.jobs.administration import JobAdministration
 from fairlead.api.jobs.canonical import Canonical
 from fairlead.api.jobs.face import Shared
@@ -25,9 +27,11 @@ from fairlead.api.observe.requests import RequestRoutes
 from fairlead.api.observe.slo import SloOperations
 from fairlead.api.openai.bodies import ChatBody, CompletionBody
 from fairlead.api.openai.errors import OpenAIErrors, openai_status
+from fairlead.api.openai.ranking import RerankBody, ScoreBody
 from fairlead.api.openapi import document
 from fairlead.api.registry import RegistryRoutes
 from fairlead.api.rollouts import RolloutOperations
+from fairlead.api.sleep import SleepOperations
 from fairlead.api.status import grpc_status, http_status
 from fairlead.cli import COMMANDS
 from fairlead.cli.serve import serve
@@ -38,7 +42,17 @@ from fairlead.core.errors import FairleadError, LimitExceeded, Unavailable
 from fairlead.core.rollout import ControlSettings, RegistrySettings
 from fairlead.core.settings import Settings, parse_settings
 from fairlead.core.slo import AlertSettings, IncidentSettings
-from fairlead.core.specs import BatchingSpec, DiffusionSpec, InstancesSpec, LlmSpec, ModelSpec, QueuePolicy, TensorSpec
+from fairlead.core.specs import (
+    BatchingSpec,
+    DiffusionSpec,
+    EngineSpec,
+    InstancesSpec,
+    LlmSpec,
+    ModelSpec,
+    QueuePolicy,
+    SpeculationSpec,
+    TensorSpec,
+)
 from fairlead.gateway.configuration import FIXED
 from fairlead.gateway.course import compiled
 from fairlead.gateway.ends import REASONS, ended
@@ -101,12 +115,23 @@ def test_every_key_of_model_yaml_is_documented(key):
 
 
 @pytest.mark.parametrize(
-    ("section", "type_", "name"), [("llm", LlmSpec, "language-models.md"), ("diffusion", DiffusionSpec, "image-models.md")]
+    ("section", "type_", "name"),
+    [
+        ("llm", LlmSpec, "language-models.md"),
+        ("diffusion", DiffusionSpec, "image-models.md"),
+        ("engine", EngineSpec, "engines.md"),
+        ("llm.speculation", SpeculationSpec, "speculation.md"),
+    ],
 )
 def test_every_key_of_an_engines_section_is_documented_with_its_default(section, type_, name):
     text = page(name)
     for field in msgspec.structs.fields(type_):
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        if default in ((), msgspec.NODEFAULT):
+            assert f"| `{section}.{field.name}` | none |" in text, field.name
+            continue
+        if isinstance(default, msgspec.Struct):  # a section of its own
+            default = ""
         shown = (
             f"{default:g}"
             if isinstance(default, float)
@@ -126,6 +151,20 @@ def test_every_parameter_of_the_openai_api_that_is_not_openais_is_documented():
     bodies = {field.name for body in (ChatBody, CompletionBody) for field in msgspec.structs.fields(body)}
     ours = bodies - openais - set(CompletionParams.__annotations__) - set(ChatParams.__annotations__)
     assert ours and [name for name in ours if f"`{name}`" not in text] == []
+
+
+def test_every_field_and_error_of_the_messages_api_is_documented():
+    text = page("messages.md")
+    fields = {field.name for field in msgspec.structs.fields(MessagesBody)} - {"model", "stream", "thread"}
+    assert [name for name in fields if not re.search(rf"`{name}[`.]", text)] == []
+    of_any_door = (408, 431)
+    assert [row for row in KINDS.values() if row[0] not in of_any_door and f"| {row[0]} | `{row[1]}` |" not in text] == []
+
+
+def test_every_field_of_rerank_and_score_is_documented():
+    text = page("rerank.md")
+    fields = {field.name for body in (RerankBody, ScoreBody) for field in msgspec.structs.fields(body)}
+    assert [name for name in fields if f"`{name}`" not in text] == ["model"]
 
 
 def settings_of(type_: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
@@ -334,7 +373,8 @@ def operations(tmp_path):
     incidents = IncidentOperations(Incidents(IncidentSettings(), tmp_path.absolute, lambda: None, server=""))
     nothing: Any = None
     jobs = JobAdministration(Canonical(Shared(*[nothing] * 6, max_body_bytes=1)), nothing)
-    rooms = (Admin(store), RegistryRoutes(registry), rollouts, jobs, requests, replicas, logs, profiles, slos, incidents)
+    sleep = SleepOperations(ModelRepository(RepositorySettings(sources=()), Metrics()), lambda _: None)
+    rooms = (Admin(store), RegistryRoutes(registry), rollouts, jobs, sleep, requests, replicas, logs, profiles, slos, incidents)
     yield [operation for room in rooms for operation in room.operations]
     store.close()
 

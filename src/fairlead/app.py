@@ -16,15 +16,19 @@ from typing import Any
 import structlog
 
 from fairlead.api.admin import Admin
-from fairlead.api.data import DATA_SHAPES, data_app
+from fairlead.api.data import DATA_SHAPES, data_app, data_operations
 from fairlead.api.doorkeeper import Doorkeeper
 from fairlead.api.grpc.server import GrpcServer
 from fairlead.api.http_server import HttpServer
+from fairlead.api.openai.responses import Responses
+from fairlead.api.openai.responses_kept import Kept
 from fairlead.api.openapi import Operation
 from fairlead.api.ops import OPS_SHAPES, ops_app
+from fairlead.api.sleep import SleepOperations
 from fairlead.api.tls import server_context
 from fairlead.api.ui.playground import Playground, data_url
 from fairlead.api.ui.routes import DATA
+from fairlead.app_batches import BatchWork
 from fairlead.app_control import ControlPlane
 from fairlead.app_jobs import Jobs
 from fairlead.app_observe import Telemetry
@@ -43,7 +47,7 @@ from fairlead.gateway.limits.budgets import restore
 from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.routing.fallbacks import check_fallbacks, unknown_fallbacks
 from fairlead.gateway.signing import Nonces, SharedNonces
-from fairlead.gateway.upstream.registry import Upstreams
+from fairlead.gateway.upstreams import Upstreams
 from fairlead.gateway.usage import UsageLog
 from fairlead.gateway.visit import come
 from fairlead.observe.finished import Finished
@@ -83,6 +87,7 @@ class Server:
                 load=models.load,
                 strict_readiness=models.strict_readiness,
                 load_concurrency=models.load_concurrency,
+                kv_cache_bytes=models.kv_cache_bytes,
                 drain_timeout=settings.limits.drain_timeout,
             ),
             self.metrics,
@@ -135,11 +140,12 @@ class Server:
         self.metrics.lines = self._lines
 
     def _shared_store(self) -> Store | None:
-        """Of jobs and rollouts, which need one: a server that keeps nothing else uses the default one. None where that cannot be had."""
+        """Of jobs, rollouts, responses and batches, which need one: a server that keeps nothing else uses the default one. None where that cannot be had."""
         settings = self.settings
         self.own_store: Store | None = None
         """Where there is no other."""
-        if self.store is not None or not (settings.jobs.enabled or settings.control.enabled):
+        wanted = settings.jobs.enabled or settings.control.enabled or settings.responses.store or settings.batches.enabled
+        if self.store is not None or not wanted:
             return self.store
         try:
             self.own_store = Store.open(default_url())
@@ -147,7 +153,7 @@ class Server:
             log.warning(
                 "no_store",
                 error=error.message,
-                note="this server takes no jobs, makes no pictures and has no registry; `store.url` says where to keep them",
+                note="this server takes no jobs and no batches, makes no pictures, keeps no responses and has no registry; `store.url` says where to keep them",
             )
         return self.own_store
 
@@ -175,6 +181,23 @@ class Server:
             counts=self.metrics.counts,
         )
 
+    def _build_batches(self, store: Store | None) -> BatchWork | None:
+        """None where they are turned off, or there is nowhere to keep them."""
+        settings, finished, repository, gateway = self.settings, self.telemetry.finished, self.repository, self.gateway
+        if store is None or not settings.batches.enabled:
+            return None
+        limit = settings.limits.max_request_bytes
+        responses = Responses(repository, gateway, finished, limit, gateway, self.kept, settings.responses)
+        return BatchWork(
+            settings.batches,
+            store=store.batches,
+            identity=self.identity,
+            classes=lambda: self.policies.classes,
+            finished=finished,
+            doors=(*data_operations(repository, gateway, finished, gateway, limit), *responses.operations),
+            max_body_bytes=limit,
+        )
+
     def _build_doors(self) -> None:
         settings, finished, repository, gateway = self.settings, self.telemetry.finished, self.repository, self.gateway
         limit = settings.limits.max_request_bytes
@@ -192,6 +215,9 @@ class Server:
         store = self._shared_store()
         self.jobs = self._build_jobs(store)
         self.control = self._build_control(store)
+        self.kept = Kept(store.responses, settings.responses) if store is not None and settings.responses.store else None
+        self.batches = self._build_batches(store)
+        stored = (*(() if self.batches is None else self.batches.operations), *(() if self.jobs is None else self.jobs.operations))
         self.telemetry.connect(repository, gateway, self.control, self.jobs, self._known)
         self.telemetry.promise(repository, store, self.configuration.text, self._audit)
         self.http = HttpServer(
@@ -201,9 +227,11 @@ class Server:
                 gateway=gateway,
                 doorkeeper=self.doorkeeper,
                 elsewhere=gateway,
-                more=() if self.jobs is None else self.jobs.operations,
+                more=stored,
                 finished=finished,
                 max_body_bytes=limit,
+                kept=self.kept,
+                responses=settings.responses,
             ),
             finished,
             doorkeeper=self.doorkeeper,
@@ -217,6 +245,7 @@ class Server:
             *(() if admin is None else admin.operations),
             *(() if self.control is None else self.control.operations),
             *(() if self.jobs is None else self.jobs.administration.operations),
+            *SleepOperations(repository, self._audit).operations,
             *self.telemetry.operations,
         )
         larger = None if self.control is None else self.control.registry_routes.body_bound
@@ -236,9 +265,11 @@ class Server:
                     gateway=gateway,
                     doorkeeper=sessions,
                     elsewhere=gateway,
-                    more=() if self.jobs is None else self.jobs.operations,
+                    more=stored,
                     finished=finished,
                     max_body_bytes=limit,
+                    kept=self.kept,
+                    responses=settings.responses,
                 ),
             ),
             finished,
@@ -295,6 +326,10 @@ class Server:
         self.telemetry.start(self._begin)
         if self.dashboard is not None:
             self.dashboard.start(self._begin)
+        if self.kept is not None:
+            self._begin("responses", self.kept.run)
+        if self.batches is not None:
+            self.batches.start(self._begin)
         self._begin("identity", self.identity.follow)
         self._begin("upstreams", self.upstreams.check)
         await self.repository.start(None if self.control is None else self.control.load)
@@ -349,10 +384,8 @@ class Server:
         log.info("draining", timeout=timeout)
         self.repository.stopping = self.gateway.stopping = True
         self.gateway.drop_waiting()
-        if self.jobs is not None:
-            await asyncio.gather(self._drain_doors(timeout), self.jobs.stop(timeout / 2))
-        else:
-            await self._drain_doors(timeout)
+        later = (each for each in (self.jobs, self.kept, self.batches) if each is not None)
+        await asyncio.gather(self._drain_doors(timeout), *(each.stop(timeout / 2) for each in later))
         if self.control is not None:
             await self.control.stop()
         await self.repository.stop(max(deadline - time.monotonic(), 0.0))
@@ -421,9 +454,9 @@ class Server:
         return self.dispatch.knows(model) or model in self.policies.models
 
     def _max_in_flight(self, model: str) -> int:
-        """What a model's engines compute at once; 0 for other models, which have a batcher's line of their own."""
+        """What a model's engines compute at once; 0 for other models, which have a batcher's line of their own, or another server's."""
         info = self.repository.engine_info(model) if self.repository.versions(model) else None
-        if info is None:
+        if info is None or self.repository.external(model):
             return 0
         spec = self.repository.find(model).spec
         return (spec.llm if info.image is None else spec.diffusion).max_num_seqs * spec.instances.count

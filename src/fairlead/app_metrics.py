@@ -32,7 +32,7 @@ from fairlead.store.job_rows import Backlog
 from fairlead.store.jobs import JobStore
 
 BUILD: tuple[Sample, ...] = (("fairlead_build_info", (__version__,), 1),)
-STATES = ("ready", "starting", "failed")
+STATES = ("ready", "starting", "failed", "asleep")
 BACKLOG_SECONDS = 5.0
 
 Begin = Callable[[str, Callable[[], Coroutine[Any, Any, None]]], None]
@@ -53,6 +53,12 @@ def replica_samples(repository: ModelRepository) -> Iterator[Sample]:
         states = Counter[str](replica.state for replica in replicas_of(version))
         for state in STATES:
             yield "fairlead_replicas", (version.name, version.version, state), states[state]
+
+
+def kv_samples(repository: ModelRepository) -> Iterator[Sample]:
+    for device in repository.kv.devices:
+        if total := repository.kv.total(device):
+            yield "fairlead_kv_budget_bytes", (device,), total
 
 
 def gateway_samples(gateway: Gateway) -> Iterator[Sample | None]:
@@ -189,6 +195,7 @@ class Instruments:
             self.gc_pauses.samples,
             self.devices.samples,
             partial(replica_samples, repository),
+            partial(kv_samples, repository),
             partial(gateway_samples, gateway),
         ]
         if self.gil_wait is not None:

@@ -70,6 +70,15 @@ async def test_one_prompt_for_a_script(port):
     assert answer["tokens_per_second"] > 0
 
 
+async def test_reasoning_and_calls_of_tools_are_told(port):
+    ask = '!reason let me see !answer so !call look {"at": 1}'
+    assert await run("talker", "--url", url(port), "--prompt", ask) == (0, 'let me see \n\nso \nlook {"at": 1}\n', "")
+    _, out, _ = await run("talker", "--url", url(port), "--prompt", ask, "--json")
+    answer = json.loads(out)
+    assert (answer["content"], answer["reasoning"]) == ("so ", "let me see ")
+    assert answer["tool_calls"] == [{"name": "look", "arguments": '{"at": 1}'}]
+
+
 async def test_sampling_is_passed_on(port):
     _, out, _ = await run(
         "talker", "--url", url(port), "--prompt", "to be or not", "--max-tokens", "2", "--temperature", "0", "--seed", "7"

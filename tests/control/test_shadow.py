@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fairlead.control.shadow import MAX_UNLABELLED, NUM_WORST, Comparer, ShadowReport
-from fairlead.core.generation import Chat, Delta, Embed, Generate, Message, Paint, Picture, Sampling, Tokenize
+from fairlead.core.generation import Chat, Delta, Embed, Generate, Message, Paint, Picture, Sampling, Score, Tokenize
 from fairlead.core.request import Request, Response
 from fairlead.core.rollout import ShadowRules
 from fairlead.core.watch import Pair
@@ -124,12 +124,16 @@ def test_prompts_are_compared_by_what_they_ask(comparer):
     vector = np.ones(4, "<f4").tobytes()
     comparer.add(pair(delta(vector=vector), delta(vector=vector), prompt=Embed(text="hi")))
     comparer.add(pair(delta(tokens=["a", "b"]), delta(tokens=["ab"]), prompt=Tokenize(text="ab")))
+    one, other = (np.array([score], "<f4").tobytes() for score in (1.0, 0.2))
+    comparer.add(pair(delta(vector=one), delta(vector=other), prompt=Score(text="hi", pair="you")))
     no_picture = Picture(data=b"x", content_type="image/png", width=1, height=1, seed=1, num_steps=1, guidance=0.0, scheduler="")
     another = msgspec.structs.replace(no_picture, data=b"y")
     comparer.add(pair(delta(picture=no_picture), delta(picture=another), prompt=Paint(text="a cat")))
     report = comparer.take()["fraud"]
-    assert (report.num_pairs, report.num_agree) == (3, 1)
-    assert report.vectors["vector"].num == 1 and report.exact == {"tokens": (1, 0)} and report.pictures.num == 1
+    assert (report.num_pairs, report.num_agree) == (4, 1)
+    assert (
+        report.vectors["vector"].num == report.numbers["score"].num == 1 and report.exact == {"tokens": (1, 0)} and report.pictures.num == 1
+    )
     assert "a file that is no picture" in {each.note for each in report.worst}
 
 

@@ -7,7 +7,7 @@ from fairlead.core.generation import Usage
 from fairlead.core.settings import parse_settings
 from fairlead.core.slo import CALLERS, OURS, Objective, judge
 from fairlead.core.timeline import Timeline
-from fairlead.gateway.upstream.errors import UpstreamGone
+from fairlead.runtime.upstream.errors import UpstreamGone
 from tests.test_docs import refusals
 
 AVAILABLE = Objective(name="available")

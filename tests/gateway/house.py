@@ -24,7 +24,7 @@ from fairlead.gateway.identity.identity import may_use
 from fairlead.gateway.limits.ledger import Hold, Limiter
 from fairlead.gateway.limits.meter import Subject
 from fairlead.gateway.routing.dispatch import Dispatch
-from fairlead.gateway.upstream.registry import Upstreams
+from fairlead.gateway.upstreams import Upstreams
 from fairlead.gateway.usage import UsageLog
 from fairlead.gateway.visit import come
 from fairlead.observe.counts import Counts

@@ -13,7 +13,7 @@ from fairlead.core.errors import ConfigError, Filtered, InvalidRequest, LimitExc
 from fairlead.core.request import Raw
 from fairlead.core.settings import parse_settings
 from fairlead.gateway.configuration import FIXED
-from fairlead.gateway.upstream.fake import Fake, Script
+from fairlead.runtime.upstream.fake import Fake, Script
 from tests.gateway.house import Client, asking, caller, turns, until
 
 FIRST = """\
@@ -237,7 +237,7 @@ async def test_more_room_lets_those_in_who_wait(front, far):
 
 
 async def test_an_upstream_that_is_not_named_any_more_finishes_what_it_has(front, far, monkeypatch):
-    monkeypatch.setattr("fairlead.gateway.upstream.registry.LINGER_SECONDS", 0.001)
+    monkeypatch.setattr("fairlead.gateway.upstreams.LINGER_SECONDS", 0.001)
     far.script = Script(chunks=15, pace=0.03)
     client = front.ask()
     await until(lambda: client.responses)

@@ -50,7 +50,7 @@ from fairlead.gateway.filters.filters import Filters
 from fairlead.gateway.limits.budgets import restore
 from fairlead.gateway.limits.ledger import Limiter
 from fairlead.gateway.limits.meter import Subject
-from fairlead.gateway.upstream.fake import Fake, Script
+from fairlead.runtime.upstream.fake import Fake, Script
 from tests.gateway.house import (
     ACME,
     Client,

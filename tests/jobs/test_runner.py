@@ -15,8 +15,8 @@ from fairlead.core.pictures import encode
 from fairlead.core.policy import FilterPolicy, GatewaySettings, Limits, ModelPolicy, Price, RoutingSettings, Upstream
 from fairlead.core.request import Raw
 from fairlead.core.specs import BatchingSpec, Execution, ModelSpec, TensorSpec
-from fairlead.gateway.upstream.fake import Fake, Script
 from fairlead.runtime.local import LocalInstance
+from fairlead.runtime.upstream.fake import Fake, Script
 from fairlead.runtime.version import ModelVersion
 from fairlead.store.job_rows import JobRow
 from tests.gateway.house import ACME, Function, asking, caller, policies, rows, say, tensor_model, texts

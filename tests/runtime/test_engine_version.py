@@ -27,7 +27,20 @@ from fairlead.core.errors import (
     Unavailable,
     Unsupported,
 )
-from fairlead.core.generation import Chat, Delta, Detokenize, Embed, Generate, Message, Phase, Sampling, Tokenize, TokenLogprob, Usage
+from fairlead.core.generation import (
+    Chat,
+    Delta,
+    Detokenize,
+    Embed,
+    Generate,
+    Message,
+    Phase,
+    Sampling,
+    Tokenize,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
 from fairlead.core.request import Request
 from fairlead.core.specs import BatchingSpec, InstancesSpec, Isolation, LlmSpec, ModelSpec, Sample, TensorSpec, WarmupSpec
 from fairlead.core.tensors import object_array
@@ -224,11 +237,16 @@ async def test_choices_wait_apart_and_usage_comes_last(load):
 
 
 async def test_joining_keeps_everything_of_both():
-    one = Delta(text="a", token_ids=[1], prompt_logprobs=[None])
-    two = Delta(text="b", token_ids=[2], finish_reason="stop", stop_reason="x", usage=Usage(prompt_tokens=1))
+    one = Delta(text="a", reasoning="h", token_ids=[1], prompt_logprobs=[None], tool_calls=[ToolCall(index=0, id="c", name="f")])
+    calls = [ToolCall(index=0, arguments="{}"), ToolCall(index=1, id="d", name="g")]
+    two = Delta(
+        text="b", reasoning="m", tool_calls=calls, token_ids=[2], finish_reason="stop", stop_reason="x", usage=Usage(prompt_tokens=1)
+    )
     whole = joined(joined(one, two), Delta(tokens=["t"], vector=b"1234"))
     assert whole == Delta(
         text="ab",
+        reasoning="hm",
+        tool_calls=[ToolCall(index=0, id="c", name="f", arguments="{}"), ToolCall(index=1, id="d", name="g")],
         token_ids=[1, 2],
         prompt_logprobs=[None],
         finish_reason="stop",

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from fairlead.cli.models import shown_key
 from fairlead.core.errors import FairleadError, Unavailable
-from fairlead.core.generation import Chat, Delta, Message, Sampling, Usage
+from fairlead.core.generation import Chat, Delta, Generate, Message, Sampling, ToolCall, Usage, add_calls
 from fairlead.core.specs import LlmSpec
 
 HELP = """Talk to a language model.
@@ -32,8 +32,8 @@ STOPPED_EXIT = 130
 NOT_SHOWN = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """Control characters: what a model writes must not steer the terminal."""
 
-Talk = Callable[[list[dict[str, str]]], Iterator[str | Usage]]
-"""From the messages so far to the pieces of the answer's text, and what it used."""
+Talk = Callable[[list[dict[str, str]]], Iterator[Delta]]
+"""From the messages so far to the pieces of the answer; the last one tells what it used."""
 
 
 @click.command(help=HELP)
@@ -107,23 +107,23 @@ def _converse(talk: Talk, messages: list[dict[str, str]], model: str) -> None:
 
 
 def _answer(talk: Talk, messages: list[dict[str, str]], *, quiet: bool = False) -> dict[str, Any]:
-    """Print one answer as it comes. Returns its text and numbers."""
+    """Print one answer as it comes, reasoning and calls of tools dimmed. Returns its text and numbers."""
     started = time.perf_counter()
     first = 0.0
     stopped = False
-    texts: list[str] = []
-    usage = Usage()
+    whole, usage = Delta(), Usage()
     pieces = talk(messages)
     try:
         for piece in pieces:
-            if isinstance(piece, Usage):
-                usage = piece
+            usage = piece.usage or usage
+            if not (piece.text or piece.reasoning or piece.tool_calls):
                 continue
             first = first or time.perf_counter()
-            texts.append(piece)
             if not quiet:
-                click.echo(piece.translate(NOT_SHOWN), nl=False)
-                sys.stdout.flush()
+                _show(whole, piece)
+            whole.text += piece.text
+            whole.reasoning += piece.reasoning
+            add_calls(whole.tool_calls, piece.tool_calls)
     except KeyboardInterrupt:
         stopped = True
         if not quiet:
@@ -146,7 +146,32 @@ def _answer(talk: Talk, messages: list[dict[str, str]], *, quiet: bool = False) 
             Console(highlight=False).print(
                 f"[dim]{usage.completion_tokens} tokens, first after {1000 * numbers['first_token_seconds']:.0f} ms{rate}[/]"
             )
-    return {"content": "".join(texts), "stopped": stopped, **numbers}
+    said: dict[str, Any] = {"content": whole.text}
+    if whole.reasoning:
+        said["reasoning"] = whole.reasoning
+    if whole.tool_calls:
+        said["tool_calls"] = [{"name": call.name, "arguments": call.arguments} for call in whole.tool_calls]
+    return {**said, "stopped": stopped, **numbers}
+
+
+def _show(before: Delta, piece: Delta) -> None:
+    """`before`: what of the answer is shown already."""
+    if piece.reasoning:
+        _print(piece.reasoning, dim=True)
+    if piece.text:
+        _print("\n\n" * bool((before.reasoning or piece.reasoning) and not before.text) + piece.text)
+    known = {call.index for call in before.tool_calls}
+    for call in piece.tool_calls:
+        if call.index not in known:
+            known.add(call.index)
+            _print(f"\n{call.name} ", dim=True)
+        _print(call.arguments, dim=True)
+    sys.stdout.flush()
+
+
+def _print(text: str, *, dim: bool = False) -> None:
+    shown = text.translate(NOT_SHOWN)
+    click.echo(click.style(shown, dim=True) if dim and shown else shown, nl=False)
 
 
 def _served(url: str, model: str, options: dict[str, Any]) -> Talk:
@@ -154,7 +179,7 @@ def _served(url: str, model: str, options: dict[str, Any]) -> Talk:
     scheme, host, port, path = _parted(url)
     connect = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
 
-    def talk(messages: list[dict[str, str]]) -> Iterator[str | Usage]:
+    def talk(messages: list[dict[str, str]]) -> Iterator[Delta]:
         headers = {"content-type": "application/json", **shown_key()}
         body = {"model": model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
         # closing the connection in the middle is what tells the server to stop
@@ -187,7 +212,7 @@ def _parted(url: str) -> tuple[str, str, int | None, str]:
     return parsed.scheme, parsed.hostname, port, parsed.path.rstrip("/").removesuffix("/v1")
 
 
-def _streamed(lines: Iterable[bytes]) -> Iterator[str | Usage]:
+def _streamed(lines: Iterable[bytes]) -> Iterator[Delta]:
     for line in lines:
         if line.startswith(b"data: [DONE]"):
             return
@@ -196,15 +221,22 @@ def _streamed(lines: Iterable[bytes]) -> Iterator[str | Usage]:
     raise Unavailable("the server broke off its answer")
 
 
-def _pieces(chunk: dict[str, Any]) -> Iterator[str | Usage]:
+def _pieces(chunk: dict[str, Any]) -> Iterator[Delta]:
     if "error" in chunk:
         raise FairleadError(chunk["error"]["message"])
     for choice in chunk["choices"]:
-        if text := choice["delta"].get("content"):
-            yield text
+        told = choice["delta"]
+        reasoning = told.get("reasoning_content") or told.get("reasoning") or ""
+        yield Delta(text=told.get("content") or "", reasoning=reasoning, tool_calls=[_call(each) for each in told.get("tool_calls") or ()])
     if usage := chunk.get("usage"):
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        yield Usage(prompt_tokens=usage["prompt_tokens"], completion_tokens=usage["completion_tokens"], cached_tokens=cached)
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        told = Usage(prompt_tokens=usage["prompt_tokens"], completion_tokens=usage["completion_tokens"], cached_tokens=cached)
+        yield Delta(usage=told)
+
+
+def _call(piece: dict[str, Any]) -> ToolCall:
+    function = piece.get("function") or {}
+    return ToolCall(index=piece["index"], name=function.get("name") or "", arguments=function.get("arguments") or "")
 
 
 def _message(body: bytes, otherwise: str) -> str:
@@ -226,23 +258,18 @@ def _here(folder: Path, options: dict[str, Any]) -> Talk:
 
         engine, tokenizer, _ = build_generator(folder, LlmSpec(), threads=len(os.sched_getaffinity(0)))
 
-    def talk(messages: list[dict[str, str]]) -> Iterator[str | Usage]:
+    def talk(messages: list[dict[str, str]]) -> Iterator[Delta]:
         prompt = Chat(messages=[Message(role=each["role"], content=each["content"]) for each in messages])
-        engine.add(0, tokenizer.encode_chat(prompt), Sampling(**options))
+        rendered = tokenizer.render(prompt)
+        parsing, _ = engine.answers.read(Generate(chat=prompt, parsed=True), rendered)
+        engine.add(0, tokenizer.encode(rendered, add_special_tokens=False), Sampling(**options), parsing=parsing)
         try:
             while engine.has_work:
                 for _, answer in engine.step():
                     if isinstance(answer, FairleadError):
                         raise answer
-                    yield from _told(answer)
+                    yield answer
         finally:
             engine.abort(0)
 
     return talk
-
-
-def _told(delta: Delta) -> Iterator[str | Usage]:
-    if delta.text:
-        yield delta.text
-    if delta.usage is not None:
-        yield delta.usage

@@ -367,6 +367,8 @@ def _assistant(folder: Path) -> DemoModel:
     from fairlead.llm.build import build_generator
 
     shutil.copytree(checks.CHAT, folder, dirs_exist_ok=True)
+    shutil.copytree(checks.DRAFT, folder / "draft", dirs_exist_ok=True)
+    _declare(folder, "llm: {speculation: {method: draft, draft: draft}}\n")
     examples = [example for task in checks.CHECKS for example in checks.held_out(task)[:NUM_EXAMINED]]
     engine, tokenizer, _ = build_generator(folder, LlmSpec())
     for id, example in enumerate(examples):
@@ -533,7 +535,7 @@ def _recipe() -> str:
     digest = hashlib.sha256()
     own = (__file__, search.__file__, confidence.__file__, moderation.__file__, moderation_sentences.__file__, checks.__file__)
     pictures = sorted(file for file in digits.FOLDER.parent.rglob("*.*") if file.is_file() and file.suffix != ".pyc")
-    for file in (*map(Path, own), checks.CHAT / "model.safetensors", *pictures):
+    for file in (*map(Path, own), checks.CHAT / "model.safetensors", checks.DRAFT / "model.safetensors", *pictures):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -28,6 +28,7 @@ from fairlead.cli.admin import (
     fields,
     parsed_url,
     place_options,
+    server_options,
     short_time,
     show_done,
     show_fields,
@@ -444,6 +445,12 @@ def _progress(words: str, total: int) -> Iterator[Callable[[int], None]]:
 # What a server has loaded
 
 
+def _ref_of_version(_: click.Context, __: click.Parameter, text: str) -> tuple[str, str]:
+    """`NAME` or `NAME@VERSION`."""
+    name, _at, version = text.partition("@")
+    return name, version
+
+
 @models.command()
 @url_option
 @json_option
@@ -481,6 +488,32 @@ def unload(name: str, url: str) -> None:
     """Unload a model once its requests are answered (needs `--control explicit`)."""
     call(url, f"/v2/repository/models/{urllib.parse.quote(name, safe='')}/unload", timeout=600.0)
     click.echo(f"unloaded {name}")
+
+
+@models.command()
+@click.argument("name", callback=_ref_of_version)
+@click.option("--timeout", default=30.0, show_default=True, type=click.FloatRange(0, 3600), help="Seconds in which what runs may end.")
+@server_options
+def sleep(asks: Asks, name: tuple[str, str], timeout: float, as_json: bool) -> None:
+    """Give back the memory of a model with an engine: NAME or NAME@VERSION. A request wakes it again."""
+    model, version = name
+    body = {"version": version, "timeout": timeout}
+    answer = ask(asks, "POST", target("/admin/models/{}/sleep", model), body, timeout=timeout + 60.0)
+    show_done(_slept(answer), answer, as_json)
+
+
+@models.command()
+@click.argument("name", callback=_ref_of_version)
+@server_options
+def wake(asks: Asks, name: tuple[str, str], as_json: bool) -> None:
+    """Load again what sleeps: NAME or NAME@VERSION."""
+    model, version = name
+    answer = ask(asks, "POST", target("/admin/models/{}/wake", model), {"version": version}, timeout=600.0)
+    show_done(_slept(answer), answer, as_json)
+
+
+def _slept(answer: dict[str, Any]) -> str:
+    return ", ".join(f"{answer['model']}@{each['version']} is {each['state']}" for each in answer["versions"])
 
 
 def shown_key() -> dict[str, str]:

@@ -130,11 +130,20 @@ def question_of(request: Request) -> Question | None:
             return Question(embed=prompt.text) if prompt.text is not None and prompt.dimensions is None else None
         if not isinstance(prompt, Generate) or prompt.sampling.n > 1 or not prompt.add_special_tokens:
             return None
+        if prompt.guide is not None or prompt.adapter:
+            return None
         sampling = structs.replace(prompt.sampling, temperature=0.0, seed=None, logprobs=None, prompt_logprobs=None)
         if prompt.text is not None:
             return Question(prompt=prompt.text, sampling=sampling)
         chat = prompt.chat
-        if chat is None or chat.tools or chat.template_kwargs or chat.continue_final_message or not chat.add_generation_prompt:
+        if (
+            chat is None
+            or chat.tools
+            or chat.template_kwargs
+            or chat.reasoning_effort
+            or chat.continue_final_message
+            or not chat.add_generation_prompt
+        ):
             return None
         if any(message.tool_calls for message in chat.messages):
             return None

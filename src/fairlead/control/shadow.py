@@ -18,7 +18,7 @@ from fairlead.control.compare.texts import Texts, choices
 from fairlead.control.compare.vectors import Vectors, unit_vectors
 from fairlead.control.compare.verdict import FAR, SAME, Verdict, worse
 from fairlead.control.sequential import Interval, rate_interval
-from fairlead.core.generation import Embed, Generate, Paint, Picture
+from fairlead.core.generation import Embed, Generate, Paint, Picture, Score
 from fairlead.core.request import Request, Response
 from fairlead.core.rollout import ShadowRules
 from fairlead.core.watch import Pair
@@ -332,6 +332,8 @@ def compare(report: ShadowReport, pair: Pair, rules: ShadowRules) -> Verdict:
     if isinstance(prompt, Embed):
         ours, theirs = vector_of(champion), vector_of(candidate)
         return report.vectors.setdefault("vector", Vectors()).add(ours, theirs, rules)
+    if isinstance(prompt, Score):
+        return report.numbers.setdefault("score", Numbers()).add(vector_of(champion), vector_of(candidate), rules)
     if isinstance(prompt, Paint):
         return paintings(report, champion, candidate, rules)
     if prompt is not None:
@@ -406,7 +408,7 @@ def pictures_of(responses: Sequence[Response]) -> dict[int, Picture]:
 
 def told(response: Response) -> object:
     delta = response.delta
-    return None if delta is None else (delta.text, delta.token_ids, delta.tokens)
+    return None if delta is None else (delta.text, delta.reasoning, delta.tool_calls, delta.token_ids, delta.tokens)
 
 
 def any_bytes(pair: Pair) -> bool:

@@ -483,6 +483,57 @@ class JobSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """The longest `Prefer: wait=`."""
 
 
+class ResponseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the Responses API keeps."""
+
+    store: bool = True
+    """Answers are kept where a request does not say `store: false`; else none is, nor answered in the background."""
+    retention_days: Annotated[float, Meta(gt=0)] = 30.0
+    """How long an answer is kept after its conversation last went on."""
+    max_bytes: Positive = 8 << 20
+    """Of one answer with the items that it was asked with; larger ones are not kept."""
+    max_context_bytes: Positive = 32 << 20
+    """Of all answers that one goes on from, together."""
+    tenant_bytes: Positive = 1 << 30
+    """Of all that a tenant keeps; those that it has not used for longest make room for new ones."""
+    max_background: Positive = 256
+    """Answers that this server computes in the background at once; more get 429."""
+    tenant_background: Positive = 32
+    """The same of one tenant."""
+    background_seconds: Annotated[float, Meta(gt=0)] = 3600.0
+    """Longest time for an answer in the background."""
+    lease_seconds: Annotated[float, Meta(ge=1)] = 15.0
+    """After so long without a word from the server that computes it, an answer has failed; servers say something three times as often."""
+    omit_tools: tuple[str, ...] = ()
+    """Types of tools, such as `web_search`, that are left out where clients offer them; others that this server does not have are refused."""
+
+
+class BatchSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Files of many requests, answered where there is nothing better to do."""
+
+    enabled: bool = True
+    run: bool = True
+    """Whether this server answers them, too; else it only takes them, and others that share its store do the work."""
+    qos_class: str = "batch"
+    """The class of their requests, where there is such a class; else their caller's."""
+    max_active: Positive = 4
+    """Batches that this server runs at once."""
+    max_lines_active: Positive = 16
+    """Requests of one batch that are under way at once."""
+    max_lines: Positive = 50_000
+    max_file_bytes: Positive = 64 << 20
+    tenant_bytes: Positive = 1 << 30
+    """Of all files of a tenant."""
+    tenant_batches: Positive = 20
+    """Of a tenant, that have not ended; more get 429."""
+    window_seconds: Annotated[float, Meta(gt=0)] = 86_400.0
+    """A batch that has not ended by then has expired, with what was answered by then."""
+    retention_days: Annotated[float, Meta(gt=0)] = 30.0
+    """How long files and ended batches are kept."""
+    lease_seconds: Annotated[float, Meta(ge=1)] = 15.0
+    """How long a server that says nothing keeps its batches; it says something three times as often."""
+
+
 class ArtifactSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where files that jobs make are kept."""
 

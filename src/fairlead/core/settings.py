@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from fairlead.core.config import read_yaml
 from fairlead.core.errors import ConfigError
@@ -13,8 +13,10 @@ from fairlead.core.logs import Logs
 from fairlead.core.policy import (
     ArtifactSettings,
     AuthSettings,
+    BatchSettings,
     GatewaySettings,
     JobSettings,
+    ResponseSettings,
     StoreSettings,
     TlsSettings,
     WebhookSettings,
@@ -51,6 +53,9 @@ class Models(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     strict_readiness: bool = False
     """Ready only while every model that should be loaded is, and answers."""
     load_concurrency: Positive = 4
+    kv_cache_bytes: dict[Annotated[str, Meta(pattern="^(cpu|cuda(:[0-9]+)?)$")], Positive] = field(default_factory=dict)
+    """KV memory of all language models together, by device: `cpu`, `cuda` (each CUDA device) or `cuda:N`. A CPU that is not named
+    has half of the memory that is free when the first of them is loaded; of a CUDA device each takes what it needs of what is free."""
 
 
 class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,6 +89,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     store: StoreSettings = StoreSettings()
     gateway: GatewaySettings = GatewaySettings()
     jobs: JobSettings = JobSettings()
+    responses: ResponseSettings = ResponseSettings()
+    batches: BatchSettings = BatchSettings()
     artifacts: ArtifactSettings = ArtifactSettings()
     webhooks: WebhookSettings = WebhookSettings()
     control: ControlSettings = ControlSettings()
@@ -127,6 +134,11 @@ def _fill_in(text: str, source: str) -> str:
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def filled_in(text: str, source: str) -> str:
+    """One value with its `${NAME}` filled in. Raises ConfigError."""
+    return _fill_in(text, source).strip() if "${" in text else text
 
 
 def variables(text: str) -> list[str]:

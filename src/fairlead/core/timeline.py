@@ -23,6 +23,7 @@ MAX_CHARS = 512
 
 EVENTS = {
     "decoded": "its body was read and understood",
+    "adapted": "its model's name names a LoRA adapter: `adapter`",
     "refused": "the gateway did not let it pass: `reason`",
     "admitted": "its caller may: `class`, `priority`",
     "checked": "filters read its texts: `flagged`, the rules that found something",

@@ -84,7 +84,8 @@ def response_nbytes(response: Response) -> int:
     delta = response.delta
     size = 256 + sum(map(nbytes_of, response.outputs.values())) + len(response.raw or b"")
     if delta is not None:
-        size += len(delta.text) + len(delta.vector) + 36 * len(delta.token_ids)
+        size += len(delta.text) + len(delta.reasoning) + len(delta.vector) + 36 * len(delta.token_ids)
+        size += sum(200 + len(call.arguments) for call in delta.tool_calls)
         size += 200 * (len(delta.logprobs or ()) + len(delta.prompt_logprobs or ()))
         if delta.picture is not None:
             size += len(delta.picture.data)

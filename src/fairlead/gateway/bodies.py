@@ -49,7 +49,8 @@ class Sample(Struct, eq=False):
         for response in responses:
             text = ""
             if response.delta is not None:
-                text = response.delta.text
+                delta = response.delta
+                text = "".join((delta.reasoning, delta.text, *(call.name + call.arguments for call in delta.tool_calls)))
             elif response.raw is not None:
                 text = bytes(response.raw[: self.max_bytes]).decode("utf-8", "replace")
             if text:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import structlog
 
 from fairlead.core.errors import Filtered
-from fairlead.core.generation import Embed, Generate, Usage
+from fairlead.core.generation import Embed, Generate, Score, Usage
 from fairlead.core.request import Request
 from fairlead.gateway.abuse import Abuse, Seen
 from fairlead.gateway.ends import ended, status_of
@@ -119,7 +119,7 @@ def last_text(request: Request) -> str:
     prompt = request.prompt
     if isinstance(prompt, Generate) and prompt.chat is not None:
         return (prompt.chat.messages[-1].content or "") if prompt.chat.messages else ""
-    if isinstance(prompt, (Generate, Embed)):
+    if isinstance(prompt, (Generate, Embed, Score)):
         return prompt.text or ""
     if request.raw is not None:
         return bytes(request.raw.prefix[-2048:]).decode("utf-8", "replace")

@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
-from fairlead.core.generation import Chat, Detokenize, Embed, Generate, Paint, Tokenize, Usage
+import msgspec
+
+from fairlead.core.generation import Chat, Detokenize, Embed, Generate, Paint, Score, Tokenize, Usage
 from fairlead.core.request import Request
 from fairlead.core.tensors import nbytes_of
 from fairlead.gateway.reuse.keys import CHOOSES
@@ -33,6 +35,8 @@ def estimate(request: Request, default_output_tokens: int, *, batches: bool = Tr
         return Work(Usage(prompt_tokens=_tokens(prompt.text, prompt.token_ids, prompt.chat), completion_tokens=wanted * sampling.n), 0)
     if isinstance(prompt, Embed):
         return Work(Usage(prompt_tokens=_tokens(prompt.text, prompt.token_ids, None)), 0)
+    if isinstance(prompt, Score):
+        return Work(Usage(prompt_tokens=_tokens_of(len(prompt.text) + len(prompt.pair))), 0)
     if isinstance(prompt, Paint):
         n, width, height = prompt.n, prompt.width or PICTURE_SIZE, prompt.height or PICTURE_SIZE
         return Work(Usage(megapixels=n * width * height / 1e6, num_pictures=n, num_steps=n * (prompt.num_steps or PICTURE_STEPS)), 0)
@@ -53,13 +57,19 @@ def _tokens(text: str | None, token_ids: list[int] | None, chat: Chat | None) ->
     if token_ids is not None:
         return len(token_ids)
     if chat is not None:
-        messages = chat.messages
-        return _tokens_of(sum(len(message.content or "") for message in messages)) + TOKENS_PER_MESSAGE * len(messages)
+        return _tokens_of(_chat_chars(chat)) + TOKENS_PER_MESSAGE * len(chat.messages)
     return _tokens_of(len(text or ""))
 
 
 def _tokens_of(num_chars: int) -> int:
     return int(num_chars / CHARS_PER_TOKEN) + 1
+
+
+def _chat_chars(chat: Chat) -> int:
+    """Of its messages, and of its tools as JSON."""
+    told = sum(len(message.content or "") + len(message.reasoning or "") for message in chat.messages)
+    called = [message.tool_calls for message in chat.messages if message.tool_calls]
+    return told + (len(msgspec.json.encode((called, chat.tools))) if called or chat.tools else 0)
 
 
 def num_chars(request: Request) -> int:
@@ -70,7 +80,9 @@ def num_chars(request: Request) -> int:
     if prompt is None:
         return sum(nbytes_of(array) for array in request.inputs.values() if array.dtype.kind == "O")
     if isinstance(prompt, (Generate, Tokenize)) and prompt.chat is not None:
-        return sum(len(message.content or "") for message in prompt.chat.messages)
+        return _chat_chars(prompt.chat)
     if isinstance(prompt, Paint):
         return len(prompt.text) + len(prompt.negative)
+    if isinstance(prompt, Score):
+        return len(prompt.text) + len(prompt.pair)
     return 0 if isinstance(prompt, Detokenize) else len(prompt.text or "")

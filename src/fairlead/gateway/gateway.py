@@ -61,7 +61,7 @@ from fairlead.gateway.reuse.keys import CHOOSES
 from fairlead.gateway.reuse.response_cache import Stored
 from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.shadow import Shadows
-from fairlead.gateway.upstream.registry import Upstreams
+from fairlead.gateway.upstreams import Upstreams
 from fairlead.gateway.usage import UsageLog
 from fairlead.gateway.visit import NO_WORK, Turn, Visit, come
 from fairlead.gateway.watch import Watches
@@ -197,6 +197,10 @@ class Gateway:
         """No version of it is here, but other servers compute it: its bodies go on as they come."""
         return bool(self.upstreams(model)) and not self.repository.versions(model)
 
+    def passes(self, model: str, version: str) -> bool:
+        """Other servers compute it, or engines of others: its bodies of OpenAI's protocol go on as they come."""
+        return self.repository.external(model, version) or self.remote(model)
+
     def falls_back(self, model: str) -> bool:
         """A model that is here may answer in its place."""
         fallback = self.settings.model(model).routing.fallback
@@ -204,7 +208,7 @@ class Gateway:
 
     @property
     def any_remote(self) -> bool:
-        return bool(self.upstreams)
+        return bool(self.upstreams) or self.repository.any_external
 
     def remote_models(self) -> list[str]:
         """Those of the OpenAI protocol."""

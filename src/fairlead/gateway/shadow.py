@@ -412,6 +412,7 @@ def thin(response: Response) -> Response:
     if own.delta is not None:
         delta = own.delta = copy(own.delta)
         delta.token_ids = list(delta.token_ids)
+        delta.tool_calls = [copy(call) for call in delta.tool_calls]
     return own
 
 
@@ -446,12 +447,13 @@ def scoring(prompt: Prompt | None, answer: Sequence[Response]) -> Prompt | None:
     token_ids = [token for delta in deltas for token in delta.token_ids]
     sampling = Sampling(max_tokens=0, prompt_logprobs=0, temperature=0.0)
     if prompt.token_ids is not None and token_ids:
-        return Generate(token_ids=[*prompt.token_ids, *token_ids], sampling=sampling)
-    if not text:
+        return Generate(token_ids=[*prompt.token_ids, *token_ids], sampling=sampling, adapter=prompt.adapter)
+    if not text or any(delta.reasoning or delta.tool_calls for delta in deltas):  # the text alone is not what was written
         return None
     if prompt.chat is not None:
-        return Generate(chat=continued(prompt.chat, text), sampling=sampling)
-    return Generate(text=(prompt.text or "") + text, add_special_tokens=prompt.add_special_tokens, sampling=sampling)
+        return Generate(chat=continued(prompt.chat, text), sampling=sampling, adapter=prompt.adapter)
+    whole = (prompt.text or "") + text
+    return Generate(text=whole, add_special_tokens=prompt.add_special_tokens, sampling=sampling, adapter=prompt.adapter)
 
 
 def continued(chat: Chat, text: str) -> Chat:

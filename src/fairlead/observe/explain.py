@@ -350,6 +350,8 @@ def _sentence(name: str, of: dict[str, Any], timeline: Timeline, seconds: float)
                 if timeline.bytes_in
                 else "its body was read and understood"
             )
+        case "adapted":
+            return f"its model's name names the LoRA adapter {of['adapter']}"
         case "refused":
             return f"it was refused: {of['reason']}"
         case "admitted":

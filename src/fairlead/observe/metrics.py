@@ -99,6 +99,8 @@ class ModelMetrics:
         """The same, for what stands between."""
         self.max_batch_size = max_batch_size
         self.kv_bytes = kv_bytes
+        self.wakes = 0
+        """Times that it was loaded again after sleep."""
         self.load_seconds = 0.0
         self.exemplars: dict[str, list[Exemplar | None]] = {}
         """By histogram: the latest kept trace of each bucket."""
@@ -362,7 +364,9 @@ def _add_told(left: Told, right: Told) -> Told:
 
 def counted(stats: EngineStats) -> EngineStats:
     """Only what was counted, without what was true at the moment."""
-    return structs.replace(stats, num_running=0, num_waiting=0, num_blocks=0, num_free_blocks=0, recovering=False)
+    return structs.replace(
+        stats, num_running=0, num_waiting=0, num_blocks=0, num_free_blocks=0, num_adapters=0, adapter_bytes=0, recovering=False
+    )
 
 
 def _durations_json(told: Told) -> dict[str, int]:
@@ -380,12 +384,21 @@ ENGINE_NUMBERS = {
     "fairlead_generated_tokens_total": "num_generated_tokens",
     "fairlead_prefix_cache_queried_tokens_total": "num_prefix_queried_tokens",
     "fairlead_prefix_cache_hit_tokens_total": "num_prefix_hit_tokens",
+    "fairlead_grammars_total": "num_grammars",
+    "fairlead_grammar_hits_total": "num_grammar_hits",
+    "fairlead_grammar_seconds_total": "grammar_seconds",
+    "fairlead_drafted_tokens_total": "num_drafted_tokens",
+    "fairlead_accepted_tokens_total": "num_accepted_tokens",
     "fairlead_preemptions_total": "num_preemptions",
     "fairlead_pictures_total": "num_pictures",
     "fairlead_denoising_steps_total": "num_denoising_steps",
     "fairlead_cached_denoising_steps_total": "num_cached_steps",
     "fairlead_engine_failed_steps_total": "num_failed_steps",
     "fairlead_quarantined_requests_total": "num_quarantined",
+    "fairlead_lora_adapters": "num_adapters",
+    "fairlead_lora_bytes": "adapter_bytes",
+    "fairlead_lora_loads_total": "num_adapter_loads",
+    "fairlead_lora_evictions_total": "num_adapter_evictions",
     "fairlead_kv_blocks": "num_blocks",
     "fairlead_kv_blocks_free": "num_free_blocks",
 }
@@ -401,6 +414,7 @@ def _add_engine(page: Page, m: ModelMetrics, stats: EngineStats) -> None:
         put(name, getattr(stats, field), labels)
     if stats.num_blocks:
         put("fairlead_kv_used_ratio", _kv_usage(stats), labels)
+    put("fairlead_wakes_total", m.wakes, labels)
     if m.kv_bytes:
         put("fairlead_kv_bytes", m.kv_bytes, labels)
     for reason, num in stats.finished.items():
@@ -422,6 +436,8 @@ def _add_vllm(page: Page, labels: str, stats: EngineStats, latency: Told) -> Non
         ("vllm:gpu_cache_usage_perc", _kv_usage(stats)),
         ("vllm:prefix_cache_queries_total", stats.num_prefix_queried_tokens),
         ("vllm:prefix_cache_hits_total", stats.num_prefix_hit_tokens),
+        ("vllm:spec_decode_num_draft_tokens_total", stats.num_drafted_tokens),
+        ("vllm:spec_decode_num_accepted_tokens_total", stats.num_accepted_tokens),
         ("vllm:num_preemptions_total", stats.num_preemptions),
         ("vllm:prompt_tokens_total", stats.num_prompt_tokens),
         ("vllm:generation_tokens_total", stats.num_generated_tokens),

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from fairlead.backends.base import Kind as BackendKind
 from fairlead.core.errors import FairleadError, InvalidRequest, QueueFull, ShuttingDown, TooLarge, Unavailable
-from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
+from fairlead.core.generation import Delta, EngineInfo, EngineStats, KvShare, Prompt
 from fairlead.core.specs import ModelSpec
 from fairlead.observe.metrics import add_stats, counted
 from fairlead.runtime.forkserver import ForkServer
@@ -43,9 +43,12 @@ class EngineInstance(ReplicaProcess):
         on_change: Callable[[], None],
         *,
         version: str = "",
+        kv: KvShare | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`kv`: the KV memory that its engine may take."""
         super().__init__(spec, artefact, kind, threads, forkserver, on_change, slab_bytes=0, version=version)
+        self._load.kv = kv
         self.info: EngineInfo | None = None
         """Known once it is loaded."""
         bounds, hung = kind.bounds(spec), f"a step took longer than `{kind.section}.step_timeout`"
@@ -61,6 +64,11 @@ class EngineInstance(ReplicaProcess):
     @property
     def num_in_flight(self) -> int:
         return len(self._consumers)
+
+    @property
+    def kv_bytes(self) -> int:
+        """That its engine took."""
+        return 0 if self.info is None else self.info.num_kv_blocks * self.info.kv_block_bytes
 
     @property
     def recovering(self) -> bool:
@@ -112,6 +120,8 @@ class EngineInstance(ReplicaProcess):
         if frame.ready is None or frame.ready.engine is None:
             raise WireError("READY without what is ready")
         self.info = frame.ready.engine
+        taken, kv = self.kv_bytes, self._load.kv
+        self._load.kv = KvShare(taken, taken, "" if kv is None else kv.why) if taken else kv  # another life has as much
 
     def _on_frame(self, frame: Frame, body: Buffer) -> None:
         if frame.kind is Kind.STATS and frame.stats is not None:

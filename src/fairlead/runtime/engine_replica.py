@@ -55,7 +55,7 @@ def load_engine(load: Load) -> tuple[Engine, Frame, list[Buffer]]:
     """The engine, and the READY that tells of it. Raises what the backend raises."""
     backend = import_backend(load.backend)
     assert isinstance(backend, EngineBackend)
-    engine = backend.load_engine(Path(load.artefact), load.spec, load.threads, load.version)
+    engine = backend.load_engine(Path(load.artefact), load.spec, load.threads, load.version, load.kv)
     return engine, Frame(Kind.READY, ready=Ready(platform=load.backend.name, engine=engine.info)), []
 
 

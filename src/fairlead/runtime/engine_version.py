@@ -4,18 +4,22 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
+from pathlib import Path
 
-from msgspec import structs
+from msgspec import Struct, structs
 
+from fairlead.core.adapters import adapter_names
 from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, ShuttingDown, TimeoutExpired, Unavailable, Unsupported
-from fairlead.core.generation import Delta, EngineInfo, EngineStats, Phase, Prompt, Usage
+from fairlead.core.generation import Delta, EngineInfo, EngineStats, Phase, Prompt, Usage, add_calls
 from fairlead.core.request import Request, Response, Sink
 from fairlead.core.specs import InputCheck, ModelSpec
 from fairlead.core.tensors import Tensors
 from fairlead.core.timeline import Phases
 from fairlead.observe.metrics import ModelMetrics, add_stats
 from fairlead.runtime.engine_instance import EngineInstance
+from fairlead.runtime.kv_budget import Holding
 from fairlead.runtime.lives import ReplicaProcess
+from fairlead.runtime.sleep import Sleep
 from fairlead.runtime.text_tensors import TextForm, tensor_specs, text_form
 from fairlead.runtime.version import WARMUP_SECONDS
 
@@ -26,7 +30,7 @@ UNRANKED = 1 << 31
 class EngineTicket:
     """A request on its way through an engine. `cancel` stops it at any stage."""
 
-    __slots__ = ("age", "arrived", "done", "form", "instance", "note", "owner", "reader", "timeline", "work")
+    __slots__ = ("age", "arrived", "done", "form", "instance", "note", "owner", "parked", "reader", "timeline", "work")
 
     def __init__(self, owner: "EngineVersion", request: Request, reader: "_ToSink | _Merging") -> None:
         self.owner = owner
@@ -37,6 +41,8 @@ class EngineTicket:
         """Of a request with tensors."""
         self.instance: EngineInstance | None = None
         self.work = 0
+        self.parked: _Parked | None = None
+        """While its model wakes for it."""
         self.timeline = request.timeline
         self.note: Phases | None = None
         """In its timeline: what its engine did."""
@@ -69,10 +75,21 @@ class EngineTicket:
 
 
 class EngineVersion:
-    """States: serving → draining → closed. Everything is called from the event loop."""
+    """States: serving → draining → closed; while it serves it may sleep (`runtime.sleep`). Everything is called from the event loop."""
 
-    def __init__(self, spec: ModelSpec, version: str, platform: str, instances: Sequence[EngineInstance]) -> None:
-        """`instances`: loaded."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        version: str,
+        platform: str,
+        instances: Sequence[EngineInstance],
+        *,
+        folder: Path | None = None,
+        holding: Holding | None = None,
+    ) -> None:
+        """`instances`: loaded. `folder`: their checkpoint's. `holding`: their KV memory, of the budget."""
+        self.folder = folder
+        self.holding = holding
         info = instances[0].info
         assert info is not None
         inputs, outputs = tensor_specs(info)
@@ -95,10 +112,18 @@ class EngineVersion:
             engine=lambda: self.stats,
             kv_bytes=len(instances) * info.num_kv_blocks * info.kv_block_bytes,
         )
+        self._kv_bytes = self.metrics.kv_bytes
+        self.sleep = Sleep(spec.sleep, spec.name, instances, holding, settle=self._let_end, on_change=self._slept)
 
     @property
     def ready(self) -> bool:
-        return not self.draining and any(instance.ready and not instance.recovering for instance in self.instances)
+        return any(self.takes(instance) for instance in self.instances)
+
+    def takes(self, instance: EngineInstance) -> bool:
+        """Requests go there now, or wake it."""
+        if self.draining:
+            return False
+        return instance.ready and not instance.recovering if self.sleep.awake else self.sleep.takes_requests
 
     @property
     def processes(self) -> Sequence[ReplicaProcess]:
@@ -111,6 +136,12 @@ class EngineVersion:
         for instance in self.instances:
             total = add_stats(total, instance.stats)
         return total
+
+    def adapters(self) -> tuple[str, ...]:
+        """LoRA adapters that lie beside the weights now. Blocks."""
+        if self.folder is None or "generate" not in self.info.tasks or not self.spec.llm.lora_bytes:
+            return ()
+        return adapter_names(self.folder / self.spec.llm.loras)
 
     def statistics(self) -> dict[str, object]:
         return self.metrics.statistics()
@@ -155,8 +186,10 @@ class EngineVersion:
         return answer
 
     def cancel(self, ticket: EngineTicket) -> None:
-        assert ticket.instance is not None
-        ticket.instance.cancel(ticket.work)
+        if ticket.instance is not None:
+            ticket.instance.cancel(ticket.work)
+        elif ticket.parked is not None:
+            self.sleep.leave(ticket.parked)
         self.metrics.cancelled += 1
         self._close(ticket, Cancelled("request was cancelled"))
 
@@ -172,17 +205,37 @@ class EngineVersion:
                 raise ShuttingDown(
                     f"model '{self.name}' version {self.version} is unloading, it has stopped accepting new inference requests"
                 )
-            age = time.perf_counter() - ticket.arrived
-            timeout = self._timeout(request)
-            if timeout and timeout <= age:
-                raise TimeoutExpired("Request timeout expired")
-            chosen = instance or self._least_loaded()
-            left = timeout - age if timeout else 0.0
-            ticket.work = chosen.submit(prompt, ticket, priority=self._priority(request), age=age, timeout=left)
+            if self.sleep.awake:
+                self._send(ticket, request, prompt, instance)
+            else:
+                ticket.parked = _Parked(ticket, request, prompt, instance)
+                self.sleep.park(ticket.parked, self._left(ticket, request)[1])
         except FairleadError as error:
-            self.metrics.refused += 1
-            self._close(ticket, error)
-            return
+            self.refuse(ticket, error)
+
+    def resume(self, parked: "_Parked") -> None:
+        """It is awake."""
+        try:
+            self._send(parked.ticket, parked.request, parked.prompt, parked.instance)
+        except FairleadError as error:
+            self.refuse(parked.ticket, error)
+
+    def refuse(self, ticket: EngineTicket, error: FairleadError) -> None:
+        self.metrics.refused += 1
+        self._close(ticket, error)
+
+    def _left(self, ticket: EngineTicket, request: Request) -> tuple[float, float]:
+        """(its age, seconds that it may still wait for its start; 0: any). Raises TimeoutExpired."""
+        age, timeout = time.perf_counter() - ticket.arrived, self._timeout(request)
+        if timeout and timeout <= age:
+            raise TimeoutExpired("Request timeout expired")
+        return age, timeout - age if timeout else 0.0
+
+    def _send(self, ticket: EngineTicket, request: Request, prompt: Prompt, instance: EngineInstance | None) -> None:
+        """To an instance. Raises FairleadError."""
+        age, left = self._left(ticket, request)
+        chosen = instance or self._least_loaded()
+        ticket.work = chosen.submit(prompt, ticket, priority=self._priority(request), age=age, timeout=left)
         ticket.instance = chosen
         if ticket.timeline is not None:
             ticket.age = age
@@ -190,6 +243,7 @@ class EngineVersion:
             ticket.timeline.note(ticket.arrived + age, "engine", ticket.note)
         self._tickets.add(ticket)
         self._idle.clear()
+        self.sleep.busy()
 
     def _prompt(self, ticket: EngineTicket, request: Request) -> Prompt:
         """Raises InvalidRequest or Unsupported."""
@@ -220,6 +274,11 @@ class EngineVersion:
         ready = [instance for instance in self.instances if instance.ready]
         return min(ready or self.instances, key=lambda instance: instance.num_in_flight)
 
+    def _slept(self) -> None:
+        """Or woke."""
+        self.metrics.kv_bytes = self._kv_bytes if self.sleep.awake else 0
+        self.metrics.wakes = self.sleep.wakes
+
     # From the instances
 
     def instance_changed(self) -> None:
@@ -244,9 +303,13 @@ class EngineVersion:
     def _close(self, ticket: EngineTicket, error: FairleadError | None) -> None:
         ticket.done = True
         self._tickets.discard(ticket)
+        self._settle()
+        ticket.reader.close(error)
+
+    def _settle(self) -> None:
         if not self._tickets:
             self._idle.set()
-        ticket.reader.close(error)
+            self.sleep.idle()
 
     # The end
 
@@ -265,13 +328,36 @@ class EngineVersion:
     async def drain(self, timeout: float) -> None:
         """Refuse new requests, finish those that are here (those that `timeout` cuts off fail), release everything."""
         self.draining = True
+        await self.sleep.close()
+        await self._let_end(timeout)
+        await asyncio.gather(*(instance.close() for instance in self.instances))
+        if self.holding is not None:
+            self.holding.forget()
+
+    async def _let_end(self, timeout: float) -> None:
+        """Return when no request runs; those that `timeout` cuts off fail."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout)
         for ticket in list(self._tickets):
             assert ticket.instance is not None
             ticket.instance.cancel(ticket.work)
-            self._close(ticket, Unavailable(f"model '{self.name}' version {self.version} was unloaded before it answered"))
-        await asyncio.gather(*(instance.close() for instance in self.instances))
+            what = "unloaded" if self.draining else "put to sleep"
+            self._close(ticket, Unavailable(f"model '{self.name}' version {self.version} was {what} before it answered"))
+
+
+class _Parked(Struct, eq=False):
+    """A request whose model wakes for it."""
+
+    ticket: EngineTicket
+    request: Request
+    prompt: Prompt
+    instance: EngineInstance | None
+
+    def resume(self) -> None:
+        self.ticket.owner.resume(self)
+
+    def refuse(self, error: FairleadError) -> None:
+        self.ticket.owner.refuse(self.ticket, error)
 
 
 class _ToSink:
@@ -331,6 +417,8 @@ class _Merging:
 def joined(first: Delta, then: Delta) -> Delta:
     """Two pieces of one choice, or of one picture, as one: `first`, extended."""
     first.text += then.text
+    first.reasoning += then.reasoning
+    add_calls(first.tool_calls, then.tool_calls)
     first.token_ids += then.token_ids
     if then.logprobs is not None:
         first.logprobs = [*first.logprobs, *then.logprobs] if first.logprobs is not None else then.logprobs

@@ -169,7 +169,8 @@ class ReplicaProcess(ABC):
         return life.process.pid if life is not None and life.process is not None and not life.lost.done() else None
 
     async def start(self, deadline: float = LOAD_SECONDS) -> None:
-        """Load in a new process within `deadline` seconds; a restart has as long. Raises LoadError."""
+        """Load in a new process within `deadline` seconds; a restart has as long. After `close`: once more. Raises LoadError."""
+        self._closing, self.down = False, ""
         self._load_seconds = deadline
         await self._start_life()
         self._keeper = asyncio.get_running_loop().create_task(self._keep_alive())

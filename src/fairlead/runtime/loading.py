@@ -1,6 +1,7 @@
 """From a version's folder to a ModelVersion that has answered its warm-up."""
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 
@@ -8,13 +9,17 @@ import structlog
 from msgspec import structs
 
 from fairlead.backends import Executable, Kind, detect, load_backend
+from fairlead.backends.external import ENGINES
 from fairlead.core.errors import FairleadError, LoadError
-from fairlead.core.specs import Isolation, ModelSpec, TensorSpec
+from fairlead.core.specs import EngineSpec, Isolation, LlmSpec, ModelSpec, SleepSpec, TensorSpec
 from fairlead.core.tensors import Tensors
 from fairlead.runtime.engine_instance import EngineInstance
 from fairlead.runtime.engine_version import EngineVersion
+from fairlead.runtime.external.instance import ExternalInstance
+from fairlead.runtime.external.version import ExternalVersion
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.instances import Instance
+from fairlead.runtime.kv_budget import KvBudget
 from fairlead.runtime.local import LocalInstance
 from fairlead.runtime.process import ProcessInstance
 from fairlead.runtime.version import ModelVersion, Version
@@ -27,8 +32,8 @@ class WarmUpFailed(LoadError):
     """It was loaded, and did not answer its first requests."""
 
 
-async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: ForkServer) -> Version:
-    """Load every instance and warm it up. Raises LoadError (or ConfigError) with one readable sentence."""
+async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: ForkServer, kv: KvBudget | None = None) -> Version:
+    """Load every instance and warm it up. `kv`: what engines take their KV memory from; None: nobody else's. Raises LoadError (or ConfigError) with one readable sentence."""
     kind, artefact = await asyncio.to_thread(detect, folder, spec)
     isolation = kind.isolation if spec.instances.isolation is Isolation.AUTO else spec.instances.isolation
     threads = spec.instances.threads or _threads_of_each(spec.instances.count)
@@ -36,8 +41,13 @@ async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: 
         log.warning(
             "parameters have no effect on this kind of model", model=spec.name, backend=kind.name, parameters=sorted(spec.parameters)
         )
+    _check_sections(spec, kind)
+    if spec.sleep != SleepSpec() and (kind.external or not kind.engine):
+        raise LoadError(f"`sleep` is for models with an engine of Fairlead's own, and this one is of kind {kind.name}")
+    if kind.external:
+        return await _load_external(engine_spec(spec, kind), version, artefact, kind)
     if kind.engine:
-        return await _load_engine(engine_spec(spec, kind), version, artefact, kind, threads, forkserver)
+        return await _load_engine(engine_spec(spec, kind), version, artefact, kind, threads, forkserver, kv or KvBudget())
     served: list[ModelVersion] = []
 
     def changed() -> None:
@@ -67,18 +77,66 @@ async def load_version(spec: ModelSpec, version: str, folder: Path, forkserver: 
     return loaded
 
 
-async def _load_engine(spec: ModelSpec, version: str, artefact: Path, kind: Kind, threads: int, forkserver: ForkServer) -> EngineVersion:
-    replicas = [
-        EngineInstance(spec, artefact, kind, threads, forkserver, _nobody_waits, version=version) for _ in range(spec.instances.count)
-    ]
+async def _load_engine(
+    spec: ModelSpec, version: str, artefact: Path, kind: Kind, threads: int, forkserver: ForkServer, kv: KvBudget
+) -> EngineVersion:
+    device = spec.instances.device
+    async with contextlib.AsyncExitStack() as sized:
+        share = None
+        if kind.section == "llm":  # whose memory is sized: the next one is told what is left
+            await sized.enter_async_context(kv.turn(device))
+            share = kv.share(spec)
+        replicas = [
+            EngineInstance(spec, artefact, kind, threads, forkserver, _nobody_waits, version=version, kv=share)
+            for _ in range(spec.instances.count)
+        ]
+        try:
+            await asyncio.gather(*(replica.start() for replica in replicas))
+        except BaseException:
+            await asyncio.gather(*(replica.close() for replica in replicas))
+            raise
+        holding = kv.hold(f"{spec.name}@{version}", device, sum(replica.kv_bytes for replica in replicas))
     try:
-        await asyncio.gather(*(replica.start() for replica in replicas))
-        loaded = EngineVersion(spec, version, kind.name, replicas)
+        loaded = EngineVersion(spec, version, kind.name, replicas, folder=artefact, holding=holding)
         await _warm_up(loaded, None)
     except BaseException:
+        holding.forget()
         await asyncio.gather(*(replica.close() for replica in replicas))
         raise
+    loaded.sleep.idle()
     return loaded
+
+
+async def _load_external(spec: ModelSpec, version: str, artefact: Path, kind: Kind) -> EngineVersion:
+    """Engines of others: each is another process of its own, or a server that is there."""
+    row = ENGINES[kind.name]
+    instances = [ExternalInstance(spec, row, artefact, _nobody_waits, version=version) for _ in range(spec.instances.count)]
+    try:
+        async with asyncio.TaskGroup() as starting:
+            for instance in instances:
+                starting.create_task(instance.start())
+        loaded = ExternalVersion(spec, version, kind.name, instances)
+        await _warm_up(loaded, None)
+    except BaseException as error:
+        await asyncio.gather(*(instance.close() for instance in instances))
+        if isinstance(error, ExceptionGroup):  # one that fails ends the others, which may take minutes to start
+            raise error.exceptions[0] from None
+        raise
+    return loaded
+
+
+def _check_sections(spec: ModelSpec, kind: Kind) -> None:
+    """Raises LoadError for a section that says nothing to this kind."""
+    if not kind.external:
+        if spec.engine != EngineSpec():
+            raise LoadError(
+                f"`engine` is for models that somebody else's engine computes ({', '.join(ENGINES)}), and this one is of kind {kind.name}"
+            )
+        return
+    if spec.llm != LlmSpec(task=spec.llm.task):
+        raise LoadError(f"of `llm` an engine of kind {kind.name} heeds nothing but `task`: what it takes goes into `engine.args`")
+    if spec.engine.url and spec.instances.count > 1:
+        raise LoadError("`instances.count` is for engines that are started: several servers that are there are `upstreams` of the gateway")
 
 
 def _nobody_waits() -> None:

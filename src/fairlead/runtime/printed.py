@@ -54,8 +54,7 @@ class Printed:
             self._end()
             return
         *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self._take(line)
+        self._take_all(lines)
         if len(self._rest) > MAX_LINE_BYTES:
             self._take(self._rest)
             self._rest = b""
@@ -69,6 +68,10 @@ class Printed:
         os.close(self._fd)
         self._fd = -1
         lines, self._rest = self._rest.split(b"\n"), b""
+        for line in lines:
+            self._take(line)
+
+    def _take_all(self, lines: list[bytes]) -> None:
         for line in lines:
             self._take(line)
 

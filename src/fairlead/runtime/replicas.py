@@ -11,7 +11,7 @@ from fairlead.runtime.instances import Instance
 from fairlead.runtime.lives import ReplicaProcess
 from fairlead.runtime.version import ModelVersion, Version
 
-State = Literal["ready", "starting", "failed"]
+State = Literal["ready", "starting", "failed", "asleep"]
 
 
 class Replica(Struct, frozen=True, kw_only=True):
@@ -68,15 +68,15 @@ def _replica(version: ModelVersion, number: int, instance: Instance, *, in_fligh
 
 
 def _engine_replica(version: EngineVersion, number: int, instance: EngineInstance) -> Replica:
-    stats, info = instance.stats, instance.info
+    stats, info = instance.stats, instance.info if version.sleep.awake else None
     return Replica(
         model=version.name,
         version=version.version,
         instance=number,
         kind="process",
         pid=instance.pid,
-        state=_state(ready=instance.ready, down=instance.down),
-        reason=instance.down,
+        state=_state(ready=instance.ready, down=instance.down) if version.sleep.awake else "asleep",
+        reason=instance.down if version.sleep.awake else version.sleep.refused,
         restarts=instance.restarts,
         in_flight=instance.num_in_flight,
         device=version.spec.instances.device,

@@ -20,14 +20,16 @@ import structlog
 from msgspec import Struct, field
 
 from fairlead.core.config import read_yaml
-from fairlead.core.errors import ConfigError, FairleadError, InvalidRequest, LoadError, NotFound, ShuttingDown, Unavailable
+from fairlead.core.errors import ConfigError, FairleadError, InvalidRequest, LoadError, NotFound, ShuttingDown, Unavailable, Unsupported
 from fairlead.core.generation import EngineInfo
 from fairlead.core.logs import Levels
 from fairlead.core.request import Request, Response, Sink
 from fairlead.core.specs import ModelSpec
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.engine_version import EngineVersion
+from fairlead.runtime.external.version import ExternalVersion
 from fairlead.runtime.forkserver import ForkServer
+from fairlead.runtime.kv_budget import KvBudget
 from fairlead.runtime.loading import load_version
 from fairlead.runtime.source import Listing, Source, choose_versions, default_cache
 from fairlead.runtime.triton_config import spec_from_triton, triton_config
@@ -82,6 +84,8 @@ class RepositorySettings(Struct, frozen=True, kw_only=True):
     """Ready only while every model that should be loaded is, and answers: none is being started again."""
     drain_timeout: float = 30.0
     load_concurrency: int = 4
+    kv_cache_bytes: dict[str, int] = field(default_factory=dict)
+    """As `runtime.kv_budget.KvBudget` takes it."""
     cache_folder: Path = field(default_factory=default_cache)
 
 
@@ -114,6 +118,8 @@ class _Served(Struct):
 
     by_version: dict[str, Version]
     default: Version
+    external: bool
+    """All of them are other engines', which take bodies as they came."""
 
 
 class ModelRepository:
@@ -123,6 +129,8 @@ class ModelRepository:
         self.settings = settings
         self.metrics = metrics
         self.started = False
+        self.any_external = False
+        """Some version is computed by somebody else's engine."""
         self.readiness_changed = asyncio.Event()
         """Set, and replaced, whenever `ready` may have changed."""
         self._stopping = False
@@ -131,6 +139,7 @@ class ModelRepository:
         self._listings: dict[str, tuple[Source, Listing]] = {}
         self._served: dict[str, _Served] = {}
         self._forkserver = forkserver or ForkServer()
+        self.kv = KvBudget(settings.kv_cache_bytes)
         self._loading = asyncio.Semaphore(settings.load_concurrency)
         self._hosting = asyncio.Semaphore(settings.load_concurrency)
         """Slots of their own: a load from a source may take for ever."""
@@ -164,9 +173,9 @@ class ModelRepository:
         for name, model in self._models.items():
             served = self._served.get(name)
             if model.hosted:  # a candidate, and what is kept, is nobody's to wait for
-                if served is None or not served.default.ready:
+                if served is None or not (served.default.ready or sleeps(served.default)):
                     return False
-            elif served is not None and not all(version.ready for version in served.by_version.values()):
+            elif served is not None and not all(version.ready or sleeps(version) for version in served.by_version.values()):
                 return False
         return not any(not self._models[name.partition("@")[0]].hosted for name in self.failures())
 
@@ -216,6 +225,18 @@ class ModelRepository:
         found = self.find(name, version)
         return found.info if isinstance(found, EngineVersion) else None
 
+    def external(self, name: str, version: str = "") -> bool:
+        """That version of it, or all of them, are computed by engines of others: its bodies go on as they come."""
+        served = self._served.get(name)
+        if served is None:
+            return False
+        return isinstance(served.by_version.get(version), ExternalVersion) if version else served.external
+
+    def adapters(self, name: str, version: str = "") -> tuple[str, ...]:
+        """LoRA adapters that lie beside a loaded version's weights now. Blocks. Raises NotFound."""
+        found = self.find(name, version)
+        return found.adapters() if isinstance(found, EngineVersion) else ()
+
     def known(self, name: str) -> bool:
         return name in self._models or name in self._listings
 
@@ -255,12 +276,35 @@ class ModelRepository:
             model = self._models.get(name)
             states = dict(sorted(model.states.items())) if model else {}
             for number, (state, reason) in states.items():
+                if model is not None and state is State.READY and sleeps(model.versions.get(number)):
+                    reason = "asleep"
                 if not ready or state is State.READY:
                     entries.append(IndexEntry(name=name, version=str(number), state=state, reason=reason))
             if not states and not ready:
                 reason = model.reason if model else ""
                 entries.append(IndexEntry(name=name, state=State.UNAVAILABLE if reason else "", reason=reason))
         return entries
+
+    # Sleep
+
+    async def sleep(self, name: str, version: str, timeout: float) -> list[EngineVersion]:
+        """Put a version, or all that are loaded, to sleep; what runs has `timeout` seconds to end. Raises NotFound or Unsupported."""
+        versions = self._sleepers(name, version)
+        await asyncio.gather(*(each.sleep.sleep(timeout) for each in versions))
+        return versions
+
+    async def wake(self, name: str, version: str) -> list[EngineVersion]:
+        """Load again what sleeps. Raises NotFound, Unsupported or LoadError."""
+        versions = self._sleepers(name, version)
+        await asyncio.gather(*(each.sleep.wake() for each in versions))
+        return versions
+
+    def _sleepers(self, name: str, version: str) -> list[EngineVersion]:
+        found = [self.find(name, each) for each in ([version] if version else self.versions(name) or [""])]
+        engines = [each for each in found if isinstance(each, EngineVersion) and not isinstance(each, ExternalVersion)]
+        if len(engines) < len(found):
+            raise Unsupported(f"model '{name}' cannot sleep: only those with an engine of Fairlead's own can")
+        return engines
 
     def statistics(self, name: str = "", version: str = "") -> list[dict[str, object]]:
         """Raises InvalidRequest, as Triton does, for a name or version that is not loaded."""
@@ -390,7 +434,7 @@ class ModelRepository:
         async def load() -> Version:
             try:
                 async with asyncio.timeout(timeout) as limit:
-                    return await load_version(hosted.spec, str(number), await asyncio.to_thread(hosted.fetch), self._forkserver)
+                    return await load_version(hosted.spec, str(number), await asyncio.to_thread(hosted.fetch), self._forkserver, self.kv)
             except TimeoutError:
                 if not limit.expired():
                     raise
@@ -543,7 +587,7 @@ class ModelRepository:
 
         async def load(number: int) -> Version:
             folder = await asyncio.to_thread(source.fetch, listing, number)
-            return await load_version(spec, str(number), folder, self._forkserver)
+            return await load_version(spec, str(number), folder, self._forkserver, self.kv)
 
         loaded = await asyncio.gather(*(self._load_version(name, model, number, partial(load, number), self._loading) for number in fresh))
         retired: list[Version] = []
@@ -612,9 +656,11 @@ class ModelRepository:
             for number, version in by_version.items():
                 self.metrics.models[name, number] = version.metrics
             default = model.default if model.default in model.versions else max(model.versions)
-            self._served[name] = _Served(by_version=by_version, default=model.versions[default])
+            external = all(isinstance(version, ExternalVersion) for version in by_version.values())
+            self._served[name] = _Served(by_version=by_version, default=model.versions[default], external=external)
         else:
             self._served.pop(name, None)
+        self.any_external = any(isinstance(version, ExternalVersion) for version in self.loaded())
         self._note_readiness()
 
     async def _drain(self, version: Version, timeout: float) -> None:
@@ -634,6 +680,10 @@ class ModelRepository:
 
 
 UNLOADED = "unloaded"
+
+
+def sleeps(version: Version | None) -> bool:
+    return isinstance(version, EngineVersion) and not version.sleep.awake
 
 
 class _Refused:

@@ -38,7 +38,7 @@ class Listing(Struct, frozen=True):
     """The model's own folder (or the one bare file) in the source's file system."""
 
     def versions(self) -> dict[int, dict[str, str]]:
-        """Version number → its files. A folder without version folders is version 1."""
+        """Version number → its files. A folder without version folders is version 1, even where it holds nothing but what says what it is."""
         found: dict[int, dict[str, str]] = {}
         for path, stamp in self.files.items():
             first, _, rest = path.partition("/")
@@ -47,6 +47,7 @@ class Listing(Struct, frozen=True):
         if found:
             return found
         own = {path: stamp for path, stamp in self.files.items() if path not in (SPEC_FILE, CONFIG_FILE)}
+        own = own or {path: stamp for path, stamp in self.files.items() if path == SPEC_FILE}
         return {1: own} if own else {}
 
     def folder_of(self, number: int) -> str:

@@ -8,7 +8,7 @@ from msgspec import Struct, structs
 
 from fairlead.core.caller import ANYONE
 from fairlead.core.errors import InvalidRequest, Unsupported
-from fairlead.core.generation import Delta, Embed, EngineInfo, Generate, Prompt, Sampling
+from fairlead.core.generation import Delta, Embed, EngineInfo, Generate, Prompt, Sampling, Score
 from fairlead.core.request import Request
 from fairlead.core.specs import TensorSpec
 from fairlead.core.tensors import Tensors, object_array
@@ -20,6 +20,8 @@ OPTIONS = (
     TensorSpec(name="exclude_input_in_output", datatype="BOOL", shape=(1,), optional=True),
 )
 ANSWER = TensorSpec(name="text_output", datatype="BYTES", shape=(-1,))
+PAIR = TensorSpec(name="text_pair", datatype="BYTES", shape=(1,))
+SCORE = TensorSpec(name="score", datatype="FP32", shape=(1,))
 VECTOR = TensorSpec(name="embedding", datatype="FP32", shape=(-1,))
 FLAGS = ("stream", "exclude_input_in_output")
 
@@ -39,6 +41,8 @@ class TextForm(Struct, frozen=True):
         """Of one response: several Deltas are the choices of one answer."""
         if isinstance(self.prompt, Embed):
             return {VECTOR.name: np.frombuffer(deltas[0].vector, "<f4")}
+        if isinstance(self.prompt, Score):
+            return {SCORE.name: np.frombuffer(deltas[0].vector, "<f4")}
         texts = [self.prefix] * (self.prompt.sampling.n if isinstance(self.prompt, Generate) else 1)
         for delta in deltas:
             texts[delta.index] += delta.text
@@ -51,6 +55,8 @@ def tensor_specs(info: EngineInfo) -> tuple[tuple[TensorSpec, ...], tuple[Tensor
         return (), ()
     if "generate" in info.tasks:
         return (TEXT, *OPTIONS), (ANSWER,)
+    if "score" in info.tasks:
+        return (TEXT, PAIR), (SCORE,)
     return (TEXT,), (VECTOR,)
 
 
@@ -60,6 +66,8 @@ def text_form(request: Request, info: EngineInfo) -> TextForm:
     if "paint" in info.tasks:
         raise Unsupported(f"model '{request.model}' makes pictures, and takes no tensors: ask it with a job (POST /v1/jobs)")
     text = _text(request.inputs, TEXT.name)
+    if "score" in info.tasks:
+        return TextForm(Score(text=text, pair=_text(request.inputs, PAIR.name)))
     if "generate" not in info.tasks:
         return TextForm(Embed(text=text))
     parameters = dict(request.parameters)

@@ -40,7 +40,7 @@ from fairlead.backends.base import Kind as BackendKind
 from fairlead.backends.base import RequestContext
 from fairlead.core import errors
 from fairlead.core.errors import FairleadError, InvalidRequest, ModelError
-from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
+from fairlead.core.generation import Delta, EngineInfo, EngineStats, KvShare, Prompt
 from fairlead.core.logs import Level
 from fairlead.core.specs import ModelSpec, TensorSpec
 from fairlead.core.tensors import DATATYPES, DTYPES, Tensors, datatype_of, decode_bytes, encode_bytes, object_array
@@ -114,6 +114,8 @@ class Load(Struct):
     backend: BackendKind
     threads: int
     version: str = ""
+    kv: KvShare | None = None
+    """Of an engine whose KV memory comes from a budget."""
 
 
 class Ready(Struct, omit_defaults=True):

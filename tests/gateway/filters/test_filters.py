@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fairlead.core.errors import ConfigError, Filtered, InvalidRequest, ModelError, Unsupported
-from fairlead.core.generation import Chat, Detokenize, Embed, Generate, Message, Tokenize
+from fairlead.core.generation import Chat, Detokenize, Embed, Generate, Message, Score, Tokenize
 from fairlead.core.policy import FilterPolicy
 from fairlead.core.request import Raw, Request
 from fairlead.core.tensors import object_array
@@ -41,21 +41,32 @@ def test_what_is_redacted_is_redacted_wherever_it_stands() -> None:
     request = chat(
         Message(role="system", content=MAIL),
         user(f"{MAIL}!"),
-        Message(role="assistant", tool_calls=[call]),
+        Message(role="assistant", tool_calls=[call], reasoning=f"who is {MAIL}?"),
         tools=[{"function": {"description": MAIL}}],
         template_kwargs={"documents": [{"text": MAIL}]},
     )
     prompt = REDACT.check(request).request.prompt
     assert isinstance(prompt, Generate) and prompt.chat is not None
     assert [message.content for message in prompt.chat.messages] == [HIDDEN, f"{HIDDEN}!", None]
+    assert prompt.chat.messages[2].reasoning == f"who is {HIDDEN}?"
     assert prompt.chat.messages[2].tool_calls == [{"id": "1", "function": {"name": "mail", "arguments": f'{{"text": "{HIDDEN}"}}'}}]
     assert prompt.chat.tools == [{"function": {"description": HIDDEN}}]
     assert prompt.chat.template_kwargs == {"documents": [{"text": HIDDEN}]}
     assert "jane" in str(request), "the request that was checked is left as it was"
 
 
-@pytest.mark.parametrize("prompt", [Generate(text=MAIL), Embed(text=MAIL), Tokenize(text=MAIL), Tokenize(chat=Chat(messages=[user(MAIL)]))])
-def test_prompts_of_every_kind_are_searched(prompt: Generate | Embed | Tokenize) -> None:
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        Generate(text=MAIL),
+        Embed(text=MAIL),
+        Score(text=MAIL, pair="x"),
+        Score(text="x", pair=MAIL),
+        Tokenize(text=MAIL),
+        Tokenize(chat=Chat(messages=[user(MAIL)])),
+    ],
+)
+def test_prompts_of_every_kind_are_searched(prompt: Generate | Embed | Score | Tokenize) -> None:
     changed = REDACT.check(Request(model="m", prompt=prompt)).request.prompt
     assert "[EMAIL]" in str(changed) and "jane" not in str(changed)
 

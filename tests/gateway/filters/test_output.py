@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairlead.core.errors import Filtered, ModelError
-from fairlead.core.generation import Delta, TokenLogprob, Usage
+from fairlead.core.generation import Delta, TokenLogprob, ToolCall, Usage, add_calls
 from fairlead.core.policy import FilterPolicy
 from fairlead.core.request import Response
 from fairlead.core.tensors import object_array
@@ -69,6 +69,53 @@ def test_a_stream_is_held_back_only_where_it_must_be_and_tokens_stay_with_their_
     assert out[-1].finish_reason == "stop" and out[-1].usage == Usage(completion_tokens=8)
     assert out[0].text == "The " and len(out) >= 5
     assert filter.rules == ("pii.email",)
+
+
+def test_reasoning_and_arguments_of_calls_are_searched_too_each_on_its_own() -> None:
+    arguments = ['{"to": "ja', "ne@example", '.com"}']
+    sent = [Delta(reasoning="ask jane@ex", token_ids=[0]), Delta(reasoning="ample.com first", token_ids=[1])]
+    sent += [Delta(text="I write ", token_ids=[2])]
+    sent += [
+        Delta(tool_calls=[ToolCall(index=0, id="c" * (not at), name="mail" * (not at), arguments=text)])
+        for at, text in enumerate(arguments)
+    ]
+    sent += [Delta(tool_calls=[ToolCall(index=1, id="d", name="now", arguments="{}")]), Delta(finish_reason="tool_calls")]
+    out = deltas(run(output(), *map(of, sent)))
+    calls: list[ToolCall] = []
+    add_calls(calls, [call for delta in out for call in delta.tool_calls])
+    assert "".join(delta.reasoning for delta in out) == "ask [EMAIL] first"
+    assert "".join(delta.text for delta in out) == "I write "
+    assert [(call.id, call.name, call.arguments) for call in calls] == [("c", "mail", '{"to": "[EMAIL]"}'), ("d", "now", "{}")]
+    assert [token for delta in out for token in delta.token_ids] == [2]
+    assert out[-1].finish_reason == "tool_calls"
+    # nothing of the reasoning comes behind the text
+    kinds = [kind for delta in out for kind in ("reasoning", "text", "tool_calls") if getattr(delta, kind)]
+    assert kinds == sorted(kinds, key=["reasoning", "text", "tool_calls"].index)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [Delta(reasoning="a bomb it is"), Delta(text="so")],
+        [Delta(text="so"), Delta(tool_calls=[ToolCall(index=0, id="c", name="f", arguments='{"what": "bomb"}')]), Delta(text="more")],
+    ],
+)
+def test_a_choice_is_blocked_by_its_reasoning_and_its_calls_too(pieces: list[Delta]) -> None:
+    out = deltas(run(output(), *map(of, [*pieces, Delta(finish_reason="stop")])))
+    told = "".join(delta.reasoning + delta.text + "".join(call.arguments for call in delta.tool_calls) for delta in out)
+    assert "bomb" not in told and "more" not in told
+    assert [delta.finish_reason for delta in out if delta.finish_reason] == ["content_filter"]
+
+
+def test_a_whole_answer_with_a_blocked_call_is_withheld_whole() -> None:
+    call = ToolCall(index=0, id="c", name="f", arguments='{"what": "bomb"}')
+    (out,) = deltas(run(output(), of(Delta(text="here", reasoning="hm", tool_calls=[call], finish_reason="tool_calls"))))
+    assert out == Delta(finish_reason="content_filter")
+
+
+def test_calls_that_hold_nothing_go_out_as_they_came() -> None:
+    response = of(Delta(reasoning="hm.", tool_calls=[ToolCall(index=0, id="c", name="f", arguments="{}")], finish_reason="tool_calls"))
+    assert run(output(), response)[0] is response
 
 
 def test_a_blocked_choice_ends_with_content_filter_and_the_others_go_on() -> None:

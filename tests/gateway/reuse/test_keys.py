@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from fairlead.core.generation import Detokenize, Embed, Generate, Sampling, Tokenize
+from fairlead.core.generation import Detokenize, Embed, Generate, Sampling, Score, Tokenize
 from fairlead.core.policy import CacheSettings
 from fairlead.core.request import Request
 from fairlead.core.tensors import DTYPES
@@ -150,11 +150,13 @@ def test_a_prompt_is_told_from_tensors_and_from_other_prompts():
         Generate(token_ids=[97], sampling=GREEDY),
         Embed(text="a"),
         Embed(text="a", dimensions=8),
+        Score(text="a", pair="b"),
+        Score(text="a", pair="b", raw=True),
         Tokenize(text="a"),
         Detokenize(token_ids=[97]),
     ]
     keys = {key(Request(model="m", prompt=prompt)) for prompt in prompts} | {key(tensors(inputs={}))}
-    assert len(keys) == 9 and None not in keys
+    assert len(keys) == 11 and None not in keys
     assert key(chat("hi", "you", "are")) != key(chat("hi", "youare", "")) != key(chat("hi"))
 
 

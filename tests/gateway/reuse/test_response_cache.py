@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from fairlead.core.generation import Delta, TokenLogprob, Usage
+from fairlead.core.generation import Delta, TokenLogprob, ToolCall, Usage
 from fairlead.core.policy import CacheSettings, ReuseSettings
 from fairlead.core.request import Response
 from fairlead.gateway.reuse.response_cache import Recorder, ResponseCache, Stored, copy_of
@@ -128,6 +128,21 @@ def test_a_stream_is_stored_as_whole_choices_with_the_usage_last():
     assert (last.index, last.text, last.token_ids, last.finish_reason, last.stop_reason) == (0, "Hello!", [1, 3], "stop", "\n")
     assert last.logprobs == [one, one, one] and first.logprobs is None
     assert last.usage == stored.usage and first.usage is None
+
+
+def test_reasoning_and_calls_of_tools_are_stored_whole_and_shared_with_nobody():
+    pieces = [
+        Delta(reasoning="h"),
+        Delta(reasoning="m", tool_calls=[ToolCall(index=0, id="c", name="f", arguments="{")]),
+        Delta(tool_calls=[ToolCall(index=0, arguments="}")], finish_reason="tool_calls", usage=Usage(completion_tokens=3)),
+    ]
+    stored = recorded(*(Response(model="m", version="1", delta=piece) for piece in pieces))
+    assert stored is not None
+    (whole,) = stored.responses
+    call = ToolCall(index=0, id="c", name="f", arguments="{}")
+    assert (whole.delta.reasoning, whole.delta.tool_calls, whole.delta.finish_reason) == ("hm", [call], "tool_calls")
+    copy_of(whole).delta.tool_calls[0].arguments += "!"
+    assert whole.delta.tool_calls == [call]
 
 
 def test_a_whole_answer_is_given_to_a_stream_as_it_is():

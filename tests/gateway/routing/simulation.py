@@ -16,10 +16,10 @@ from fairlead.core.request import Raw, Request, Response, Sink
 from fairlead.gateway.routing.balance import pick
 from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.routing.fake import FakePlace, VirtualTime
-from fairlead.gateway.upstream.errors import UpstreamGone
 from fairlead.observe.counts import Counts
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.repository import ModelRepository, RepositorySettings
+from fairlead.runtime.upstream.errors import UpstreamGone
 
 NEVER = Breaker(failures=1 << 30, min_requests=1 << 30)
 

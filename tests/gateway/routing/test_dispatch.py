@@ -30,11 +30,11 @@ from fairlead.core.timeline import Timeline
 from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.routing.fake import FakePlace, VirtualTime
 from fairlead.gateway.routing.fallbacks import check_fallbacks, unknown_fallbacks
-from fairlead.gateway.upstream.errors import UpstreamGone
 from fairlead.observe.counts import Counts
 from fairlead.observe.metrics import Metrics
 from fairlead.observe.table import TABLE
 from fairlead.runtime.repository import ModelRepository, RepositorySettings
+from fairlead.runtime.upstream.errors import UpstreamGone
 
 CHAT = "/v1/chat/completions"
 

@@ -19,11 +19,11 @@ from fairlead.core.request import Raw, Request
 from fairlead.core.routes import Routes
 from fairlead.gateway.routing.dispatch import Dispatch
 from fairlead.gateway.routing.fake import FakePlace, VirtualTime
-from fairlead.gateway.upstream.place import UpstreamPlace
 from fairlead.observe.counts import Counts
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.repository import ModelRepository, RepositorySettings
+from fairlead.runtime.upstream.place import UpstreamPlace
 from tests.servers import IDENTITY, write_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairlead.core.generation import Chat, Embed, Generate, Message, Sampling
+from fairlead.core.generation import Chat, Embed, Generate, Message, Sampling, Score
 from fairlead.core.policy import Breaker
 from fairlead.core.request import Raw, Request
 from fairlead.core.routes import Routes, unit
@@ -253,6 +253,7 @@ def test_sizes_are_told_from_the_request():
     assert size_of(chat) == Size(10, LONGEST_ANSWER)
     assert size_of(Request(model="m", prompt=Generate(token_ids=[1, 2, 3]))) == Size(3, LONGEST_ANSWER)
     assert size_of(Request(model="m", prompt=Embed(text="x" * 40))) == Size(10, 1)
+    assert size_of(Request(model="m", prompt=Score(text="x" * 30, pair="y" * 10))) == Size(10, 1)
     assert size_of(Request(model="m", num_rows=7)) == Size(0, 7)
     raw = Raw(path="/v1/chat/completions", body=b"", prompt_chars=400, max_tokens=100_000)
     assert size_of(Request(model="m", raw=raw)) == Size(100, LONGEST_ANSWER)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from fairlead.control.compare.verdict import SAME, Verdict
-from fairlead.core.generation import Delta, Generate, TokenLogprob
+from fairlead.core.generation import Delta, Generate, TokenLogprob, add_calls
 from fairlead.core.request import Response
 from fairlead.core.rollout import ShadowRules
 
@@ -60,7 +60,7 @@ class Texts(Struct, kw_only=True, omit_defaults=True):
         delta = self._score(ours, scores)
         greedy = prompt.sampling.greedy
         if greedy:
-            same = len(ours) == len(theirs) and all(plain(one.text) == plain(other.text) for one, other in zip(ours, theirs, strict=True))
+            same = len(ours) == len(theirs) and all(same_said(one, other) for one, other in zip(ours, theirs, strict=True))
             self.num_greedy += 1
             self.num_same += same
             if same:
@@ -116,9 +116,16 @@ def choices(responses: Sequence[Response]) -> list[Delta]:
             continue
         own = whole.setdefault(delta.index, Delta(index=delta.index))
         own.text += delta.text
+        add_calls(own.tool_calls, delta.tool_calls)
         own.token_ids = [*own.token_ids, *delta.token_ids] if own.token_ids else delta.token_ids
         own.finish_reason = delta.finish_reason or own.finish_reason
     return [whole[index] for index in sorted(whole)]
+
+
+def same_said(one: Delta, other: Delta) -> bool:
+    """The same text, but for white space, and the same calls; how it was reasoned does not count."""
+    calls, others = ([(call.name, plain(call.arguments)) for call in each.tool_calls] for each in (one, other))
+    return plain(one.text) == plain(other.text) and calls == others
 
 
 def plain(text: str) -> str:

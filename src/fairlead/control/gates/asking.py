@@ -11,7 +11,7 @@ from msgspec import Struct, field
 
 from fairlead.control.checks import Question
 from fairlead.core.errors import FairleadError, InvalidRequest, ModelError, ReplicaDied
-from fairlead.core.generation import Chat, Embed, Generate, Paint, Picture, Sampling
+from fairlead.core.generation import Chat, Embed, Generate, Paint, Picture, Sampling, Score
 from fairlead.core.request import Request, Response
 from fairlead.core.specs import ModelSpec, TensorSpec
 from fairlead.core.tensors import DTYPES, Tensors
@@ -42,7 +42,7 @@ def request_of(question: Question, model: str) -> Request:
     if question.embed is not None:
         return Request(model=model, prompt=Embed(text=question.embed))
     chat = Chat(messages=list(question.chat)) if question.chat else None
-    return Request(model=model, prompt=Generate(text=question.prompt, chat=chat, sampling=question.sampling))
+    return Request(model=model, prompt=Generate(text=question.prompt, chat=chat, sampling=question.sampling, parsed=chat is not None))
 
 
 async def ask(version: Version, request: Request, seconds: float) -> Answer:
@@ -198,6 +198,8 @@ def made_requests(spec: ModelSpec, tasks: Sequence[str], num: int) -> list[Reque
         return [Request(model=spec.name, prompt=Generate(text=text, sampling=_SHORT)) for text in _TEXTS]
     if "embed" in tasks:
         return [Request(model=spec.name, prompt=Embed(text=text)) for text in _TEXTS]
+    if "score" in tasks:
+        return [Request(model=spec.name, prompt=Score(text=text, pair=_TEXTS[0])) for text in _TEXTS]
     wanted = [tensor for tensor in spec.inputs if not tensor.optional]
     if not wanted or any(tensor.datatype == "BYTES" for tensor in wanted):
         return []

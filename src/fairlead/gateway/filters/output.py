@@ -1,13 +1,14 @@
 """Answers on their way out: deltas of an engine, tensors, and bytes of another server's answer."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from msgspec import Struct, structs
 
 from fairlead.core.errors import Filtered, ModelError
-from fairlead.core.generation import Delta, FinishReason, TokenLogprob
+from fairlead.core.generation import Delta, FinishReason, TokenLogprob, ToolCall
 from fairlead.core.request import Response
 from fairlead.core.tensors import object_array
 from fairlead.gateway.filters.answers import Body, Events
@@ -21,53 +22,100 @@ TEXT_OUTPUT = "text_output"
 class _Piece(Struct):
     """What came with a piece of text, until that has gone out."""
 
-    start: int
-    end: int
+    spans: list[tuple[Window, int, int]]
+    """Where its text is, and its reasoning and arguments of calls."""
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
 
 
 class _Choice:
+    """Its text, its reasoning and the arguments of each call are searched each on its own; where one gives way to another, it is
+    over, so that nothing of it comes out later."""
+
     def __init__(self, scans: Sequence[Scan]) -> None:
-        self.window = Window(scans)
+        self.scans = scans
+        self.windows: dict[str | int, Window] = {}
+        """Of what is not over: `text`, `reasoning`, and calls by their index."""
+        self.rules: set[str] = set()
         self.pieces: list[_Piece] = []
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
-        self.ended = False
+        self.began = self.ended = False
 
     def push(self, delta: Delta) -> Delta | None:
         """What goes out of it now: the same object where all of it does, None for nothing."""
-        window = self.window
         if self.ended:
             return Delta(index=delta.index, usage=delta.usage) if delta.usage is not None else None
-        start = window.end
-        text = window.push(delta.text, bool(delta.finish_reason))
-        if window.blocked:
+        first, self.began, last = not self.began, True, bool(delta.finish_reason)
+        parts: list[tuple[str | int, str]] = [("reasoning", delta.reasoning), ("text", delta.text)]
+        parts += [(call.index, call.arguments) for call in delta.tool_calls]
+        out, piece = self._searched(parts, last), _Piece([], delta.token_ids, delta.logprobs)
+        piece.spans = out.spans
+        calls = [structs.replace(call, arguments=out.texts.pop(call.index, "")) for call in delta.tool_calls]
+        calls += [ToolCall(index=index, arguments=text) for index, text in out.texts.items() if isinstance(index, int) and text]
+        text, reasoning = out.texts.get("text", ""), out.texts.get("reasoning", "")
+        if out.blocked:
             self.ended = True
-            # an answer that comes as one is withheld as one
-            text = "" if start == 0 and delta.finish_reason else text
-            return Delta(index=delta.index, text=text, finish_reason="content_filter", usage=delta.usage, prompt_logprobs=self._told(delta))
-        if not self.pieces and window.given == window.end and not window.redacted and self.prompt_logprobs is None:
+            if first and last:  # an answer that comes as one is withheld as one
+                text, reasoning, calls = "", "", []
+            return Delta(
+                index=delta.index,
+                text=text,
+                reasoning=reasoning,
+                tool_calls=[call for call in calls if call.arguments],
+                finish_reason="content_filter",
+                usage=delta.usage,
+                prompt_logprobs=self._told(delta),
+            )
+        if not self.pieces and out.whole and self.prompt_logprobs is None:
             return delta
-        self.pieces.append(_Piece(start, window.end, delta.token_ids, delta.logprobs))
+        self.pieces.append(piece)
         self.prompt_logprobs = self._told(delta)
-        token_ids, logprobs = self._released()
-        if not (text or token_ids or delta.finish_reason or delta.usage is not None):
+        token_ids, logprobs = self._released(out.redacted)
+        if not (text or reasoning or calls or token_ids or delta.finish_reason or delta.usage is not None):
             return None
         told, self.prompt_logprobs = self.prompt_logprobs, None
-        return structs.replace(delta, text=text, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=told)
+        changes = {"text": text, "reasoning": reasoning, "tool_calls": calls, "token_ids": token_ids, "logprobs": logprobs}
+        return structs.replace(delta, **changes, prompt_logprobs=told)
+
+    def _searched(self, parts: Sequence[tuple[str | int, str]], last: bool) -> "_Searched":
+        """`last`: nothing comes behind it."""
+        out = _Searched()
+        told = {key for key, text in parts if text}
+        if told or last:
+            for key in [key for key in self.windows if key not in told]:
+                self._push(key, "", True, out)
+        for key, text in parts:
+            if text:
+                self._push(key, text, last, out)
+        return out
+
+    def _push(self, key: str | int, text: str, last: bool, out: "_Searched") -> None:
+        window = self.windows.get(key)
+        if window is None:
+            window = self.windows[key] = Window(self.scans)
+        start, held = window.end, window.given < window.end
+        given = window.push(text, last)
+        if not out.blocked:
+            out.texts[key] = out.texts.get(key, "") + given
+        out.spans.append((window, start, window.end))
+        out.redacted += [(window, *place) for place in window.redacted]
+        out.whole = out.whole and not held and window.given == window.end and not window.redacted
+        out.blocked = out.blocked or bool(window.blocked)
+        self.rules |= window.rules
+        if last:
+            del self.windows[key]
 
     def _told(self, delta: Delta) -> list[TokenLogprob | None] | None:
         return self.prompt_logprobs if delta.prompt_logprobs is None else delta.prompt_logprobs
 
-    def _released(self) -> tuple[list[int], list[TokenLogprob] | None]:
+    def _released(self, redacted: Sequence[tuple[Window, int, int]]) -> tuple[list[int], list[TokenLogprob] | None]:
         """The tokens whose text has gone out; not those whose text was taken out."""
-        window = self.window
-        for start, end in window.redacted:
+        for window, start, end in redacted:
             for piece in self.pieces:
-                if piece.start < end and piece.end > start:
+                if any(span[0] is window and span[1] < end and span[2] > start for span in piece.spans):
                     piece.token_ids, piece.logprobs = [], None if piece.logprobs is None else []
-        num_out = sum(piece.end <= window.given for piece in self.pieces)
-        out, self.pieces = self.pieces[:num_out], self.pieces[num_out:]
+        out = list(takewhile(lambda piece: all(end <= window.given for window, _, end in piece.spans), self.pieces))
+        self.pieces = self.pieces[len(out) :]
         told = [piece.logprobs for piece in out if piece.logprobs is not None]
         token_ids = [token_id for piece in out for token_id in piece.token_ids]
         return token_ids, [each for logprobs in told for each in logprobs] if told else None
@@ -76,12 +124,28 @@ class _Choice:
         """Of an answer that broke off."""
         if self.ended:
             return None
-        text = self.window.push("", True)
-        token_ids, logprobs = self._released()
-        reason: FinishReason = "content_filter" if self.window.blocked else ""
-        if not (text or token_ids or reason):
+        out = self._searched([], True)
+        token_ids, logprobs = self._released(out.redacted)
+        reason: FinishReason = "content_filter" if out.blocked else ""
+        calls = [ToolCall(index=key, arguments=text) for key, text in out.texts.items() if isinstance(key, int) and text]
+        text, reasoning = out.texts.get("text", ""), out.texts.get("reasoning", "")
+        if not (text or reasoning or calls or token_ids or reason):
             return None
-        return Delta(index=index, text=text, token_ids=token_ids, logprobs=logprobs, finish_reason=reason)
+        return Delta(
+            index=index, text=text, reasoning=reasoning, tool_calls=calls, token_ids=token_ids, logprobs=logprobs, finish_reason=reason
+        )
+
+
+class _Searched(Struct):
+    """What one push gave."""
+
+    texts: dict[str | int, str] = {}
+    """That may go out."""
+    spans: list[tuple[Window, int, int]] = []
+    redacted: list[tuple[Window, int, int]] = []
+    whole: bool = True
+    """All of it goes out, and nothing else."""
+    blocked: bool = False
 
 
 class OutputFilter:
@@ -107,10 +171,11 @@ class OutputFilter:
     @property
     def rules(self) -> tuple[str, ...]:
         """Those that the answer has hit so far."""
-        windows = [choice.window for choice in self._choices.values()] + list(self._texts.values())
+        windows = list(self._texts.values())
         if self._events is not None:
             windows += self._events.windows.values()
-        return tuple(sorted(self._rules.union(*(window.rules for window in windows))))
+        choices = self._choices.values()
+        return tuple(sorted(self._rules.union(*(window.rules for window in windows), *(choice.rules for choice in choices))))
 
     def push(self, response: Response) -> Sequence[Response]:
         """Raises Filtered."""
@@ -153,7 +218,7 @@ class OutputFilter:
     def _delta(self, response: Response, delta: Delta) -> Response | None:
         choice = self._choices.get(delta.index)
         if choice is None:
-            if not delta.text and not delta.finish_reason:
+            if not (delta.text or delta.reasoning or delta.tool_calls or delta.finish_reason):
                 return response  # a vector, or tokens of the prompt
             choice = self._choices[delta.index] = _Choice(self.scans)
         out = choice.push(delta)

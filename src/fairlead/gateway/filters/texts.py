@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Struct, structs
 
 from fairlead.core.errors import InvalidRequest, Unsupported
-from fairlead.core.generation import Chat, Detokenize, Generate, Message, Paint, Prompt, Tokenize
+from fairlead.core.generation import Chat, Detokenize, Generate, Message, Paint, Prompt, Score, Tokenize
 from fairlead.core.request import Raw, Request
 from fairlead.core.tensors import Tensors, object_array
 
@@ -79,6 +79,10 @@ class Texts(Struct, frozen=True):
             text, negative = self.change(prompt.text, ""), self.change(prompt.negative, "")
             same = text is prompt.text and negative is prompt.negative
             return prompt if same else structs.replace(prompt, text=text, negative=negative)
+        if isinstance(prompt, Score):
+            text, pair = self.change(prompt.text, ""), self.change(prompt.pair, "")
+            same = text is prompt.text and pair is prompt.pair
+            return prompt if same else structs.replace(prompt, text=text, pair=pair)
         if not isinstance(prompt, Tokenize) and prompt.token_ids is not None:
             self._unreadable("a prompt of token ids")
         if isinstance(prompt, (Generate, Tokenize)) and prompt.chat is not None:
@@ -101,10 +105,11 @@ class Texts(Struct, frozen=True):
     def _message(self, message: Message) -> Message:
         content = message.content if message.content is None else self.change(message.content, message.role)
         name = message.name if message.name is None else self.change(message.name, message.role)
+        reasoning = message.reasoning if message.reasoning is None else self.change(message.reasoning, message.role)
         calls = message.tool_calls if message.tool_calls is None else self._deep(message.tool_calls, message.role, 0)
-        if content is message.content and name is message.name and calls is message.tool_calls:
+        if content is message.content and name is message.name and calls is message.tool_calls and reasoning is message.reasoning:
             return message
-        return structs.replace(message, content=content, name=name, tool_calls=calls)
+        return structs.replace(message, content=content, name=name, tool_calls=calls, reasoning=reasoning)
 
     def _tensors(self, tensors: Tensors) -> Tensors:
         changed = {name: self.elements(array) for name, array in tensors.items() if array.dtype.kind == "O"}

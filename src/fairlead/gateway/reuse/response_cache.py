@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import Struct
 
 from fairlead.core.errors import FairleadError
-from fairlead.core.generation import Delta, Usage
+from fairlead.core.generation import Delta, ToolCall, Usage, add_calls
 from fairlead.core.policy import CacheSettings, ReuseSettings
 from fairlead.core.request import Response
 from fairlead.core.tensors import Tensors, nbytes_of
@@ -179,6 +179,7 @@ def copy_of(response: Response) -> Response:
     if response.delta is not None:
         delta = own.delta = copy(response.delta)
         delta.token_ids = list(delta.token_ids)
+        delta.tool_calls = [copy(call) for call in delta.tool_calls]
     return own
 
 
@@ -191,11 +192,12 @@ def num_bytes(response: Response) -> int:
             size += 40 * array.size
     delta = response.delta
     if delta is not None:
-        size += getsizeof(delta.text) + len(delta.vector) + 36 * len(delta.token_ids)
+        size += getsizeof(delta.text) + getsizeof(delta.reasoning) + len(delta.vector) + 36 * len(delta.token_ids)
         for logprob in (*(delta.logprobs or ()), *(delta.prompt_logprobs or ())):
             if logprob is not None:
                 size += 200 * (1 + len(logprob.top))
         size += sum(map(getsizeof, delta.tokens or ()))
+        size += sum(256 + getsizeof(call.arguments) for call in delta.tool_calls)
     if response.raw is not None:
         size += len(response.raw)
     return size
@@ -240,9 +242,13 @@ def _joined(pieces: list[Delta]) -> Delta:
     last = pieces[-1]
     ends = next((piece for piece in reversed(pieces) if piece.finish_reason), last)
     told = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+    calls: list[ToolCall] = []
+    add_calls(calls, [call for piece in pieces for call in piece.tool_calls])
     return Delta(
         index=last.index,
         text="".join(piece.text for piece in pieces),
+        reasoning="".join(piece.reasoning for piece in pieces),
+        tool_calls=calls,
         token_ids=[token for piece in pieces for token in piece.token_ids],
         logprobs=[logprob for some in told for logprob in some] if told else None,
         prompt_logprobs=next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs is not None), None),

@@ -11,7 +11,7 @@ from math import exp, log
 import msgspec
 from msgspec import Struct
 
-from fairlead.core.generation import Chat, Embed, Generate
+from fairlead.core.generation import Chat, Embed, Generate, Score
 from fairlead.core.request import Request
 from fairlead.core.routes import unit
 
@@ -51,6 +51,8 @@ def size_of(request: Request) -> Size:
         return Size(_num_tokens(prompt), answer * sampling.n)
     if isinstance(prompt, Embed):
         return Size(_num_tokens(prompt), 1)
+    if isinstance(prompt, Score):
+        return Size((len(prompt.text) + len(prompt.pair)) // CHARS_PER_TOKEN, 1)
     if raw is not None and not raw.num_rows:
         answer = LONGEST_ANSWER if raw.max_tokens is None else min(raw.max_tokens, LONGEST_ANSWER)
         generates = not raw.path.endswith("/embeddings")

@@ -14,6 +14,7 @@ from fairlead.gateway.routing.breaker import Circuit
 from fairlead.gateway.routing.verdicts import DIED, Verdict
 from fairlead.runtime.engine_instance import EngineInstance
 from fairlead.runtime.engine_version import EngineVersion
+from fairlead.runtime.external.version import ExternalVersion
 from fairlead.runtime.version import Version
 
 
@@ -63,7 +64,7 @@ class VersionPlace(Struct, frozen=True):
 
 
 class InstancePlace(Struct, frozen=True):
-    """One replica of an engine: each has a prefix cache of its own."""
+    """One replica of an engine: each has a prefix cache of its own. `remote`: it is somebody else's."""
 
     version: EngineVersion
     instance: EngineInstance
@@ -73,7 +74,7 @@ class InstancePlace(Struct, frozen=True):
 
     @property
     def ready(self) -> bool:
-        return self.instance.ready and not self.instance.recovering and not self.version.draining
+        return self.version.takes(self.instance)
 
     def submit(self, request: Request, sink: Sink) -> Ticket:
         return self.version.submit(request, sink, self.instance)
@@ -86,12 +87,15 @@ def places_of(version: Version) -> list[Place]:
     """The places of a loaded version."""
     name = f"{version.name}@{version.version}"
     if isinstance(version, EngineVersion):
-        return [InstancePlace(version, instance, f"{name}#{n}") for n, instance in enumerate(version.instances)]
+        remote = isinstance(version, ExternalVersion)
+        return [InstancePlace(version, instance, f"{name}#{n}", remote) for n, instance in enumerate(version.instances)]
     return [VersionPlace(version, name)]
 
 
 def takes(place: Place, request: Request) -> bool:
-    """Whether a place can read the request: other servers take it as it came, models here what was read of it."""
+    """Whether a place can read the request: other servers take it as it came, models here what was read of it, and engines of others both."""
+    if place.remote and isinstance(place, InstancePlace):
+        return True
     if place.remote:
         return request.raw is not None
     return request.raw is None or request.prompt is not None or bool(request.inputs)

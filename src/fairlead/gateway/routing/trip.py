@@ -90,7 +90,8 @@ class Choices:
     def direct(self) -> bool:
         """There is nothing to choose, and nobody else to ask."""
         single = all(len(candidates) == 1 for candidates in self.versions.values())
-        return single and not self.remotes and not self.shares and not self.fallback
+        foreign = any(each.place.remote for candidates in self.versions.values() for each in candidates)
+        return single and not foreign and not self.remotes and not self.shares and not self.fallback
 
     def version_of(self, request: Request, random: float) -> str:
         """The version that it names, or is given by the traffic; "" for the default."""

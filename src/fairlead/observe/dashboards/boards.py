@@ -154,6 +154,7 @@ LLM = Dashboard(
                 Panel(title="Blocks", queries=(now("fairlead_kv_blocks", "model", text="all of"), now("fairlead_kv_blocks_free", "model", text="free of"))),
                 Panel(title="Memory", queries=(now("fairlead_kv_bytes", "model", "version"),), stack=True),
                 Panel(title="Of the prompts, found in the prefix cache", queries=(ratio(rate("fairlead_prefix_cache_hit_tokens_total", "model"), rate("fairlead_prefix_cache_queried_tokens_total", "model"), "{{model}}"),)),
+                Panel(title="Of the drafts' tokens, chosen by the model", queries=(ratio(rate("fairlead_accepted_tokens_total", "model"), rate("fairlead_drafted_tokens_total", "model"), "{{model}}"),)),
                 Panel(title="Preempted", queries=(rate("fairlead_preemptions_total", "model", "version"),)),
                 Panel(title="Waiting in the gateway's line", queries=(now("fairlead_gateway_waiting_requests", "model", "priority"),), stack=True),
             ),

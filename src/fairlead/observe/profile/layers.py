@@ -16,7 +16,7 @@ LAYERS = {
     "transfer": ("rows laid together, to the replica and back", "tensors are large for what is computed: isolation: thread where the library frees the GIL, float16 or uint8 inputs, fewer outputs"),
     "compute": ("the model's own work", "see the kernels and the flame graph: a smaller or quantised model, more threads, a device"),
     "prefill": ("prompts being read", "prompts are long for their answers: prefix caching, shorter prompts, a larger max_batch_tokens"),
-    "decode": ("tokens being made", "bound by the weights' way through memory: batch more sequences at once, or serve a smaller model"),
+    "decode": ("tokens being made", "bound by the weights' way through memory: batch more sequences at once, set llm.speculation where few are asked at once, or serve a smaller model"),
     "denoise": ("pictures being denoised", "fewer steps, the first-block cache, a distilled model, a device"),
     "texts": ("prompts of pictures being encoded", "repeat prompts so that they are found again, or use a smaller text encoder"),
     "preempted": ("sequences that gave their memory back", "the KV cache is too small for what runs: give it more memory or lower max_num_seqs"),

@@ -6,7 +6,7 @@ import { live } from "../lib/live.js";
 import { useQuery } from "../lib/query.js";
 import { Badge, Card, Empty, Facts, Loaded, Meter, Page, Stat, Stats, Status, Table } from "../parts/index.js";
 
-const STATES = /** @type {Record<string, [any, string]>} */ ({ ready: ["ok", "Ready"], starting: ["busy", "Starting"], failed: ["bad", "Failed"] });
+const STATES = /** @type {Record<string, [any, string]>} */ ({ ready: ["ok", "Ready"], starting: ["busy", "Starting"], failed: ["bad", "Failed"], asleep: ["idle", "Asleep"] });
 
 export default function Replicas() {
   const query = useQuery("/admin/replicas", { every: 2 });
@@ -30,7 +30,7 @@ function All({ replicas, devices, own }) {
     { id: "version", label: "Version", num: true, by: (each) => Number(each.version), show: (each) => each.version },
     { id: "instance", label: "Replica", num: true, by: (each) => each.instance, show: (each) => number(each.instance) },
     { id: "state", label: "State", by: (each) => each.state, show: (each) => html`<span title=${each.reason}><${Status} tone=${STATES[each.state]?.[0] ?? "idle"}>${STATES[each.state]?.[1] ?? each.state}<//></span>` },
-    { id: "kind", label: "Runs in", by: (each) => each.kind, show: (each) => (each.pid ? html`process <span class="mono">${each.pid}</span>` : html`<span class="muted">the server</span>`) },
+    { id: "kind", label: "Runs in", by: (each) => each.kind, show: (each) => (each.pid ? html`process <span class="mono">${each.pid}</span>` : html`<span class="muted">${each.kind === "process" ? NONE : "the server"}</span>`) },
     { id: "device", label: "Device", by: (each) => each.device, show: (each) => html`<${Badge}>${each.device}<//>` },
     { id: "in_flight", label: "Under way", num: true, by: (each) => each.in_flight, show: (each) => number(each.in_flight) },
     { id: "cpu", label: "Cores", num: true, by: (each) => each.cpu_percent, show: (each) => (each.pid ? (each.cpu_percent / 100).toFixed(2) : NONE) },

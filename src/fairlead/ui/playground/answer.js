@@ -38,8 +38,8 @@ export function taken(answer, chunk, now) {
   for (const choice of chunk.choices ?? []) {
     const delta = choice.delta ?? {};
     const text = delta.content ?? choice.text ?? choice.message?.content ?? "";
-    const reasoning = delta.reasoning_content ?? "";
-    if (text || reasoning) {
+    const reasoning = delta.reasoning_content ?? delta.reasoning ?? "";
+    if (text || reasoning || delta.tool_calls?.length) {
       next.text += text;
       next.reasoning += reasoning;
       next.pieces += 1;
