@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fairlead.core.errors import ConfigError, FairleadError, LoadError, NotFound, ShuttingDown, Unavailable
+from fairlead.core.errors import ConfigError, FairleadError, InvalidRequest, LoadError, NotFound, ShuttingDown, Unavailable
 from fairlead.core.request import Request
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.repository import Control, ModelRepository, RepositorySettings
@@ -232,6 +233,16 @@ async def test_an_explicit_load_may_bring_its_own_config_and_files(root, tmp_pat
             await models.load("fresh", config=IN_A_THREAD, files={"../evil.py": b""})
         with pytest.raises(FairleadError, match="together with a `config`"):
             await models.load("fresh", files={"1/model.py": b""})
+
+
+async def test_a_request_cannot_bring_a_program_to_run(root, tmp_path):
+    root.mkdir()
+    ran = tmp_path / "ran"
+    config = json.dumps({"backend": "openai", "engine": {"command": ["touch", str(ran)]}})
+    async with repository(root, tmp_path, control=Control.EXPLICIT) as models:
+        with pytest.raises(InvalidRequest, match="`engine` cannot come with a request"):
+            await models.load("fresh", config=config, files={"1/model.py": b""})
+    assert not ran.exists()
 
 
 async def test_given_files_are_kept_while_they_serve_and_no_longer(root, tmp_path):

@@ -24,7 +24,7 @@ from fairlead.core.errors import ConfigError, FairleadError, InvalidRequest, Loa
 from fairlead.core.generation import EngineInfo
 from fairlead.core.logs import Levels
 from fairlead.core.request import Request, Response, Sink
-from fairlead.core.specs import ModelSpec
+from fairlead.core.specs import EngineSpec, ModelSpec
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.engine_version import EngineVersion
 from fairlead.runtime.external.version import ExternalVersion
@@ -391,6 +391,10 @@ class ModelRepository:
             if spec.name not in ("", name):
                 raise InvalidRequest(
                     f"the config is of model '{spec.name}', but '{name}' is to be loaded; they must agree (or leave `name` out)"
+                )
+            if spec.engine != EngineSpec():
+                raise InvalidRequest(
+                    "`engine` cannot come with a request: its program would run here; write it into the repository's model.yaml"
                 )
             spec = spec.replace(name=name)
         async with model.lock:

@@ -19,6 +19,7 @@ from fairlead.core.generation import Chat, Delta, Embed, Generate, Message, Samp
 from fairlead.core.request import Raw, Request, Response
 from fairlead.core.specs import EngineSpec, InstancesSpec, LlmSpec, ModelSpec
 from fairlead.runtime.external import instance as instances
+from fairlead.runtime.external.child import free_port
 from fairlead.runtime.external.instance import MAX_UNHEALTHY
 from fairlead.runtime.external.version import ExternalVersion
 from fairlead.runtime.forkserver import ForkServer
@@ -145,7 +146,7 @@ async def test_while_it_is_started_again_requests_are_told_when_to_come_back(tmp
 async def test_a_machine_without_descriptors_left_is_no_reason_to_give_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tmp_path, spec(command=program(Script(chunks=2, models=("far",))))) as version:
         left = [True, False]
-        port = instances.free_port
+        port = free_port
 
         def scarce() -> int:
             if left.pop():

@@ -310,7 +310,7 @@ class ExternalInstance:
                         if child.ended.done():
                             code = describe_exit(child.ended.result())
                             raise LoadError(f"model '{self.model}': its engine ended while it started ({code}){child.last_words}")
-                        if looking.result():
+                        if looking.result() and child.pid is not None:  # else it is somebody else's server that answers there
                             return
                     finally:
                         looking.cancel()
