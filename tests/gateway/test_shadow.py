@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from fairlead.core.errors import ModelError, QueueFull, ShuttingDown
 from fairlead.core.generation import Chat, Delta, Embed, Generate, Message, Paint, Sampling, TokenLogprob, Usage
@@ -499,6 +500,9 @@ def test_what_is_scored():
 
     assert scoring(Generate(text="Once"), answer(" upon")).text == "Once upon"
     assert scoring(Generate(token_ids=[7, 8]), answer("x")).token_ids == [7, 8, 1, 2]
+    for prompt in (Generate(text="Once"), Generate(token_ids=[7]), Generate(chat=Chat(messages=[]))):
+        scored = scoring(structs.replace(prompt, adapter="pirate"), answer("x"))
+        assert isinstance(scored, Generate) and scored.adapter == "pirate"
     assert scoring(Generate(text="Once", sampling=Sampling(n=2)), answer("x")) is None
     assert scoring(Generate(text="Once"), answer("", ())) is None
     assert scoring(None, answer("x")) is None

@@ -145,7 +145,8 @@ class Grammars:
 
     def known(self, guide: Guide) -> bool:
         """`compile` answers at once."""
-        return bool(self.refusal) or self._key(guide) in self._cached
+        found = self._cached.get(self._key(guide))
+        return bool(self.refusal) or _is_whole(found)
 
     def compile(self, guide: Guide) -> Grammar:
         """Raises InvalidRequest that names the guide's parameter and, of a schema, the place in it; Unsupported for a model that
@@ -155,7 +156,7 @@ class Grammars:
         key = self._key(guide)
         with self._lock:
             found = self._cached.get(key)
-            if found is not None and not (isinstance(found, Grammar) and found.spoilt):
+            if _is_whole(found):
                 self._cached.move_to_end(key)
                 self.num_hits += 1
             else:
@@ -247,6 +248,11 @@ class Grammars:
                     raise Unsupported(f"this model gives no structured output: {self.refusal}") from error
                 self._vocabulary = words
             return self._vocabulary
+
+
+def _is_whole(found: "Grammar | str | None") -> bool:
+    """What the cache has answers a request."""
+    return found is not None and not (isinstance(found, Grammar) and found.spoilt)
 
 
 def _of_schema(schema: dict[str, Any]) -> str:

@@ -215,6 +215,9 @@ def test_one_call_is_enough_where_only_one_is_wanted(name):
     template, spec = shipped(name)
     key = template.calls.calls.name.key
     call = spec.call.replace("NAME", '"now"' if key else "now").replace("ARGUMENTS", "{}")
+    alone = ResponseParser(template, tools=TOOLS, sole=True)
+    pieces = [piece for text in (f"{spec.before}{call}", *" and more") for piece in alone.push(text)]
+    assert not any(piece.text for piece in pieces)
     text = f"{spec.before}{call}{spec.between}{call}{spec.after} and more"
     parser = ResponseParser(template, tools=TOOLS, sole=True)
     calls = [piece.call for character in text for piece in parser.push(character) if piece.call is not None]

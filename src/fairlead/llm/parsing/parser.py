@@ -77,6 +77,8 @@ class ResponseParser:
         return self._numbers.count
 
     def push(self, text: str) -> list[Piece]:
+        if self.enough:
+            return []
         if self._at == len(self._buffer) and self._reader is None and self._firsts is not None and self._firsts.isdisjoint(text):
             pieces: list[Piece] = []
             self._buffer = (self._buffer + text)[-CONTEXT:]
