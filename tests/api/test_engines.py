@@ -124,7 +124,7 @@ async def test_it_can_be_the_canary_of_our_own_engine(home: House, far: Fake, tm
             far.received.clear()
             answer = await home.http.post(path, json=body)
             assert answer.status_code == 200, answer.text
-            return dict(answer.json(), far=len(far.received))
+            return dict(answer.json(), far=sum(each.method == "POST" for each in far.received))  # not looks at its health
 
         assert (await answered(CHAT, chat("both")))["far"] == 0
         theirs = await answered(CHAT, chat("both"), (("1", 0.0), ("2", 1.0)))

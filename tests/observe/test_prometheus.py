@@ -61,7 +61,7 @@ QUIET = {
     "fairlead_auth_failures_total", "fairlead_gateway_abuse_actions_total", "fairlead_usage_failed_writes_total", "fairlead_rollouts_total",
     "fairlead_alerts",
     "fairlead_traces_total",
-    "fairlead_shadow_copies_total", "fairlead_webhook_deliveries_total",
+    "fairlead_shadow_copies_total", "fairlead_webhook_deliveries_total", "fairlead_accepted_tokens_total",
 }  # fmt: skip
 """What this traffic gives no cause for: a panel may be empty where it asks for nothing else."""
 

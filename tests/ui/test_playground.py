@@ -128,9 +128,9 @@ def test_what_the_server_refuses_is_said_in_its_own_words(seen: Tab) -> None:
 
     page.get_by_label("Temperature").fill("")
     page.get_by_text("More parameters").click()
-    page.get_by_label("Anything else, as JSON").fill('{"response_format": {"type": "json_object"}}')
+    page.get_by_label("Anything else, as JSON").fill('{"guided_json": {}}')
     say(page, "hello")
-    expect(page.get_by_role("log").get_by_role("alert").nth(1)).to_contain_text("does not constrain what the model writes")
+    expect(page.get_by_role("log").get_by_role("alert").nth(1)).to_contain_text("structured_outputs")
 
     page.get_by_label("Anything else, as JSON").fill("{")
     say(page, "hello")

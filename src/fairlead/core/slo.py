@@ -44,6 +44,9 @@ CALLERS = frozenset(
         "filtered",
         "abuse",
         "queued-jobs",
+        "queued-batches",
+        "stored-files",
+        "background-responses",
         "too-many-signatures",
         "logins",
     }

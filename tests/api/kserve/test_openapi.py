@@ -1,6 +1,7 @@
 """The OpenAPI document: valid, complete, and its examples work."""
 
 import asyncio
+import re
 
 import msgspec
 import pytest
@@ -87,6 +88,8 @@ async def test_answers_are_as_described(port):
     document = await document_of(port)
     for method, path, operation in operations(document):
         if method != "GET" or "200" not in operation["responses"] or path == "/v1/models/{model}":  # that one is of engines
+            continue
+        if set(re.findall(r"{(\w+)}", path)) - {"model", "version"}:  # of what a test of its own must make first
             continue
         answer = await port.client.get(path.format(model="identity", version="1"))
         assert answer.status_code == 200, path
