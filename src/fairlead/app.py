@@ -368,7 +368,7 @@ class Server:
         """Something that goes on for ever: it is begun again where it fails."""
 
         async def again_and_again() -> None:
-            while True:
+            while not self.repository.stopping:  # even if `work` has forgotten that it was cancelled
                 try:
                     await work()
                 except Exception:

@@ -271,7 +271,7 @@ async def test_a_cancelled_batch_keeps_what_was_answered(desk):
 
 
 async def test_a_batch_that_is_late_has_expired(place):
-    manager, runner, identity = await desk_of(place, "late", window_seconds=1.0)
+    manager, runner, identity = await desk_of(place, "late", window_seconds=3.0)
     async with manager as client:
         desk = Desk(place, client, runner, identity)
         batch = await desk.hand_in(chat("quick", "x"), chat("never", "!forever on", model="slow"))
@@ -279,6 +279,24 @@ async def test_a_batch_that_is_late_has_expired(place):
         assert (done.status, done.request_counts.failed) == ("expired", 2 - done.request_counts.completed)
         (*_, never) = await desk.lines(done.error_file_id)
         assert (never["custom_id"], never["error"]["code"], never["response"]) == ("never", "batch_expired", None)
+
+
+async def test_a_runner_ends_when_it_is_cancelled_in_the_moment_in_which_a_batch_comes(monkeypatch):
+    looked = asyncio.Event()
+
+    async def once(runner: BatchRunner) -> None:
+        looked.set()
+
+    monkeypatch.setattr(BatchRunner, "once", once)
+    runner = BatchRunner(store=None, settings=BatchSettings(), doors={}, callers=lambda row: None, classes=tuple)
+    task = asyncio.create_task(runner.run())
+    await looked.wait()
+    await asyncio.sleep(0)  # now it waits
+    runner.look()
+    task.cancel()
+    async with asyncio.timeout(30):
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_a_key_that_was_revoked_asks_nothing_more(desk):

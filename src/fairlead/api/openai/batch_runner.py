@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import suppress
 from secrets import token_hex
 from typing import Any
 
@@ -130,10 +131,10 @@ class BatchRunner:
     async def run(self) -> None:
         while not self.stopping:
             await self.once()
-            try:
-                await asyncio.wait_for(self._look.wait(), LOOK_SECONDS)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                # not `wait_for`, which forgets that it was cancelled where what it waits for has come by then (Python 3.11)
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._look.wait()
             self._look.clear()
 
     async def once(self) -> None:
