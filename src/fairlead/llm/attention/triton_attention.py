@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fairlead.llm.batch import AttentionSpec, LayerCache, StepBatch
+from fairlead.llm.cuda.layers import next_power
 
 MAX_PARTS = 32
 """Of one sequence's context, in a decode."""
@@ -48,7 +49,7 @@ class TritonAttention:
         self.kernels.store[(num_tokens, num_heads)](
             k_TKD, v_TKE, layer.k, layer.v, slots_T,
             *k_TKD.stride()[:2], *v_TKE.stride()[:2], *layer.k.stride()[:2], *layer.v.stride()[:2],
-            K_SIZE=k_size, V_SIZE=v_size, K_PADDED=_power(k_size), V_PADDED=_power(v_size), BLOCK_SIZE=layer.k.shape[2], num_warps=1,
+            K_SIZE=k_size, V_SIZE=v_size, K_PADDED=next_power(k_size), V_PADDED=next_power(v_size), BLOCK_SIZE=layer.k.shape[2], num_warps=1,
         )  # fmt: skip
 
     def attend(self, q_THD: torch.Tensor, layer: LayerCache, batch: StepBatch, spec: AttentionSpec) -> torch.Tensor:
@@ -62,7 +63,7 @@ class TritonAttention:
 
     def _mixed(self, out_THE: torch.Tensor, q_THD: torch.Tensor, layer: LayerCache, batch: StepBatch, spec: AttentionSpec) -> None:
         tuning, group, num_seqs = self.tuning, q_THD.shape[1] // layer.k.shape[1], len(batch.context_lens_S)
-        num_rows = max(_power(group), tuning.prefill_rows)
+        num_rows = max(next_power(group), tuning.prefill_rows)
         num_queries = num_rows // group
         self.kernels.attend[(len(q_THD) // num_queries + num_seqs, layer.k.shape[1])](
             out_THE, q_THD, layer.k, layer.v, batch.block_tables_SB, batch.query_starts_S1, batch.context_lens_S,
@@ -83,7 +84,7 @@ class TritonAttention:
             parts, maxima, sums, q_THD, layer.k, layer.v, batch.block_tables_SB, batch.query_starts_S1, batch.context_lens_S,
             spec.scale, spec.softcap, spec.window,
             *q_THD.stride()[:2], batch.block_tables_SB.stride(0), *layer.k.stride()[:2], *layer.v.stride()[:2],
-            **sizes, NUM_HEADS=num_heads, BLOCK_M=max(16, _power(group)), TILE=tuning.decode_tile, NUM_PARTS=num_parts,
+            **sizes, NUM_HEADS=num_heads, BLOCK_M=max(16, next_power(group)), TILE=tuning.decode_tile, NUM_PARTS=num_parts,
             num_warps=tuning.decode_warps, num_stages=tuning.decode_stages,
         )  # fmt: skip
         self.kernels.merge_parts[(num_seqs, num_heads)](
@@ -96,7 +97,7 @@ class TritonAttention:
         """A power of two, from what the host knows: a captured step keeps it."""
         wanted = -(-PROGRAMS_OF_DEVICE * self.num_processors // num_programs)
         most = max_context_len // (self.tuning.decode_tile * TILES_OF_PART)
-        return _power(max(1, min(wanted, most, MAX_PARTS)) + 1) // 2
+        return next_power(max(1, min(wanted, most, MAX_PARTS)) + 1) // 2
 
 
 def _sizes(group: int, layer: LayerCache, spec: AttentionSpec) -> dict[str, Any]:
@@ -105,14 +106,9 @@ def _sizes(group: int, layer: LayerCache, spec: AttentionSpec) -> dict[str, Any]
         "GROUP": group,
         "K_SIZE": k_size,
         "V_SIZE": v_size,
-        "K_PADDED": max(16, _power(k_size)),
-        "V_PADDED": max(16, _power(v_size)),
+        "K_PADDED": max(16, next_power(k_size)),
+        "V_PADDED": max(16, next_power(v_size)),
         "BLOCK_SIZE": layer.k.shape[2],
         "HAS_SOFTCAP": spec.softcap != 0.0,
         "HAS_WINDOW": spec.window != 0,
     }
-
-
-def _power(number: int) -> int:
-    """The smallest power of two that is not smaller."""
-    return 1 << (number - 1).bit_length()

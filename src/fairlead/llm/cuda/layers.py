@@ -23,7 +23,7 @@ class TritonLayers:
         size = x_TC.shape[1]
         self.kernels.add_norm[(len(x_TC),)](
             x_TC, x_TC if y_TC is None else y_TC, weight, out_TC, size, eps, scale,
-            HAS_Y=y_TC is not None, ROUND_FIRST=round_first, PADDED=_power(size), num_warps=_warps(size),
+            HAS_Y=y_TC is not None, ROUND_FIRST=round_first, PADDED=next_power(size), num_warps=_warps(size),
         )  # fmt: skip
         return out_TC
 
@@ -31,7 +31,7 @@ class TritonLayers:
         """x += norm(y) in place."""
         size = x_TC.shape[1]
         self.kernels.add_normed[(len(x_TC),)](
-            x_TC, y_TC, weight, size, eps, ROUND_FIRST=round_first, PADDED=_power(size), num_warps=_warps(size)
+            x_TC, y_TC, weight, size, eps, ROUND_FIRST=round_first, PADDED=next_power(size), num_warps=_warps(size)
         )
 
     def rope_store(
@@ -57,7 +57,7 @@ class TritonLayers:
             qkv, positions_T, slots_T, qkv if cos_LD is None else cos_LD, qkv if sin_LD is None else sin_LD, k_cache, v_cache,
             qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, eps,
             qkv.stride(0), *k_cache.stride()[:2], *v_cache.stride()[:2],
-            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, SIZE=size, HALF_PADDED=_power(size // 2), BLOCK_SIZE=block_size,
+            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, SIZE=size, HALF_PADDED=next_power(size // 2), BLOCK_SIZE=block_size,
             ROTATES=cos_LD is not None, NORMS=q_norm is not None, ROUND_FIRST=round_first, num_warps=1,
         )  # fmt: skip
 
@@ -71,9 +71,10 @@ class TritonLayers:
         return out_TN
 
 
-def _power(number: int) -> int:
+def next_power(number: int) -> int:
+    """The smallest power of two that is not smaller."""
     return 1 << (number - 1).bit_length()
 
 
 def _warps(size: int) -> int:
-    return min(16, max(1, _power(size) // 256))
+    return min(16, max(1, next_power(size) // 256))

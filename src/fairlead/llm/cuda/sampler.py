@@ -21,9 +21,9 @@ class CudaSampler(Sampler):
         if not drawn:
             return super().sample(logits_NV, rows)
         ids = iter(draw(logits_NV if len(drawn) == len(rows) else logits_NV[drawn], [rows[n] for n in drawn]).tolist())
-        others = [n for n in range(len(rows)) if n not in set(drawn)]
-        rest = iter(super().sample(logits_NV[others], [rows[n] for n in others]) if others else ())
         at = set(drawn)
+        others = [n for n in range(len(rows)) if n not in at]
+        rest = iter(super().sample(logits_NV[others], [rows[n] for n in others]) if others else ())
         return [sampled(next(ids)) if n in at else next(rest) for n in range(len(rows))]
 
 
