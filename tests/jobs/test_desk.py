@@ -14,6 +14,7 @@ from fairlead.core.policy import AuthSettings, GatewaySettings
 from fairlead.gateway.identity.identity import Identity
 from fairlead.gateway.identity.keyring import Keyring
 from fairlead.gateway.identity.keys import new_key
+from fairlead.jobs.desk import new_id
 from fairlead.jobs.stored import unpack
 from fairlead.observe.counts import Counts
 from fairlead.store.job_rows import JobQuery, JobRow
@@ -34,6 +35,12 @@ async def test_ids_sort_by_time_and_are_not_guessed(room: Room) -> None:
     ids = [(await site.submit(painting())).id for _ in range(5)]
     assert len({id[-20:] for id in ids}) == 5 and all(len(id) == len("job_") + 32 for id in ids)
     assert [row.id for row in await site.desk.list(JobQuery(tenant="acme"))] == sorted(ids, reverse=True)
+
+
+def test_ids_of_one_millisecond_are_in_the_order_they_were_made() -> None:
+    times = [1.7e9 + number / 1e5 for number in range(300)]
+    assert (ids := [new_id(time) for time in times]) == sorted(ids)
+    assert new_id(1.7e9) < new_id(1.7e9 + 0.999) < new_id(1.7e9 + 1.0)
 
 
 async def test_the_same_key_gives_the_same_job_though_nobody_chose_a_seed(room: Room) -> None:

@@ -212,8 +212,9 @@ def digest_of(data: bytes, wishes: Wishes) -> str:
 
 
 def new_id(now: float) -> str:
-    """Sorts by time, and nobody guesses it."""
-    return f"job_{int(now * 1000):012x}{os.urandom(10).hex()}"
+    """Sorts by time, to the microsecond, and nobody guesses it."""
+    milliseconds, rest = divmod(int(now * 1e6), 1000)
+    return f"job_{milliseconds:012x}{rest:04x}{os.urandom(8).hex()}"
 
 
 def unknown(id: str) -> NotFound:
