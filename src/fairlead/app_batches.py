@@ -4,11 +4,12 @@ from collections.abc import Callable, Collection, Iterable
 
 from fairlead.api.openai.batch_objects import ENDPOINTS
 from fairlead.api.openai.batch_runner import BatchRunner
-from fairlead.api.openai.batches import Batches
+from fairlead.api.openai.batches import Batches, Count
 from fairlead.api.openapi import Operation
 from fairlead.core.caller import Caller
 from fairlead.core.policy import BatchSettings
 from fairlead.gateway.identity.identity import Identity
+from fairlead.observe.counts import Counts
 from fairlead.observe.finished import Finished
 from fairlead.store.batches import BatchRow, BatchStore
 
@@ -23,6 +24,9 @@ class BatchWork:
         store: BatchStore,
         identity: Identity,
         classes: Callable[[], Collection[str]],
+        signed_only: Callable[[str], bool],
+        count: Count,
+        counts: Counts,
         finished: Finished,
         doors: Iterable[Operation],
         max_body_bytes: int,
@@ -31,8 +35,8 @@ class BatchWork:
         self.settings = settings
         self.identity = identity
         asked = {each.path: each.serve for each in doors if each.method == "POST" and each.path in ENDPOINTS}
-        self.runner = BatchRunner(store, settings, asked, self._caller, classes)
-        self.operations = Batches(store, settings, finished, max_body_bytes, self.runner.look).operations
+        self.runner = BatchRunner(store, settings, asked, self._caller, classes, signed_only, counts)
+        self.operations = Batches(store, settings, finished, max_body_bytes, self.runner.look, count).operations
 
     def start(self, begin: Begin) -> None:
         if self.settings.run:

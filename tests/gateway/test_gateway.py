@@ -565,6 +565,32 @@ async def test_a_request_is_held_against_everything_that_has_a_limit(house):
 
 
 @both
+async def test_requests_that_ask_no_model_count_with_those_that_do(house):
+    front = house()
+    who = caller(limits={"requests_per_day": 3, "tokens_per_day": 1, "concurrent": 1}, key_limits={"requests_per_day": 2})
+    used = {"requests_per_day": 1.0, "tokens_per_day": 0.0, "concurrent": 0}
+    async with front.gateway.counted(who) as headers:
+        assert headers["x-ratelimit-remaining-requests"] == "1"
+        with pytest.raises(LimitExceeded, match="under way"):
+            async with front.gateway.counted(who):
+                pass
+    assert front.spent() == used
+    with pytest.raises(Unavailable):
+        async with front.gateway.counted(who):
+            raise Unavailable("the store is gone")
+    assert front.spent() == used
+    with pytest.raises(NotFound):
+        async with front.gateway.counted(who):
+            raise NotFound("no such file")
+    assert front.spent() == {**used, "requests_per_day": 2.0}
+    assert (await front.refusal(rows(caller=who))).reason == "budget-requests"
+    with pytest.raises(LimitExceeded, match="key"):
+        async with front.gateway.counted(who):
+            pass
+    assert [front.count("refused", "", reason) for reason in ("limit-concurrent", "budget-requests")] == [1, 1]
+
+
+@both
 async def test_another_limit_of_a_project_counts_from_the_next_request_on(house):
     front = house()
     policy = TenantPolicy()

@@ -70,7 +70,7 @@ def test_files_are_listed_in_both_orders(store):
 
 def test_one_server_at_a_time_runs_a_batch(store):
     for id in ("b2", "b1"):
-        store.batches.add(batch(id), tenant_batches=9)
+        store.batches.add(batch(id), tenant_batches=9, tenant_bytes=MUCH)
     (mine,) = store.batches.lease("one", 1, now=10.0, lease_until=20.0)
     assert (mine.id, mine.server) == ("b1", "one")
     assert [row.id for row in store.batches.lease("two", 9, now=10.0, lease_until=20.0)] == ["b2"]
@@ -86,7 +86,7 @@ def test_one_server_at_a_time_runs_a_batch(store):
 
 
 def test_results_become_files_in_the_order_of_the_lines(store):
-    store.batches.add(batch("b"), tenant_batches=9)
+    store.batches.add(batch("b"), tenant_batches=9, tenant_bytes=MUCH)
     store.batches.lease("one", 1, now=10.0, lease_until=20.0)
     numbers = [n * 7 % 501 for n in range(501)]  # more than a page
     assert store.batches.put("b", "one", b"{}", [Result(n, n % 3 > 0, b"%d" % n) for n in numbers])
@@ -96,7 +96,7 @@ def test_results_become_files_in_the_order_of_the_lines(store):
         return file(f"good-{good}", size, purpose="batch_output")
 
     wanted = {good: b"".join(b"%d\n" % n for n in range(501) if (n % 3 > 0) == good) for good in (True, False)}
-    ending = {"now": 30.0, "expires": 99.0, "outputs": outputs, "body": lambda: b"done"}
+    ending = {"now": 30.0, "expires": 99.0, "outputs": outputs, "body": lambda: b"done", "tenant_ended": 9}
     assert not store.batches.end("b", "two", **ending)
     assert store.batches.end("b", "one", **ending)
     assert not store.batches.end("b", "one", **ending)
@@ -108,22 +108,46 @@ def test_results_become_files_in_the_order_of_the_lines(store):
 
 
 def test_a_tenant_has_so_many_batches_that_have_not_ended(store):
-    store.batches.add(batch("a"), tenant_batches=1)
+    store.batches.add(batch("a"), tenant_batches=1, tenant_bytes=MUCH)
     with pytest.raises(LimitExceeded):
-        store.batches.add(batch("b"), tenant_batches=1)
-    store.batches.add(batch("c", tenant="other"), tenant_batches=1)
+        store.batches.add(batch("b"), tenant_batches=1, tenant_bytes=MUCH)
+    store.batches.add(batch("c", tenant="other"), tenant_batches=1, tenant_bytes=MUCH)
     store.batches.lease("one", 9, now=10.0, lease_until=20.0)
-    store.batches.end("a", "one", now=30.0, expires=99.0, outputs=lambda good, size: None, body=lambda: b"{}")
-    store.batches.add(batch("b"), tenant_batches=1)
+    assert ended(store, "a", now=30.0)
+    store.batches.add(batch("b"), tenant_batches=1, tenant_bytes=MUCH)
     assert [row.id for row in store.batches.list("acme", after="", limit=9)] == ["b", "a"]
     assert [row.id for row in store.batches.list("acme", after="b", limit=9)] == ["a"]
+
+
+def ended(store: Any, id: str, *, now: float, tenant_ended: int = 9) -> bool:
+    nothing = {"outputs": lambda good, size: None, "body": lambda: b"{}"}
+    return store.batches.end(id, "one", now=now, expires=99.0, tenant_ended=tenant_ended, **nothing)
+
+
+def test_of_the_batches_that_have_ended_the_oldest_go(store):
+    for id in ("a", "b", "c", "running"):
+        store.batches.add(batch(id), tenant_batches=9, tenant_bytes=MUCH)
+    store.batches.add(batch("theirs", tenant="other"), tenant_batches=9, tenant_bytes=MUCH)
+    store.batches.lease("one", 9, now=10.0, lease_until=20.0)
+    for now, id in ((1.0, "theirs"), (2.0, "c"), (3.0, "b"), (4.0, "a")):
+        assert ended(store, id, now=now, tenant_ended=2)
+    assert [row.id for row in store.batches.list("acme", after="", limit=9)] == ["running", "b", "a"]
+    assert store.batches.get("theirs", "other") is not None
+
+
+def test_a_tenant_whose_files_are_too_much_hands_in_no_batch(store):
+    store.batches.add_file(file("made", 101, purpose="batch_output"), b"x" * 101, tenant_bytes=MUCH)
+    with pytest.raises(LimitExceeded, match="delete some"):
+        store.batches.add(batch("a"), tenant_batches=9, tenant_bytes=100)
+    store.batches.delete_file("made", "acme")
+    store.batches.add(batch("a"), tenant_batches=9, tenant_bytes=100)
 
 
 def test_time_removes_files_and_ended_batches(store):
     store.batches.add_file(file("old", 1, expires=10.0), b"x", tenant_bytes=MUCH)
     store.batches.add_file(file("new", 1), b"x", tenant_bytes=MUCH)
-    store.batches.add(batch("running", expires=10.0), tenant_batches=9)
-    store.batches.add(batch("ended", ended=5.0, expires=10.0), tenant_batches=9)
+    store.batches.add(batch("running", expires=10.0), tenant_batches=9, tenant_bytes=MUCH)
+    store.batches.add(batch("ended", ended=5.0, expires=10.0), tenant_batches=9, tenant_bytes=MUCH)
     assert store.batches.purge(20.0) == 2
     assert (content(store, "old"), content(store, "new")) == (b"", b"x")
     assert [store.batches.get(id, "acme") is None for id in ("running", "ended")] == [False, True]

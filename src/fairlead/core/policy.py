@@ -526,6 +526,8 @@ class BatchSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Of all files of a tenant."""
     tenant_batches: Positive = 20
     """Of a tenant, that have not ended; more get 429."""
+    tenant_ended: Positive = 1000
+    """Of a tenant, that have ended; the oldest go. Their files stay."""
     window_seconds: Annotated[float, Meta(gt=0)] = 86_400.0
     """A batch that has not ended by then has expired, with what was answered by then."""
     retention_days: Annotated[float, Meta(gt=0)] = 30.0

@@ -18,7 +18,7 @@ no hand-off. Only one that does wait becomes a task.
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from fairlead.core.errors import (
     Unavailable,
 )
 from fairlead.core.generation import Embed, Generate, Paint, Picture
-from fairlead.core.policy import FilterPolicy, GatewaySettings, rules_of
+from fairlead.core.policy import Amounts, FilterPolicy, GatewaySettings, Unit, rules_of
 from fairlead.core.request import Request, Response, Sink, Ticket
 from fairlead.core.specs import ModelSpec
 from fairlead.core.tensors import Tensors
@@ -48,6 +48,7 @@ from fairlead.gateway.abuse import Abuse
 from fairlead.gateway.bodies import Bodies
 from fairlead.gateway.books import Books, kind_of
 from fairlead.gateway.course import Course, Courses
+from fairlead.gateway.ends import CALLERS_FAULT, ended
 from fairlead.gateway.estimate import Work, estimate, num_chars
 from fairlead.gateway.filters.filters import Filters
 from fairlead.gateway.filters.moderation import above, by_label, check_classifier, text_rows
@@ -75,6 +76,7 @@ log = structlog.get_logger("fairlead.gateway")
 MAX_SUBJECTS = 10_000
 """Callers whose limits are kept ready."""
 CLASSIFY_SECONDS = 10.0
+ONE_REQUEST: Amounts = {Unit.REQUESTS: 1.0}
 MANY_CHARS = 1 << 15
 """Of a request's texts: from here on a thread searches them."""
 
@@ -213,6 +215,31 @@ class Gateway:
     def remote_models(self) -> list[str]:
         """Those of the OpenAI protocol."""
         return [name for name in self.upstreams.models() if self.remote(name) and self.upstreams(name)[0].openai]
+
+    # What doors ask that have no model
+
+    @asynccontextmanager
+    async def counted(self, caller: Caller) -> AsyncGenerator[Mapping[str, str], None]:
+        """Around a request that asks no model: what the head of its answer says. Its caller's limits count it as any other, and not at all
+        where the server is at fault. It leaves no usage record. Raises FairleadError for one that is refused."""
+        try:
+            if self.stopping:
+                raise ShuttingDown("Server is stopping")
+            if self.abuse is not None and (error := self.abuse.decide(caller.tenant, time.monotonic())) is not None:
+                raise error
+            hold = await self.limits.ask(self.subjects(caller), ONE_REQUEST, time.time())
+        except FairleadError as refusal:
+            self.counts.add("fairlead_gateway_refused_total", "", ended(refusal)[1])
+            raise
+        try:
+            yield hold.headers
+        except CALLERS_FAULT:
+            raise
+        except BaseException:
+            hold.release(time.time())
+            raise
+        finally:
+            hold.settle(ONE_REQUEST, time.time())  # unless it was released
 
     # What jobs ask
 
@@ -409,8 +436,8 @@ class Gateway:
                 batches = self.find(request.model, request.version).spec.batches
         return estimate(request, self.settings.limits.output_tokens, batches=batches)
 
-    def subjects(self, caller: Caller, course: Course) -> tuple[Subject, ...]:
-        """Everything whose limits a request of this caller counts against."""
+    def subjects(self, caller: Caller, course: Course | None = None) -> tuple[Subject, ...]:
+        """Everything whose limits a request of this caller counts against. `course`: None for one that asks no model."""
         key = (caller.tenant, caller.project, caller.key)
         found = self._subjects.get(key)
         if (
@@ -428,7 +455,7 @@ class Gateway:
             )
             subjects = tuple(Subject(name, rules_of(limits)) for name, limits in named if limits)
             found = self._subjects[key] = (caller, subjects)
-        return found[1] if course.subject is None else (*found[1], course.subject)
+        return found[1] if course is None or course.subject is None else (*found[1], course.subject)
 
     async def turn(self, visit: Visit) -> Answer | None:
         """Returns an answer that will do although it is old, where the policy allows that for such a wait."""

@@ -23,6 +23,7 @@ GROUPS = {
     "limits": "Limits",
     "tenants": "Tenants and cost",
     "jobs": "Jobs and webhooks",
+    "batches": "Batches of the OpenAI API",
     "rollouts": "Rollouts",
     "slo": "Objectives and alerts",
     "replicas": "Replica processes",
@@ -179,6 +180,10 @@ _BY_GROUP: dict[str, tuple[Metric, ...]] = {
         _count("fairlead_job_retries_total", "tries", "Tries of jobs that went wrong and were put off to another one", ("model",), M),
         _count("fairlead_jobs_lost_total", "jobs", "Jobs that were another runner's before they ended here: their leases had run out"),
         _count("fairlead_webhook_deliveries_total", "calls", "Calls to receivers of webhooks: outcome is delivered, retried or failed", ("outcome",), "3"),
+    ),
+    "batches": (
+        _count("fairlead_api_batches_total", "batches", "Batches of the OpenAI API that ended on this server: status is completed, failed, expired or cancelled", ("status",), "4"),
+        _count("fairlead_api_batch_lines_total", "requests", "Their requests: outcome is answered, refused, or postponed (a limit or a full line: it is asked again)", ("outcome",), "3"),
     ),
     "rollouts": (
         _gauge("fairlead_traffic_share_ratio", "ratio", "The part of a model's requests that a version gets, of models that the registry deploys", MODEL, "deployed versions"),

@@ -34,6 +34,8 @@ class FileRow(Struct, frozen=True, kw_only=True):
     size: int
     created: float
     expires: float
+    signed_by: str = ""
+    """The key that signed the upload."""
 
 
 class BatchRow(Struct, frozen=True, kw_only=True):
@@ -46,6 +48,10 @@ class BatchRow(Struct, frozen=True, kw_only=True):
     ended: float | None = None
     expires: float
     """When it is removed."""
+    output_seconds: float | None = None
+    """How long its files are kept; None: as long as it is."""
+    signed_by: str = ""
+    """The key that signed the wish and the upload of its file, both."""
     server: str = ""
     lease_until: float = 0.0
     cancelling: bool = False
@@ -71,11 +77,7 @@ class BatchStore:
     def add_file(self, row: FileRow, data: bytes, *, tenant_bytes: int) -> None:
         """Raises LimitExceeded where its tenant has no room for it."""
         with self._transactions.writes() as connection:
-            theirs = sa.select(sa.func.coalesce(sa.func.sum(files.c.size), 0), sa.func.count()).where(files.c.tenant == row.tenant)
-            size, number = connection.execute(theirs).one()
-            if size + row.size > tenant_bytes or number >= MAX_FILES:
-                message = f"the files of tenant `{row.tenant}` would be more than {MAX_FILES}, or have more than {tenant_bytes} bytes: delete some"
-                raise LimitExceeded(message, reason="stored-files", retry_after=60.0)
+            _check_room(connection, row.tenant, row.size, tenant_bytes)
             _write(connection, row, (data[at : at + PART_BYTES] for at in range(0, len(data), PART_BYTES)))
 
     def file(self, id: str, tenant: str) -> FileRow | None:
@@ -116,9 +118,10 @@ class BatchStore:
 
     # Batches
 
-    def add(self, row: BatchRow, *, tenant_batches: int) -> None:
-        """Raises LimitExceeded where its tenant has as many that have not ended."""
+    def add(self, row: BatchRow, *, tenant_batches: int, tenant_bytes: int) -> None:
+        """Raises LimitExceeded where its tenant has as many that have not ended, or no room for files."""
         with self._transactions.writes() as connection:
+            _check_room(connection, row.tenant, 0, tenant_bytes)
             open_ones = sa.select(sa.func.count()).where(batches.c.tenant == row.tenant, batches.c.ended.is_(None))
             if connection.execute(open_ones).scalar_one() >= tenant_batches:
                 message = f"{tenant_batches} batches of tenant `{row.tenant}` have not ended yet"
@@ -199,10 +202,19 @@ class BatchStore:
             return dict(tuple(row) for row in connection.execute(query).all())
 
     def end(
-        self, id: str, server: str, *, now: float, expires: float, outputs: Callable[[bool, int], FileRow | None], body: Callable[[], bytes]
+        self,
+        id: str,
+        server: str,
+        *,
+        now: float,
+        expires: float,
+        outputs: Callable[[bool, int], FileRow | None],
+        body: Callable[[], bytes],
+        tenant_ended: int,
     ) -> bool:
         """Its results become files, and are gone. `outputs`: of good or bad results, and how many bytes they have; None where there are none.
-        `body`: the object, asked for after those. False, and nothing written, where it is this server's no longer."""
+        `body`: the object, asked for after those. `tenant_ended`: as many that have ended are kept of its tenant, the oldest go.
+        False, and nothing written, where it is this server's no longer."""
         ours = (batches.c.id == id) & (batches.c.server == server) & batches.c.ended.is_(None)
         with self._transactions.writes() as connection:
             if connection.execute(sa.select(batches.c.id).where(ours).with_for_update()).scalar() is None:
@@ -215,6 +227,12 @@ class BatchStore:
                     _write(connection, row, _parts(connection, id, good))
             connection.execute(batch_results.delete().where(batch_results.c.batch == id))
             connection.execute(batches.update().where(ours).values(body=body(), ended=now, expires=expires, lease_until=0.0))
+            tenant = sa.select(batches.c.tenant).where(batches.c.id == id).scalar_subquery()
+            ended = sa.select(batches.c.id).where(batches.c.tenant == tenant, batches.c.ended.is_not(None))
+            too_many = connection.execute(
+                ended.order_by(batches.c.ended.desc(), batches.c.id.desc()).offset(tenant_ended).limit(ROWS)
+            ).scalars()
+            connection.execute(batches.delete().where(batches.c.id.in_(list(too_many))))
             return True
 
     # Upkeep
@@ -230,6 +248,15 @@ class BatchStore:
             ids = list(connection.execute(over.with_for_update(skip_locked=True)).scalars())
             connection.execute(batches.delete().where(batches.c.id.in_(ids)))
             return len(gone) + len(ids)
+
+
+def _check_room(connection: Connection, tenant: str, size: int, tenant_bytes: int) -> None:
+    """Raises LimitExceeded."""
+    theirs = sa.select(sa.func.coalesce(sa.func.sum(files.c.size), 0), sa.func.count()).where(files.c.tenant == tenant)
+    present, number = connection.execute(theirs).one()
+    if present + size > tenant_bytes or number >= MAX_FILES:
+        message = f"the files of tenant `{tenant}` would be more than {MAX_FILES}, or have more than {tenant_bytes} bytes: delete some"
+        raise LimitExceeded(message, reason="stored-files", retry_after=60.0)
 
 
 def _write(connection: Connection, row: FileRow, parts: Iterable[bytes]) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from fairlead.core.errors import ConfigError
 
-HEAD = "0007"
+HEAD = "0008"
 """The newest migration."""
 VERSION_TABLE = "fairlead_version"
 BUSY_SECONDS = 10.0

@@ -516,6 +516,7 @@ files = Table(
     Column("size", BigInteger, nullable=False),
     Column("created", Double, nullable=False),
     Column("expires", Double, nullable=False),
+    Column("signed_by", String, nullable=False),
     Index("files_tenant", "tenant", "id"),
     Index("files_expires", "expires"),
 )
@@ -544,6 +545,8 @@ batches = Table(
     Column("lease_until", Double, nullable=False),
     Column("cancelling", Boolean, nullable=False),
     Column("body", LargeBinary, nullable=False),
+    Column("signed_by", String, nullable=False),
+    Column("output_seconds", Double),
     Index("batches_tenant", "tenant", "id"),
     Index("batches_expires", "expires"),
     _part("batches_unended", "lease_until", where=NOT_ENDED),

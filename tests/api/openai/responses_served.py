@@ -1,7 +1,7 @@
 """Data ports that keep responses, and take batches, over engines in processes of their own."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from fairlead.api.doorkeeper import CALLER
 from fairlead.api.http_server import HttpServer
 from fairlead.api.openai.batch_objects import ENDPOINTS
 from fairlead.api.openai.batch_runner import BatchRunner
-from fairlead.api.openai.batches import Batches
+from fairlead.api.openai.batches import Batches, Count
 from fairlead.api.openai.responses import Responses
 from fairlead.api.openai.responses_kept import Kept
 from fairlead.backends import fake_engine
 from fairlead.backends.table import BACKENDS
 from fairlead.core.caller import Caller
 from fairlead.core.policy import BatchSettings, ResponseSettings, Scope
+from fairlead.observe.counts import Counts
 from fairlead.observe.metrics import Metrics
 from fairlead.runtime.repository import Control, ModelRepository, RepositorySettings
 from fairlead.store.batches import BatchRow
@@ -33,11 +34,15 @@ Callers = Callable[[BatchRow], Caller]
 
 
 class NameTags:
-    """A doorkeeper who believes what callers say: their key is their tenant's name."""
+    """A doorkeeper who believes what callers say: their key is their tenant's name, and `x-signed-by` who signed."""
 
     async def admit(self, http: HttpRequest, scope: Scope | None) -> None:
         tenant = http.headers.get("authorization", "").removeprefix("Bearer ")
-        http.scope[CALLER] = (Caller(tenant=tenant or "default"), "")
+        http.scope[CALLER] = (Caller(tenant=tenant or "default"), http.headers.get("x-signed-by", ""))
+
+
+def uncounted(caller: Caller) -> AbstractAsyncContextManager[Mapping[str, str]]:
+    return nullcontext({})
 
 
 class Keeping(Struct):
@@ -61,13 +66,13 @@ class Keeping(Struct):
             self.kepts.append(kept)
         return f"http://127.0.0.1:{server.port}/v1"
 
-    async def add_batches(self, settings: BatchSettings, callers: Callers) -> tuple[str, BatchRunner]:
-        """One that takes batches; nobody runs its runner but the test."""
+    async def add_batches(self, settings: BatchSettings, callers: Callers, count: Count = uncounted) -> tuple[str, BatchRunner]:
+        """One that takes batches; nobody runs its runner but the test. `sealed` is a model that takes signed requests alone."""
         responses = Responses(self.repository, self.repository, self.lines, 1 << 20, None)
         doors = (*data_operations(self.repository, self.repository, self.lines, None, 1 << 20), *responses.operations)
         asked = {each.path: each.serve for each in doors if each.method == "POST" and each.path in ENDPOINTS}
-        runner = BatchRunner(self.store.batches, settings, asked, callers, lambda: ("standard", "batch"))
-        door = Batches(self.store.batches, settings, self.lines, 4 << 20, runner.look)
+        runner = BatchRunner(self.store.batches, settings, asked, callers, lambda: ("standard", "batch"), "sealed".__eq__, Counts())
+        door = Batches(self.store.batches, settings, self.lines, 4 << 20, runner.look, count)
         app = data_app(self.repository, doorkeeper=NameTags(), finished=self.lines, more=door.operations)  # type: ignore[arg-type]
         server = HttpServer(None, app, self.lines)
         await server.listen(port=0)

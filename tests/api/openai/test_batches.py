@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx2
@@ -11,12 +12,14 @@ import pytest
 import pytest_asyncio
 from starlette.responses import Response as HttpResponse
 
+from fairlead.api.doorkeeper import CALLER
 from fairlead.api.openai import batch_runner
 from fairlead.api.openai.batch_objects import MAX_LINE_BYTES, checked_line, decoded, encode
 from fairlead.api.openai.batch_runner import BatchRunner
 from fairlead.core.caller import Caller
-from fairlead.core.errors import InvalidRequest, Unauthenticated
+from fairlead.core.errors import InvalidRequest, LimitExceeded, Unauthenticated
 from fairlead.core.policy import BatchSettings
+from fairlead.observe.counts import Counts
 from fairlead.store.batches import BatchRow
 from tests.api.openai.responses_served import SECONDS, Keeping, client_of, keeping
 
@@ -288,7 +291,7 @@ async def test_a_runner_ends_when_it_is_cancelled_in_the_moment_in_which_a_batch
         looked.set()
 
     monkeypatch.setattr(BatchRunner, "once", once)
-    runner = BatchRunner(store=None, settings=BatchSettings(), doors={}, callers=lambda row: None, classes=tuple)
+    runner = BatchRunner(None, BatchSettings(), {}, lambda row: None, tuple, lambda model: False, Counts())
     task = asyncio.create_task(runner.run())
     await looked.wait()
     await asyncio.sleep(0)  # now it waits
@@ -312,7 +315,85 @@ async def test_an_input_that_was_deleted(desk):
     assert (await desk.ended(batch.id)).status == "failed"
 
 
+# Signed requests
+
+
+async def test_a_model_that_takes_signed_requests_alone(desk):
+    sealed = [chat("a", "x"), chat("b", "x", model="sealed")]
+    batch = await desk.ended((await desk.hand_in(*sealed)).id)
+    (error,) = batch.errors.data
+    assert (batch.status, error.code, error.line, error.param) == ("failed", "signature_required", 2, "model")
+    assert "'sealed'" in error.message and batch.request_counts.completed == 0
+
+
+@pytest.mark.parametrize("signed", ["upload", "wish", "both"])
+async def test_lines_are_signed_where_their_file_and_their_batch_were(desk, signed):
+    async def serve(http: Any) -> Any:
+        seen.append(http.scope[CALLER][1])
+        return HttpResponse(b"{}")
+
+    seen: list[str] = []
+    desk.runner.doors = {"/v1/chat/completions": serve}
+    by = {"x-signed-by": "k1"}
+    data = json.dumps(chat("a", "x", model="sealed")).encode()
+    file = await desk.client.files.create(file=("in.jsonl", data), purpose="batch", extra_headers=by if signed != "wish" else {})
+    wish = {"input_file_id": file.id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    batch = await desk.client.batches.create(**wish, extra_headers=by if signed != "upload" else {})
+    done = await desk.ended(batch.id)
+    assert (done.status, seen) == (("completed", ["k1"]) if signed == "both" else ("failed", []))
+
+
 # Files and bounds
+
+
+async def test_files_that_a_batch_makes_are_kept_as_long_as_it_says(desk):
+    file = await desk.upload(chat("a", "x"), chat("b", "x", temperature=9))
+    batch = await desk.client.batches.create(
+        input_file_id=file,
+        endpoint="/v1/chat/completions",
+        completion_window="24h",
+        output_expires_after={"anchor": "created_at", "seconds": 3600},
+    )
+    done = await desk.ended(batch.id)
+    for made in (done.output_file_id, done.error_file_id):
+        found = await desk.client.files.retrieve(made)
+        assert found.expires_at - found.created_at == 3600
+
+
+async def test_every_request_for_files_and_batches_is_counted_before_its_body_is_read(place):
+    asked: list[str] = []
+
+    @asynccontextmanager
+    async def count(caller: Caller) -> Any:
+        asked.append(caller.tenant)
+        if len(asked) == 4:
+            raise LimitExceeded("the key's limit of 3 requests per minute is reached", reason="limit-requests", retry_after=7.0)
+        yield {"x-ratelimit-remaining-requests": str(3 - len(asked))}
+
+    identity = Identity()
+    url, runner = await place.add_batches(BatchSettings(), identity, count)
+    async with client_of(url, "counted") as client:
+        desk = Desk(place, client, runner, identity)
+        batch = await desk.hand_in(chat("a", "x"))
+        raw = await client.batches.with_raw_response.retrieve(batch.id)
+        assert raw.headers["x-ratelimit-remaining-requests"] == "0"
+        with pytest.raises(openai.RateLimitError, match="3 requests per minute") as error:
+            await client.files.create(file=("in.jsonl", b"x" * (4 << 20)), purpose="batch")
+        assert (error.value.response.headers["retry-after"], asked) == ("7", ["counted"] * 4)
+        assert (await desk.ended(batch.id)).status == "completed"
+
+
+async def test_batches_and_their_lines_are_counted(desk):
+    doors, busy = dict(desk.runner.doors), [503]
+
+    async def serve(http: Any) -> Any:
+        return HttpResponse(status_code=busy.pop(), headers={"retry-after": "0"}) if busy else await doors["/v1/chat/completions"](http)
+
+    desk.runner.doors = {**doors, "/v1/chat/completions": serve}
+    await desk.ended((await desk.hand_in(chat("a", "x"), chat("b", "x", temperature=9))).id)
+    counts = {(labels[0], number) for name, labels, number in desk.runner.counts.samples() if name == "fairlead_api_batch_lines_total"}
+    assert counts == {("answered", 1), ("refused", 1), ("postponed", 1)}
+    assert desk.runner.counts.get("fairlead_api_batches_total", "completed") == 1
 
 
 async def test_files(desk):
@@ -399,7 +480,7 @@ async def test_wishes_that_are_wrong(desk):
         ({"input_file_id": "file_0"}, "input_file_id"),
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata"),
         ({"metadata": {"a": "x" * 513}}, "metadata"),
-        ({"extra_body": {"output_expires_after": {}}}, "output_expires_after"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 60}}, "output_expires_after.seconds"),
     ):
         body = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h", **wrong}
         with pytest.raises(openai.BadRequestError) as error:

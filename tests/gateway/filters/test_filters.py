@@ -55,6 +55,32 @@ def test_what_is_redacted_is_redacted_wherever_it_stands() -> None:
     assert "jane" in str(request), "the request that was checked is left as it was"
 
 
+def test_names_of_fields_are_searched_as_what_stands_in_them() -> None:
+    schema = {"type": "object", "properties": {MAIL: {"type": "string"}}, "required": [MAIL]}
+    hidden = {"type": "object", "properties": {HIDDEN: {"type": "string"}}, "required": [HIDDEN]}
+    checked = REDACT.check(chat(user("x"), tools=[{"function": {"parameters": schema}}], template_kwargs={MAIL: 1})).request.prompt
+    assert isinstance(checked, Generate) and checked.chat is not None
+    assert (checked.chat.tools, checked.chat.template_kwargs) == ([{"function": {"parameters": hidden}}], {HIDDEN: 1})
+    body = {"model": "m", "messages": [], "tools": [{"function": {"parameters": {"properties": {"the bomb": {}}}}}]}
+    for blocked in (
+        chat(user("x"), tools=body["tools"]),
+        Request(model="m", raw=Raw(body=json.dumps(body).encode(), path="/v1/chat/completions")),
+    ):
+        with pytest.raises(Filtered):
+            DENY.check(blocked)
+    two = chat(user("x"), tools=[{"properties": {"jane@example.com": {}, "joe@example.com": {}}}])
+    with pytest.raises(InvalidRequest, match="two fields of one name"):
+        REDACT.check(two)
+
+
+def test_words_of_the_protocol_are_no_texts() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}}}]
+    filters = Filters.of(FilterPolicy(deny=("type", "properties", "function")))
+    with pytest.raises(Filtered, match="deny"):
+        filters.check(chat(user("x"), tools=[{"function": {"parameters": {"properties": {"a": {"type": "type"}}}}}]))
+    assert Filters.of(FilterPolicy(deny=("properties", "parameters"))).check(chat(user("x"), tools=tools)).flagged == ()
+
+
 @pytest.mark.parametrize(
     "prompt",
     [

@@ -8,8 +8,8 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from contextlib import aclosing, suppress
 from secrets import token_hex
 from typing import Any
 
@@ -24,6 +24,7 @@ from fairlead.api.web import Serve
 from fairlead.core.caller import Caller
 from fairlead.core.errors import FairleadError, InvalidRequest, Unavailable
 from fairlead.core.policy import BatchSettings
+from fairlead.observe.counts import Counts
 from fairlead.store.batches import BatchRow, BatchStore, FileRow, Result
 
 LOOK_SECONDS = 1.0
@@ -37,6 +38,11 @@ MAX_ERRORS = 50
 """That are told of one file."""
 STOP_SECONDS = 5.0
 DAY = 86_400.0
+UNSIGNED = (
+    "requests for model '{}' must be signed (RFC 9421): sign the upload of the file and the request for the batch, see docs/signing.md"
+)
+BATCHES = "fairlead_api_batches_total"
+LINES = "fairlead_api_batch_lines_total"
 
 log = structlog.get_logger(__name__)
 
@@ -110,13 +116,18 @@ class BatchRunner:
         doors: Mapping[str, Serve],
         callers: Callable[[BatchRow], Caller],
         classes: Callable[[], Collection[str]],
+        signed_only: Callable[[str], bool],
+        counts: Counts,
     ) -> None:
-        """`doors`: by path. `callers`: who a batch's caller is by now; raises Unauthenticated. `classes`: those that there are."""
+        """`doors`: by path. `callers`: who a batch's caller is by now; raises Unauthenticated. `classes`: those that there are.
+        `signed_only`: whether the model of that name takes signed requests alone."""
         self.store = store
         self.settings = settings
         self.doors = doors
         self.callers = callers
         self.classes = classes
+        self.signed_only = signed_only
+        self.counts = counts
         self.server = f"{socket.gethostname()}-{os.getpid()}-{token_hex(4)}"
         self.stopping = False
         self._runs: dict[str, _Run] = {}
@@ -197,21 +208,25 @@ class BatchRunner:
         batch.request_counts.total = 0  # whoever began to read it may have stopped
         errors: list[BatchError] = []
         names: set[str] = set()
-        async for number, line in self._lines(batch.input_file_id):
-            try:
-                asked = checked_line(line, batch.endpoint)
-                if asked.custom_id in names:
-                    raise InvalidRequest(f"`custom_id` {asked.custom_id[:64]!r} is not the only one of that name")
-                names.add(asked.custom_id)
-                if not batch.model and isinstance(model := asked.body.get("model"), str):
-                    batch.model = model[:MAX_ID_CHARS]
-            except InvalidRequest as error:
-                errors.append(BatchError("invalid_request", error.message, number + 1))
-            batch.request_counts.total += 1
-            if batch.request_counts.total > self.settings.max_lines:
-                errors.append(BatchError("too_many_lines", f"a batch has at most {self.settings.max_lines} lines", number + 1))
-            if len(errors) >= MAX_ERRORS or batch.request_counts.total > self.settings.max_lines:
-                break
+        async with aclosing(self._lines(batch.input_file_id)) as lines:
+            async for number, line in lines:
+                try:
+                    asked = checked_line(line, batch.endpoint)
+                    if asked.custom_id in names:
+                        raise InvalidRequest(f"`custom_id` {asked.custom_id[:64]!r} is not the only one of that name")
+                    names.add(asked.custom_id)
+                    model = asked.body.get("model")
+                    if isinstance(model, str):
+                        batch.model = batch.model or model[:MAX_ID_CHARS]
+                        if not run.row.signed_by and self.signed_only(model):
+                            errors.append(BatchError("signature_required", UNSIGNED.format(model[:MAX_ID_CHARS]), number + 1, "model"))
+                except InvalidRequest as error:
+                    errors.append(BatchError("invalid_request", error.message, number + 1))
+                batch.request_counts.total += 1
+                if batch.request_counts.total > self.settings.max_lines:
+                    errors.append(BatchError("too_many_lines", f"a batch has at most {self.settings.max_lines} lines", number + 1))
+                if len(errors) >= MAX_ERRORS or batch.request_counts.total > self.settings.max_lines:
+                    break
         if not batch.request_counts.total:
             errors.append(BatchError("empty_file", "the input file has no lines, or was deleted"))
         if errors:
@@ -222,7 +237,7 @@ class BatchRunner:
         await self._flush(run)
         return True
 
-    async def _lines(self, file: str) -> AsyncIterator[tuple[int, bytes]]:
+    async def _lines(self, file: str) -> AsyncGenerator[tuple[int, bytes], None]:
         """(number, line) of those that are not blank."""
         rest, part_number, number = b"", 0, 0
         while (part := await asyncio.to_thread(self.store.part, file, part_number)) is not None:
@@ -243,15 +258,16 @@ class BatchRunner:
         pending: set[asyncio.Task[None]] = set()
         num_lines = 0
         try:
-            async for number, line in self._lines(run.batch.input_file_id):
-                num_lines += 1
-                if number in done:
-                    continue
-                while len(pending) >= self.settings.max_lines_active and not run.over(time.time()):
-                    pending = await self._wait(run, pending)
-                if run.over(time.time()):
-                    break
-                pending.add(asyncio.create_task(self._ask(run, number, line)))
+            async with aclosing(self._lines(run.batch.input_file_id)) as lines:
+                async for number, line in lines:
+                    num_lines += 1
+                    if number in done:
+                        continue
+                    while len(pending) >= self.settings.max_lines_active and not run.over(time.time()):
+                        pending = await self._wait(run, pending)
+                    if run.over(time.time()):
+                        break
+                    pending.add(asyncio.create_task(self._ask(run, number, line)))
             while pending and not run.over(time.time()):
                 pending = await self._wait(run, pending)
         finally:
@@ -288,19 +304,21 @@ class BatchRunner:
                 run.trouble = error
                 return
             id = f"batch_req_{token_hex(16)}"
-            status, answer, pause = await self._call(run.batch.endpoint, caller, id, body)
+            status, answer, pause = await self._call(run.batch.endpoint, caller, run.row.signed_by, id, body)
             if status not in AGAIN:
                 break
+            self.counts.add(LINES, "postponed")
             await asyncio.sleep(pause)
         told = {"id": id, "custom_id": asked.custom_id, "response": _response(status, id, answer), "error": None}
         good = status == 200
+        self.counts.add(LINES, "answered" if good else "refused")
         run.take(Result(number, good, msgspec.json.encode(told)), _usage(answer) if good else None)
 
     def _caller(self, row: BatchRow) -> Caller:
         caller, wanted = self.callers(row), self.settings.qos_class
         return structs.replace(caller, qos_class=wanted) if wanted in self.classes() else caller
 
-    async def _call(self, path: str, caller: Caller, id: str, body: bytes) -> tuple[int, bytes, float]:
+    async def _call(self, path: str, caller: Caller, signed_by: str, id: str, body: bytes) -> tuple[int, bytes, float]:
         """(status, body, seconds after which to ask again) of a request as it comes by HTTP."""
         waiting = asyncio.Event()
         parts = [{"type": "http.request", "body": body, "more_body": False}]
@@ -319,7 +337,7 @@ class BatchRunner:
             "query_string": b"",
             "headers": [(name.encode(), value.encode()) for name, value in named.items()],
             "fairlead.route": path,
-            CALLER: (caller, ""),
+            CALLER: (caller, signed_by),
         }
         answer = await self.doors[path](HttpRequest(scope, receive))
         after = answer.headers.get("retry-after", "1")
@@ -346,8 +364,15 @@ class BatchRunner:
             if not size:
                 return None
             name = f"{run.row.id}_{'output' if good else 'errors'}.jsonl"
+            seconds = run.row.output_seconds
             row = FileRow(
-                id=new_id("file"), tenant=run.row.tenant, name=name, purpose="batch_output", size=size, created=now, expires=expires
+                id=new_id("file"),
+                tenant=run.row.tenant,
+                name=name,
+                purpose="batch_output",
+                size=size,
+                created=now,
+                expires=expires if seconds is None else min(now + seconds, expires),
             )
             if good:
                 batch.output_file_id = row.id
@@ -355,21 +380,32 @@ class BatchRunner:
                 batch.error_file_id = row.id
             return row
 
-        ended = self.store.end
-        await asyncio.to_thread(ended, run.row.id, self.server, now=now, expires=expires, outputs=outputs, body=lambda: encode(batch))
+        ended = await asyncio.to_thread(
+            self.store.end,
+            run.row.id,
+            self.server,
+            now=now,
+            expires=expires,
+            outputs=outputs,
+            body=lambda: encode(batch),
+            tenant_ended=self.settings.tenant_ended,
+        )
+        if ended:
+            self.counts.add(BATCHES, batch.status)
 
     async def _expire(self, run: _Run) -> None:
         """Lines without an answer are told as errors."""
         done = await asyncio.to_thread(self.store.done, run.row.id)
-        async for number, line in self._lines(run.batch.input_file_id):
-            if number in done:
-                continue
-            message = "This request could not be executed before the completion window expired."
-            error = {"code": "batch_expired", "message": message}
-            told = {"id": f"batch_req_{token_hex(16)}", "custom_id": checked_line(line, run.batch.endpoint).custom_id, "response": None}
-            run.take(Result(number, False, msgspec.json.encode({**told, "error": error})), None)
-            if len(run.results) >= FLUSH_RESULTS:
-                await self._flush(run)
+        async with aclosing(self._lines(run.batch.input_file_id)) as lines:
+            async for number, line in lines:
+                if number in done:
+                    continue
+                message = "This request could not be executed before the completion window expired."
+                error = {"code": "batch_expired", "message": message}
+                told = {"id": f"batch_req_{token_hex(16)}", "custom_id": checked_line(line, run.batch.endpoint).custom_id, "response": None}
+                run.take(Result(number, False, msgspec.json.encode({**told, "error": error})), None)
+                if len(run.results) >= FLUSH_RESULTS:
+                    await self._flush(run)
         await self._flush(run)
 
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, ClassVar, Literal
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated, Any, ClassVar, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
@@ -34,6 +35,7 @@ from fairlead.api.openai.responses_bodies import check_metadata
 from fairlead.api.openapi import Operation
 from fairlead.api.status import INTERNAL
 from fairlead.api.web import json_response, read_body
+from fairlead.core.caller import Caller
 from fairlead.core.errors import FairleadError
 from fairlead.core.policy import BatchSettings
 from fairlead.observe.finished import Finished
@@ -49,6 +51,8 @@ MAX_NAME_CHARS = 512
 JSONL = "application/jsonl"
 
 Serve = Callable[[HttpRequest, AccessLine], Awaitable[HttpResponse]]
+Count = Callable[[Caller], AbstractAsyncContextManager[Mapping[str, str]]]
+"""Around a request of this caller, which its limits count: what the head of the answer says. Raises FairleadError for one too many."""
 
 
 class FileBody(Struct, kw_only=True):
@@ -58,6 +62,11 @@ class FileBody(Struct, kw_only=True):
     purpose: Literal["batch"]
 
 
+class ExpiresAfter(Struct, frozen=True, forbid_unknown_fields=True):
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Meta(ge=3600, le=2_592_000)]
+
+
 class BatchBody(Struct, kw_only=True, forbid_unknown_fields=True):
     prompt_parameter: ClassVar[str] = "input_file_id"
 
@@ -65,13 +74,22 @@ class BatchBody(Struct, kw_only=True, forbid_unknown_fields=True):
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
     completion_window: Literal["24h"]
     metadata: dict[str, str] | None = None
+    output_expires_after: ExpiresAfter | None = None
+    """Of the files that it makes."""
 
 
 class Batches:
     def __init__(
-        self, store: BatchStore, settings: BatchSettings, finished: Finished, max_body_bytes: int, look: Callable[[], None]
+        self,
+        store: BatchStore,
+        settings: BatchSettings,
+        finished: Finished,
+        max_body_bytes: int,
+        look: Callable[[], None],
+        count: Count,
     ) -> None:
         """`look`: called when there is a new batch."""
+        self.count = count
         self.store = store
         self.settings = settings
         self.finished = finished
@@ -120,7 +138,7 @@ class Batches:
             form=form,
             media=media,
             optional=optional,
-            errors=(400, 404, 500, 503) if body is None else (400, 404, 413, 429, 500, 503),
+            errors=(400, 404, 429, 500, 503) if body is None else (400, 404, 413, 429, 500, 503),
             error=OpenAIError,
         )
 
@@ -131,7 +149,9 @@ class Batches:
                 unknown = next((name for name in http.query_params if name not in optional), None)
                 if unknown is not None:
                     raise BadParameter(f"Unknown parameter: '{unknown[:64]}'.", unknown[:64], "unknown_parameter")
-                answer = await serve(http, line)
+                async with self.count(line.caller) as told:
+                    line.headers.update(told)
+                    answer = await serve(http, line)
             except FairleadError as error:
                 answer = OpenAIErrors().response(error, line.headers)
                 line.end(answer.status_code, error.message)
@@ -162,6 +182,7 @@ class Batches:
             size=len(content),
             created=now,
             expires=now + (keep if seconds is None else min(seconds, keep)),
+            signed_by=line.signed_by,
         )
         if len(content) > self.max_file_bytes:
             raise BadParameter(f"The file has more than {self.max_file_bytes} bytes.", "file", "file_too_large")
@@ -238,9 +259,13 @@ class Batches:
             address=caller.address,
             created=now,
             expires=now + self.settings.window_seconds + self.settings.retention_days * DAY,
+            output_seconds=None if body.output_expires_after is None else float(body.output_expires_after.seconds),
+            signed_by=line.signed_by if row.signed_by else "",
             body=encode(batch),
         )
-        await asyncio.to_thread(self.store.add, wished, tenant_batches=self.settings.tenant_batches)
+        settings = self.settings
+        bounds = {"tenant_batches": settings.tenant_batches, "tenant_bytes": settings.tenant_bytes}
+        await asyncio.to_thread(self.store.add, wished, **bounds)
         self.look()
         return json_response(batch, headers=line.headers)
 

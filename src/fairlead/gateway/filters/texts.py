@@ -1,5 +1,6 @@
 """The texts of a request, wherever they stand in it, and the request with others in their place."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,21 @@ TEXT_KEYS = (
 """Where a body that goes on to another server has its texts."""
 UNREADABLE_KEYS = frozenset(("prompt_embeds", "prompt_token_ids", "input_ids", "token_ids"))
 """Other ways to say a prompt, which some servers know."""
+_WORDS = frozenset(
+    re.findall(
+        r"\S+",
+        """
+        $defs $ref additionalProperties allOf annotations anyOf arguments audio cache_control call_id citations const content
+        custom data datatype default definitions defs description detail documents encrypted_content enum examples
+        exclusiveMaximum exclusiveMinimum file format function grammar guided_json id image_url input input_audio input_schema
+        inputs is_error items json json_schema maxItems maxLength maxProperties maximum messages minItems minLength
+        minProperties minimum model multipleOf name not oneOf output parameters pattern patternProperties phase prefixItems
+        properties query reasoning reasoning_content refusal regex required result role schema shape signature source status
+        strict summary syntax system text text_input thinking title tool_call_id tool_calls tool_use_id tools type url
+        """,
+    )
+)
+"""Names of fields that protocols and JSON Schema give: nobody says anything by them."""
 _NUMBERS = frozenset((int, float, bool, type(None)))
 _MEDIA_KEYS = frozenset(("image_url", "input_audio", "file"))
 
@@ -159,7 +175,7 @@ class Texts(Struct, frozen=True):
         return structs.replace(raw, body=head + rest, header_length=str(len(head)) if raw.header_length else "")
 
     def _deep(self, value: Any, role: str, depth: int) -> Any:
-        """Every string within, but for names of fields."""
+        """Every string within; names of fields too, which property names of a tool's parameters are."""
         if depth > MAX_DEPTH:
             raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} deep")
         if isinstance(value, str):
@@ -167,10 +183,13 @@ class Texts(Struct, frozen=True):
         if isinstance(value, dict):
             own = value.get("role")
             role = own if isinstance(own, str) else role
-            changed = {
-                name: each if name in _MEDIA_KEYS or name == "role" else self._deep(each, role, depth + 1) for name, each in value.items()
-            }
-            return value if all(changed[name] is each for name, each in value.items()) else changed
+            names = [name if name in _WORDS else self.change(name, role) for name in value]
+            parts = [each if name in _MEDIA_KEYS or name == "role" else self._deep(each, role, depth + 1) for name, each in value.items()]
+            if all(map(_is, names, value)) and all(map(_is, parts, value.values())):
+                return value
+            if len(set(names)) < len(names):
+                raise InvalidRequest("names of fields that a filter takes out leave two fields of one name")
+            return dict(zip(names, parts, strict=True))
         if isinstance(value, (list, tuple)):
             if _NUMBERS.issuperset(map(type, value)):
                 return value  # as long as tensors are
