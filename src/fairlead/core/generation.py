@@ -88,8 +88,16 @@ class ToolChoice(Struct, frozen=True, kw_only=True, omit_defaults=True):
     mode: Literal["auto", "none", "required", "named"] = "auto"
     """required: at least one call; named: a call of `name`."""
     name: str = ""
+    allowed: tuple[str, ...] = ()
+    """Names of those that may be called of the tools that the model is shown; empty: all of them."""
     parallel: bool = True
     """Several calls in one answer."""
+    inputs: dict[str, Guide] = {}
+    """By the name of a tool whose only argument is a text, `input`: what that must look like (lark, regex)."""
+
+    def permits(self, name: str) -> bool:
+        """Whether that tool may be called."""
+        return name == self.name if self.mode == "named" else name in (self.allowed or (name,))
 
 
 class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):

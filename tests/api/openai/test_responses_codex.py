@@ -7,6 +7,7 @@ import asyncio
 import json
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 import pytest_asyncio
@@ -349,14 +350,21 @@ async def test_15_tools_that_come_among_the_items(model):
         ({"type": "custom", "name": "apply_patch"}, ToolChoice(mode="named", name="apply_patch", parallel=False), 2),
         (
             {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "shell"}]},
-            ToolChoice(mode="required", parallel=False),
-            1,
+            ToolChoice(mode="required", allowed=("shell",), parallel=False),
+            2,
+        ),
+        (
+            {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "custom", "name": "apply_patch"}]},
+            ToolChoice(allowed=("apply_patch",), parallel=False),
+            2,
         ),
     ],
 )
 async def test_16_which_tools_may_be_called(model, choice, wanted, num_shown):
     asked, answer = await told(model, Delta(text="ok"), tools=[SHELL, PATCH], tool_choice=choice)
-    assert (asked.prompt.tool_choice, len(asked.prompt.chat.tools)) == (wanted, num_shown)
+    assert (msgspec.structs.replace(asked.prompt.tool_choice, inputs={}), len(asked.prompt.chat.tools)) == (wanted, num_shown)
+    grammar = Guide(kind="lark", text=PATCH["format"]["definition"], parameter="tools[1].format.definition")
+    assert asked.prompt.tool_choice.inputs == ({"apply_patch": grammar} if num_shown else {})
     assert answer.final["tool_choice"] == choice
 
 

@@ -18,6 +18,11 @@ def tool(name="f", **function):
     return {"type": "function", "function": {"name": name, **function}}
 
 
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def nested(levels):
     schema = {"type": "string"}
     for _ in range(levels):
@@ -33,6 +38,7 @@ def nested(levels):
         ("auto", False, ToolChoice(parallel=False)),
         ("required", None, ToolChoice(mode="required")),
         (NAMED, False, ToolChoice(mode="named", name="f", parallel=False)),
+        (allowed("auto", "f"), None, ToolChoice()),
     ],
 )
 def test_how_a_model_may_choose(choice, parallel, chosen):
@@ -40,6 +46,14 @@ def test_how_a_model_may_choose(choice, parallel, chosen):
     shown, told = tools_of([tool(parameters=parameters, description="d", strict=True)], choice, parallel)
     assert shown == [tool(description="d", parameters=parameters, strict=True)]
     assert told == chosen
+
+
+def test_all_tools_are_shown_where_some_may_be_called():
+    tools = [tool("a"), tool("b"), tool("c")]
+    assert tools_of(tools, allowed("auto", "c", "a", "c"), None) == (tools_of(tools, None, None)[0], ToolChoice(allowed=("a", "c")))
+    shown, choice = tools_of(tools, allowed("required", "b"), None)
+    assert (len(shown), choice) == (3, ToolChoice(mode="required", allowed=("b",)))
+    assert [choice.permits(name) for name in "abc"] == [False, True, False]
 
 
 def test_where_none_may_be_called_none_is_shown():
@@ -60,7 +74,11 @@ def test_where_none_may_be_called_none_is_shown():
         ([tool(str(number)) for number in range(MAX_TOOLS + 1)], None, "tools", str(MAX_TOOLS)),
         ([tool()], "always", "tool_choice", "'required'"),
         ([tool()], {"type": "function", "function": {"name": "g"}}, "tool_choice.function.name", "'g'"),
-        ([tool()], {"type": "allowed_tools"}, "tool_choice.type", "'function'"),
+        ([tool()], {"type": "allowed_tools"}, "tool_choice.allowed_tools", "Missing"),
+        ([tool()], allowed("none", "f"), "tool_choice.allowed_tools.mode", "'required'"),
+        ([tool()], allowed("auto"), "tool_choice.allowed_tools.tools", "length"),
+        ([tool()], allowed("auto", "f", "g"), "tool_choice.allowed_tools.tools[1].function.name", "'g'"),
+        ([tool()], {"type": "any"}, "tool_choice.type", "'function'"),
         ([tool()], 5, "tool_choice", "object"),
         (None, "required", "tool_choice", "'tools'"),
         (None, NAMED, "tool_choice", "'tools'"),

@@ -1,6 +1,7 @@
 """OpenAI's own SDK and a small model that was taught to call tools, behind a real server."""
 
 import json
+import re
 import shutil
 from typing import Any
 
@@ -70,6 +71,42 @@ async def test_a_call_is_demanded(client):
         (call,) = answer.choices[0].message.tool_calls
         json.loads(call.function.arguments)
         assert choice == "required" or call.function.name == "get_time"
+
+
+async def test_some_of_the_tools_may_be_called(client):
+    def allowed(mode: str, name: str) -> dict[str, Any]:
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [{"type": "function", "function": {"name": name}}]}}
+
+    free = await client.chat.completions.create(**ask("What is the weather in Oslo?", tool_choice=allowed("auto", "get_weather")))
+    assert free.choices[0].message.tool_calls[0].function.name == "get_weather"
+    other = await client.chat.completions.create(
+        **ask("What is the weather in Oslo?", tool_choice=allowed("auto", "get_time"), max_tokens=40)
+    )
+    assert {call.function.name for call in other.choices[0].message.tool_calls or ()} <= {"get_time"}
+    held = await client.chat.completions.create(
+        **ask("What is the weather in Oslo?", tool_choice=allowed("required", "get_time"), max_tokens=40)
+    )
+    assert {call.function.name for call in held.choices[0].message.tool_calls} == {"get_time"}
+    assert free.usage.prompt_tokens == other.usage.prompt_tokens == held.usage.prompt_tokens  # all of them are shown
+
+
+async def test_a_custom_tool_is_called_with_a_text_of_its_grammar(client):
+    grammar = 'start: "SELECT " COLUMN (", " COLUMN){0,2} ";" "\\n"\nCOLUMN: /"[a-z]{1,8}"/'
+    query = {"type": "custom", "name": "query", "format": {"type": "grammar", "syntax": "lark", "definition": grammar}}
+    asked = {"model": "assistant", "input": "What is the weather in Oslo?", "tools": [query], "temperature": 0.0}
+    answer = await client.responses.create(**asked, tool_choice={"type": "custom", "name": "query"})
+    (call,) = (item for item in answer.output if item.type == "custom_tool_call")
+    assert call.name == "query" and re.fullmatch(r'SELECT "[a-z]{1,8}"(, "[a-z]{1,8}"){0,2};\n', call.input)
+    async with client.responses.stream(**asked, tool_choice="required") as stream:
+        deltas = [event.delta async for event in stream if event.type == "response.custom_tool_call_input.delta"]
+    assert "".join(deltas) == call.input
+    digits = {**query, "format": {"type": "grammar", "syntax": "regex", "definition": r"^\d{3}$"}}
+    answer = await client.responses.create(**{**asked, "tools": [digits]}, tool_choice="required")
+    assert re.fullmatch(r"\d{3}", answer.output[-1].input)
+    broken = {**query, "format": {"type": "grammar", "syntax": "lark", "definition": "start: nobody"}}
+    with pytest.raises(openai.BadRequestError, match="no rule `nobody`") as refused:
+        await client.responses.create(**{**asked, "tools": [query | {"name": "other"}, broken]})
+    assert refused.value.param == "tools[1].format.definition"
 
 
 async def test_a_schema_that_no_grammar_can_follow_is_pointed_at(client):

@@ -33,6 +33,13 @@ RIGHT = {"city": "Oslo", "days": 3, "unit": "C"}
 WRONG = {"city": "Oslo", "days": 3, "unit": "K"}
 REQUIRED = ToolChoice(mode="required")
 CALLING = [name for name in FORMATS if shipped(name)[0].call]
+MODES = [
+    (name, mode)
+    for name in CALLING
+    for mode in ("required", "auto")
+    if mode == "required" or name not in ("harmony", "deepseek", "mistral-args")
+]
+"""Calls of these three begin with tokens that this tokenizer lacks: in its texts nothing tells them."""
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +135,67 @@ def test_strict_tools_are_held_to_their_schemas_and_the_rest_is_free(grammars, t
         grammars, tokenizer, guide, "Wait: " + written(template, ("weather", RIGHT)) + " and " + written(template, ("now", {"a": 1}))
     )
     assert not allows(grammars, tokenizer, guide, "Wait: " + written(template, ("weather", WRONG)))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_free"),
+    [
+        ("It rains.", True),
+        ('{"city": "Oslo"} is what you asked for', True),
+        ('{"nam": 1}', True),
+        (' {\n"parameters": ', False),
+        ('{"name": "else", "parameters": {}}', False),
+        ('Here: }; {"name": "weather"', False),
+        ("if (x) { a } ; { b }", True),
+    ],
+)
+def test_calls_that_begin_with_nothing_are_told_from_text_by_their_beginning(text, is_free, grammars, tokenizer, added):
+    template, _ = shipped("llama3")
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    guide = of(template, added, tools=(strict, NOW), choice=ToolChoice())
+    assert allows(grammars, tokenizer, guide, text) is is_free
+    parser = ResponseParser(template, tools={"weather": {}, "now": {}})
+    pieces = [*parser.push(text), *parser.finish()]
+    assert not is_free or "".join(piece.text for piece in pieces) == text
+    assert allows(grammars, tokenizer, guide, written(template, ("weather", RIGHT), ("now", {"a": 1})))
+    assert not allows(grammars, tokenizer, guide, written(template, ("weather", WRONG)))
+
+
+def test_strict_tools_need_calls_that_can_be_told_from_text(added):
+    fields = {"tool_calls": {"open_pattern": r"\A(?=\{)", "content": "json"}, "content": {}}
+    template = template_of("x", {"call": '{"name": NAME, "arguments": ARGUMENTS}', "response_template": {"fields": fields}})
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
     with pytest.raises(InvalidRequest, match="cannot be `strict`"):
-        of(shipped("llama3")[0], added, tools=(strict,), choice=ToolChoice())
+        of(template, added, tools=(strict,), choice=ToolChoice())
+
+
+@pytest.mark.parametrize(("name", "mode"), MODES)
+def test_some_of_the_tools_that_are_shown_may_be_called(mode, name, grammars, tokenizer, added):
+    template, _ = shipped(name)
+    guide = of(template, added, choice=ToolChoice(mode=mode, allowed=("now",)))
+    assert allows(grammars, tokenizer, guide, written(template, ("now", {}), ("now", {})))
+    assert not allows(grammars, tokenizer, guide, written(template, ("weather", RIGHT)))
+    assert allows(grammars, tokenizer, guide, "It rains.") is (mode == "auto")
+
+
+GREETING = Guide(kind="lark", text='start: "say " WORD ("\\n" WORD)*\nWORD: /"[a-zé]+"/', parameter="tools[0].format.definition")
+TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+CUSTOM = {"type": "function", "function": {"name": "greet", "parameters": TEXT}}
+
+
+@pytest.mark.parametrize(("name", "mode"), MODES)
+def test_the_text_that_a_tool_takes_follows_its_grammar(mode, name, grammars, tokenizer, added):
+    template, _ = shipped(name)
+    guide = of(template, added, tools=(CUSTOM, NOW), choice=ToolChoice(mode=mode, inputs={"greet": GREETING}))
+    said = 'say "hé"\n"you"'
+    text = written(template, ("greet", {"input": said})).replace("\\u00e9", "é")
+    assert allows(grammars, tokenizer, guide, text)
+    parser = ResponseParser(template, tools={"greet": TEXT, "now": {}})
+    calls: list[ToolCall] = []
+    add_calls(calls, [piece.call for piece in chain(parser.push(text), parser.finish()) if piece.call is not None])
+    assert [json.loads(call.arguments) for call in calls] == [{"input": said}]
+    assert not allows(grammars, tokenizer, guide, written(template, ("greet", {"input": "say you"})))
+    assert allows(grammars, tokenizer, guide, written(template, ("now", {})))
 
 
 def test_reasoning_comes_before_what_is_demanded(grammars, tokenizer, added):

@@ -5,14 +5,14 @@ Its calls come back under the names that the client knows.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field, structs
 
 from fairlead.api.openai.errors import BadParameter, explained
 from fairlead.api.openai.tools import tools_of
-from fairlead.core.generation import ToolChoice
+from fairlead.core.generation import Guide, ToolChoice
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class _Custom(Struct, kw_only=True, forbid_unknown_fields=True):
     name: str
     description: str | None = None
     format: _Format | None = None
-    """A grammar is shown to the model, which is not held to it."""
+    """A grammar is shown to the model, which is held to it."""
     allowed_callers: tuple[Literal["direct"], ...] | None = None
     defer_loading: Literal[False] | None = None
 
@@ -57,7 +57,7 @@ class _Namespace(Struct, kw_only=True, forbid_unknown_fields=True):
 class _Allowed(Struct, kw_only=True, forbid_unknown_fields=True):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[dict[str, Any]]
+    tools: Annotated[list[dict[str, Any]], Meta(min_length=1)]
 
 
 class _Chosen(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -100,13 +100,13 @@ def offered(
     reader = _Reader(omit)
     for number, tool in enumerate(tools):
         reader.read(tool, (where or {}).get(number, f"tools[{number}]"))
-    allowed, choice = _chosen(choice, reader.known)
-    shown = [tool for tool in reader.shown if tool["function"]["name"] in allowed]
-    places = [place for tool, place in zip(reader.shown, reader.places, strict=True) if tool["function"]["name"] in allowed]
+    choice = _chosen(choice, reader.known)
     try:
-        plain, chosen = tools_of(shown, choice, parallel)
+        plain, chosen = tools_of(reader.shown, choice, parallel)
     except BadParameter as error:
-        raise _placed(error, places) from None
+        raise _placed(error, reader.places) from None
+    if plain:
+        chosen = structs.replace(chosen, inputs=reader.inputs)
     return Offered(shown=plain, choice=chosen, known=reader.known, told=reader.told)
 
 
@@ -115,6 +115,8 @@ class _Reader:
         self.omit = omit
         self.shown: list[dict[str, Any]] = []
         self.places: list[str] = []
+        self.inputs: dict[str, Guide] = {}
+        """Grammars of custom tools, by the name that the model sees."""
         self.known: dict[str, Known] = {}
         self.told: list[dict[str, Any]] = []
 
@@ -152,6 +154,9 @@ class _Reader:
                 if not getattr(form, name):
                     place = f"{where}.format.{name}"
                     raise BadParameter(f"Missing required parameter: '{place}'.", place, "missing_required_parameter")
+            assert form.syntax is not None and form.definition is not None
+            shown = joined("" if within is None else within.name, tool.name)
+            self.inputs[shown] = Guide(kind=form.syntax, text=form.definition, parameter=f"{where}.format.definition")
             described = f"{described}\n\nThe input follows this {form.syntax} grammar:\n{form.definition}".strip()
         parameters = {"type": "object", "properties": {INPUT: {"type": "string"}}, "required": [INPUT], "additionalProperties": False}
         self._add({"name": tool.name, "description": described, "parameters": parameters}, tool.name, where, within, custom=True)
@@ -169,21 +174,25 @@ class _Reader:
         self.places.append(where)
 
 
-def _chosen(choice: Any, known: Mapping[str, Known]) -> tuple[Collection[str], Any]:
-    """(names of the tools that may be called, the choice as chats have it)."""
+def _chosen(choice: Any, known: Mapping[str, Known]) -> Any:
+    """As chats have it."""
     if not isinstance(choice, dict):
-        return known, choice
+        return choice
     kind = choice.get("type")
     if kind == "allowed_tools":
         allowed = _convert(choice, _Allowed, "tool_choice")
-        names = {_name_of(each, known, f"tool_choice.tools[{number}]") for number, each in enumerate(allowed.tools)}
-        return names, allowed.mode
+        named = [_function(_name_of(each, known, f"tool_choice.tools[{number}]")) for number, each in enumerate(allowed.tools)]
+        return {"type": kind, kind: {"mode": allowed.mode, "tools": named}}
     if kind not in ("function", "custom"):
         message = (
             f"Unsupported value for 'tool_choice.type': {str(kind)[:64]!r}. Supported values are: 'function', 'custom' and 'allowed_tools'."
         )
         raise BadParameter(message, "tool_choice.type", "unsupported_value")
-    return known, {"type": "function", "function": {"name": _name_of(choice, known, "tool_choice")}}
+    return _function(_name_of(choice, known, "tool_choice"))
+
+
+def _function(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def _name_of(given: dict[str, Any], known: Mapping[str, Known], where: str) -> str:

@@ -42,6 +42,18 @@ class NamedTool(Struct, kw_only=True, forbid_unknown_fields=True):
     function: FunctionName
 
 
+class AllowedTools(Struct, kw_only=True, forbid_unknown_fields=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1)]
+
+
+class AllowedChoice(Struct, kw_only=True, forbid_unknown_fields=True):
+    """All tools are shown, so that the prompt stays the same; some may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 def tools_of(tools: list[Any] | None, choice: Any, parallel: bool | None, where: str = "tools") -> tuple[list[dict[str, Any]], ToolChoice]:
     """The tools that the model is shown, in OpenAI's shape, and how it chooses among them. Raises BadParameter.
 
@@ -83,11 +95,22 @@ def _choice(given: Any, names: list[str], where: str) -> ToolChoice:
         raise BadParameter(f"'tool_choice' is only allowed when '{where}' are specified.", "tool_choice", "invalid_value")
     if given == "required":
         return ToolChoice(mode="required")
+    if isinstance(given, dict) and given.get("type") == "allowed_tools":
+        some = _read(given, AllowedChoice, "tool_choice").allowed_tools
+        allowed = {
+            _known(each.function.name, names, where, f"tool_choice.allowed_tools.tools[{number}].function.name")
+            for number, each in enumerate(some.tools)
+        }
+        return ToolChoice(mode=some.mode, allowed=() if allowed.issuperset(names) else tuple(name for name in names if name in allowed))
     name = _read(given, NamedTool, "tool_choice").function.name
+    return ToolChoice(mode="named", name=_known(name, names, where, "tool_choice.function.name"))
+
+
+def _known(name: str, names: list[str], where: str, place: str) -> str:
+    """Raises BadParameter."""
     if name not in names:
-        place = "tool_choice.function.name"
         raise BadParameter(f"Invalid value for '{place}': no tool of '{where}' is called {name[:128]!r}.", place, "invalid_value")
-    return ToolChoice(mode="named", name=name)
+    return name
 
 
 def _read(given: Any, type_: type[T], where: str) -> T:

@@ -22,7 +22,9 @@ class Parsing:
         """Special tokens that the parser must see."""
         self._template = template
         self._tools: Mapping[str, Mapping[str, Any]] = {
-            tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools
+            tool["function"]["name"]: tool["function"].get("parameters") or {}
+            for tool in tools
+            if prompt.tool_choice.permits(tool["function"]["name"])
         }
         self._sole = bool(tools) and not prompt.tool_choice.parallel
         self._prompt = rendered
@@ -93,6 +95,7 @@ def own_guides(prompt: Generate) -> Iterator[Guide]:
     """What a combined guide was made of, one by one, each with the parameter that it came in."""
     if prompt.guide is not None:
         yield prompt.guide
+    yield from prompt.tool_choice.inputs.values()
     for number, tool in enumerate(prompt.chat.tools if prompt.chat is not None else []):
         schema = {"type": "object", **(tool["function"].get("parameters") or {})}
         yield Guide(kind="json", text=json.dumps(schema), parameter=f"tools[{number}].function.parameters")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from fairlead.core.errors import InvalidRequest
 from fairlead.core.generation import Guide, ToolChoice
 from fairlead.llm.parsing.calls import types_of
+from fairlead.llm.parsing.spelled import spelled
 from fairlead.llm.parsing.template import ResponseTemplate
 
 Thought = Literal["", "may", "open"]
@@ -20,7 +21,8 @@ _START = re.compile(r"^start\b", re.MULTILINE)
 
 
 def needs_grammar(tools: Sequence[Mapping[str, Any]], choice: ToolChoice) -> bool:
-    return bool(tools) and (choice.mode in ("required", "named") or any(tool["function"].get("strict") for tool in tools))
+    held = choice.mode in ("required", "named") or choice.allowed or choice.inputs
+    return bool(tools) and (bool(held) or any(tool["function"].get("strict") for tool in tools))
 
 
 def guide_of(
@@ -39,32 +41,34 @@ def guide_of(
     wants_calls = needs_grammar(tools, choice) or (bool(tools) and guide is not None)
     if not wants_calls and (guide is None or not thought):
         return guide
-    rules = _Rules(template, added_ids)
+    rules = _Rules(template, added_ids, choice.inputs)
     if not wants_calls:
         assert guide is not None
         rules.start(thought, rules.answer(guide))
         return Guide(kind="lark", text=rules.text, parameter=guide.parameter)
     if not template.call:
         raise InvalidRequest(
-            f"`tool_choice` cannot be heeded: the response template of this model ({template.name}) does not tell how calls are written"
+            f"calls cannot be held to a grammar: the response template of this model ({template.name}) does not tell how calls are written"
         )
-    named = [tool for tool in tools if choice.mode != "named" or tool["function"]["name"] == choice.name]
+    permitted = [tool for tool in tools if choice.permits(tool["function"]["name"])]
     forced = choice.mode in ("required", "named")
-    calls = rules.calls(named, schemas=forced, parallel=choice.parallel and choice.mode != "named")
+    calls = rules.calls(permitted, schemas=forced, parallel=choice.parallel and choice.mode != "named")
     if forced:
         rules.start(thought, calls)
     elif guide is not None:
         rules.start(thought, f"({rules.answer(guide)} | {calls})")
     else:
-        rules.start(thought, rules.text_and_calls(named, parallel=choice.parallel))
+        rules.start(thought, rules.text_and_calls(permitted, parallel=choice.parallel))
     return Guide(kind="lark", text=rules.text, parameter="tools" if guide is None else guide.parameter)
 
 
 class _Rules:
     """A grammar that is being written. Its names begin with `fl_`, so that they clash with none of a caller's grammar."""
 
-    def __init__(self, template: ResponseTemplate, added_ids: Mapping[str, int]) -> None:
+    def __init__(self, template: ResponseTemplate, added_ids: Mapping[str, int], inputs: Mapping[str, Guide]) -> None:
+        """`inputs`: of tools that take a text, by name."""
         self.template = template
+        self._inputs = inputs
         self._added_ids = added_ids
         texts = sorted(added_ids, key=len, reverse=True)
         self._added = re.compile("|".join(f"({re.escape(text)})" for text in texts)) if texts else None
@@ -130,15 +134,19 @@ class _Rules:
         return self.rule(f"{self.literal(form.before)} {one} {more} {self.literal(form.after)}")
 
     def text_and_calls(self, tools: Sequence[Mapping[str, Any]], *, parallel: bool) -> str:
-        """Text, in which calls of strict tools follow their schemas. Raises InvalidRequest."""
+        """Text, in which calls follow what is asked of them. Raises InvalidRequest."""
         form, region = self.template, self.template.calls
         whole = form.before + form.call
         assert region is not None and region.open is not None
         trigger = next((literal for literal in region.open.literals if whole.startswith(literal)), "")
         trigger = trigger or (self._added.match(whole) or [""])[0] if self._added is not None else trigger
+        if not trigger and form.begun:
+            self._lines.append(f"FL_PLAIN: /(.|\\n)*/ & ~/({form.begun})(.|\\n)*/")
+            return self.rule(f"{self.calls(tools, schemas=False, parallel=parallel)} | FL_PLAIN")
         if not trigger:
             raise InvalidRequest(
-                f"`tools` cannot be `strict` with `tool_choice: auto`: calls of this model ({form.name}) begin with nothing that tells them from text"
+                f"with `tool_choice: auto` tools cannot be `strict`, allowed in part or held to a grammar: calls of this model ({form.name}) "
+                "begin with nothing that tells them from text"
             )
         bodies = [self._call(tool, schemas=False, behind=trigger) for tool in tools]
         more = ""
@@ -155,8 +163,9 @@ class _Rules:
         region = form.calls
         assert region is not None and region.calls is not None
         name = json.dumps(function["name"]) if region.calls.name.key else function["name"]
+        guide = self._inputs.get(function["name"])
         written = (form.before + form.call).removeprefix(behind) if behind else form.call
-        holes = {"NAME": self.literal(name), "ARGUMENTS": self._arguments(schema)}
+        holes = {"NAME": self.literal(name), "ARGUMENTS": self._arguments(schema) if guide is None else self._input(guide)}
         parts = [holes.get(piece) or self.literal(piece) for piece in _HOLES.split(written) if piece]
         return self.rule(" ".join(parts))
 
@@ -171,6 +180,21 @@ class _Rules:
             for key, each in properties.items()
         ]
         return self.rule(" ".join(parts) or '""')
+
+    def _input(self, guide: Guide) -> str:
+        """The arguments of a tool that takes a text. Raises InvalidRequest."""
+        self._count += 1
+        lines, start = spelled(guide, f"fl_text_{self._count}", quoted=not self.template.argument)
+        self._lines += lines
+        before, end, rest = r'/\{[ \n]{0,8}"input":[ \n]{0,8}"/', r'/"[ \n]{0,8}\}/', ""
+        if self.template.argument:
+            opening, _, closing = self.template.argument.replace("KEY", "input").partition("VALUE")
+            before, (end, *more) = self.literal(opening), self._parts(closing)
+            rest = " ".join(more)
+        if start.isupper() and not end.startswith("<["):  # one lexeme: what may still be text, or the end already, is either
+            self._lines.append(f"{start}_END: {start} {end}")
+            return self.rule(f"{before} {start}_END {rest}")
+        return self.rule(f"{before} {start} {end} {rest}")
 
     def _argument(self, key: str, schema: Mapping[str, Any]) -> str:
         before, after = (part.replace("KEY", key) for part in self.template.argument.partition("VALUE")[::2])

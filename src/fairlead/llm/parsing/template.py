@@ -66,6 +66,8 @@ class FormatSpec(Struct, kw_only=True, forbid_unknown_fields=True):
     between: str = ""
     after: str = ""
     """Around the calls of one answer, and between two of them."""
+    begun: str = ""
+    """For a format whose calls begin with no text of their own: a regular expression of an answer's beginning, up to where a call has begun."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class ResponseTemplate:
     before: str = ""
     between: str = ""
     after: str = ""
+    begun: str = ""
 
     @cached_property
     def implicit(self) -> Region | None:
@@ -174,7 +177,9 @@ def template_of(name: str, given: Any) -> ResponseTemplate:
         raise ValueError("at most one field may have neither `open` nor `open_pattern`")
     start = _anchor("the template", spec.start_anchor, spec.start_anchor_pattern)
     derived = form.call or next((_written(region) for region in regions if region.calls is not None), "")
-    return ResponseTemplate(name, regions, start.pattern if start else None, derived, form.argument, form.before, form.between, form.after)
+    return ResponseTemplate(
+        name, regions, start.pattern if start else None, derived, form.argument, form.before, form.between, form.after, form.begun
+    )
 
 
 def _region(name: str, spec: FieldSpec) -> Region:

@@ -86,7 +86,9 @@ def _generation(prompt: Generate, name: str, lacks: _Lacks, *, extended: bool) -
     body["messages"] = [_message(message) for message in chat.messages]
     if chat.tools:
         choice = prompt.tool_choice
-        body["tools"] = chat.tools
+        if choice.inputs:
+            raise lacks("a grammar for the text that a tool is called with")
+        body["tools"] = [tool for tool in chat.tools if choice.mode == "named" or choice.permits(tool["function"]["name"])]
         body["tool_choice"] = {"type": "function", "function": {"name": choice.name}} if choice.mode == "named" else choice.mode
         if not choice.parallel:
             body["parallel_tool_calls"] = False
