@@ -7,6 +7,7 @@ import sys
 from asyncio.subprocess import PIPE
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -17,9 +18,9 @@ from PIL import Image
 from fairlead.app import Server
 from fairlead.backends.fake_painter import KIND
 from fairlead.backends.table import BACKENDS
-from fairlead.cli import cli
+from fairlead.cli import asking, cli, image
 from fairlead.cli.image import drawn
-from fairlead.core.errors import FairleadError
+from fairlead.core.errors import FairleadError, Unavailable
 from fairlead.core.logs import Logs
 from fairlead.core.policy import StoreSettings
 from fairlead.core.settings import Listen, Models, Settings
@@ -126,6 +127,47 @@ async def test_control_c_cancels_the_job(server, tmp_path: Path):
         while (job := await shown(server, active[0]["id"]))["status"] not in ("aborted", "complete"):
             await asyncio.sleep(0.05)
     assert job["status"] == "aborted" and job["error"]["reason"] == "cancelled"
+
+
+@pytest.mark.parametrize("taken", [True, False])
+async def test_control_c_before_the_answer_to_its_submission_cancels_the_job_too(server, tmp_path: Path, monkeypatch, taken: bool):
+    """`taken`: the server had it already."""
+    submitted: list[dict[str, str]] = []
+
+    def interrupted(
+        url: str, method: str, target: str, body: Any = None, headers: Any = None, timeout: float = asking.TIMEOUT_SECONDS
+    ) -> Any:
+        first = target == "/v1/jobs" and not submitted
+        if target == "/v1/jobs":
+            submitted.append(headers)
+        if taken or not first:
+            told = asking.asked(url, method, target, body, headers, timeout)
+        if first:
+            raise KeyboardInterrupt
+        return told
+
+    monkeypatch.setattr(image, "asked", interrupted)
+    before = {job["id"] for job in await listed(server, "--model", "slow")}
+    code, _, err = await run("image", "for long", "--url", server, "--model", "slow", "-o", tmp_path / "long.png")
+    assert (code, err) == (130, "cancelled\n") and submitted[0] == submitted[1]
+    (made,) = (job["id"] for job in await listed(server, "--model", "slow") if job["id"] not in before)
+    async with asyncio.timeout(SECONDS):
+        while (job := await shown(server, made))["status"] != "aborted":
+            await asyncio.sleep(0.05)  # between looks at what the server does
+    assert job["error"]["reason"] == "cancelled"
+
+
+async def test_control_c_where_nothing_can_be_cancelled_says_so(server, tmp_path: Path, monkeypatch):
+    def interrupted(
+        url: str, method: str, target: str, body: Any = None, headers: Any = None, timeout: float = asking.TIMEOUT_SECONDS
+    ) -> Any:
+        if timeout < asking.TIMEOUT_SECONDS:
+            raise Unavailable(f"no answer from {url} within {timeout:g} s")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(image, "asked", interrupted)
+    code, _, err = await run("image", "x", "--url", server, "--model", "painter", "-o", tmp_path / "x.png")
+    assert code == 130 and err.startswith("not cancelled: it is not known whether it was submitted: no answer")
 
 
 async def test_jobs_are_listed_shown_watched_and_cancelled(server, tmp_path: Path):

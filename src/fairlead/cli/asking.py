@@ -16,7 +16,12 @@ TIMEOUT_SECONDS = 300.0
 
 @contextmanager
 def answer(
-    url: str, method: str, target: str, body: Any = None, headers: dict[str, str] | None = None
+    url: str,
+    method: str,
+    target: str,
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+    timeout: float = TIMEOUT_SECONDS,
 ) -> Iterator[http.client.HTTPResponse]:
     """An answer below 400, to be read. Raises FairleadError with what the server says, Unavailable where none answers."""
     parsed = parsed_url(url, "http://127.0.0.1:8000")
@@ -24,7 +29,7 @@ def answer(
     path = parsed.path.rstrip("/").removesuffix("/v1")
     data = None if body is None else msgspec.json.encode(body)
     sent = {**({"content-type": "application/json"} if data is not None else {}), **shown_key(), **(headers or {})}
-    with closing(connect(str(parsed.hostname), parsed.port, timeout=TIMEOUT_SECONDS)) as connection:
+    with closing(connect(str(parsed.hostname), parsed.port, timeout=timeout)) as connection:
         try:
             connection.request(method, path + target, data, sent)
             with connection.getresponse() as response:
@@ -32,16 +37,18 @@ def answer(
                     raise FairleadError(said(response.read(), f"{response.status} {response.reason}"))
                 yield response
         except TimeoutError:
-            raise Unavailable(f"no answer from {url} within {TIMEOUT_SECONDS:g} s") from None
+            raise Unavailable(f"no answer from {url} within {timeout:g} s") from None
         except OSError as error:
             raise Unavailable(f"no answer from {url}: {error.strerror or error}. Is `fairlead serve` running there?") from None
         except http.client.HTTPException as error:
             raise Unavailable(f"{url} broke off its answer ({type(error).__name__})") from None
 
 
-def asked(url: str, method: str, target: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
+def asked(
+    url: str, method: str, target: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = TIMEOUT_SECONDS
+) -> Any:
     """The answer's JSON. Raises FairleadError."""
-    with answer(url, method, target, body, headers) as response:
+    with answer(url, method, target, body, headers, timeout) as response:
         return msgspec.json.decode(response.read())
 
 

@@ -5,6 +5,7 @@ import sys
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import click
@@ -25,6 +26,8 @@ PREVIEWS = 12
 SHOWN_COLUMNS, SHOWN_ROWS = 48, 24
 """Of the terminal, at most; a row shows two of pixels."""
 STOPPED_EXIT = 130
+CANCEL_SECONDS = 10.0
+"""For each of the requests that cancelling takes."""
 HALF = "▀"
 
 
@@ -119,29 +122,45 @@ def _only_model(url: str) -> str:
 
 
 def _made(url: str, body: dict[str, Any], *, previews: bool) -> dict[str, Any]:
-    """The job when it has ended, with a bar while it goes on; cancelled by Ctrl-C."""
-    if previews:
-        body["input"]["preview_steps"] = 1
-        try:
-            job = asked(url, "POST", "/v1/jobs", body)
-        except FairleadError as error:
-            if "preview_steps" not in error.message:
-                raise
-            del body["input"]["preview_steps"]  # a model without previews
-            job = asked(url, "POST", "/v1/jobs", body)
-    else:
-        job = asked(url, "POST", "/v1/jobs", body)
+    """The job when it has ended, with a bar while it goes on; cancelled by Ctrl-C, whenever that comes."""
+    key, job = token_hex(16), None
     try:
+        job = _submitted(url, body, key, previews=previews)
         with answer(url, "GET", f"/v1/jobs/{job['id']}/events") as response, _Watching(previews) as watching:
             for job in events(response):
                 watching.show(job)
     except KeyboardInterrupt:
-        asked(url, "POST", f"/v1/jobs/{job['id']}/cancel")
-        click.echo("cancelled", err=True)
+        _cancel(url, body, key, job)
         raise SystemExit(STOPPED_EXIT) from None
     if job["status"] not in ENDED:
         raise FairleadError(f"the server broke off its answer; job {job['id']} may go on")
     return dict(job)
+
+
+def _submitted(url: str, body: dict[str, Any], key: str, *, previews: bool) -> dict[str, Any]:
+    """`body` is left as it was sent last."""
+    if previews:
+        body["input"]["preview_steps"] = 1
+    try:
+        return dict(asked(url, "POST", "/v1/jobs", body, {"idempotency-key": key}))
+    except FairleadError as error:
+        if not previews or "preview_steps" not in error.message:
+            raise
+    del body["input"]["preview_steps"]  # a model without previews
+    return dict(asked(url, "POST", "/v1/jobs", body, {"idempotency-key": key}))
+
+
+def _cancel(url: str, body: dict[str, Any], key: str, job: dict[str, Any] | None) -> None:
+    """`job`: None where it was not told yet whether there is one. Asked again with the same key, the server tells of the same one."""
+    try:
+        if job is None:
+            job = asked(url, "POST", "/v1/jobs", body, {"idempotency-key": key}, CANCEL_SECONDS)
+        asked(url, "POST", f"/v1/jobs/{job['id']}/cancel", timeout=CANCEL_SECONDS)
+    except FairleadError as error:
+        what = "it is not known whether it was submitted" if job is None else f"job {job['id']} may go on"
+        click.echo(f"not cancelled: {what}: {error.message}", err=True)
+    else:
+        click.echo("cancelled", err=True)
 
 
 class _Watching:
