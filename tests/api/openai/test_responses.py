@@ -96,6 +96,22 @@ async def test_a_conversation_goes_on(client):
     assert third.usage.input_tokens > second.usage.input_tokens > 1
 
 
+async def test_how_long_a_conversation_is(client):
+    asked = {"model": "talker", "input": "to be or not to be", "instructions": "Be brief.", "tools": [TOOL]}
+    first = await client.responses.create(**asked, include=["file_search_call.results"])
+    counted = await client.responses.input_tokens.count(**asked)
+    assert (counted.object, counted.input_tokens) == ("response.input_tokens", first.usage.input_tokens)
+    more = {"model": "talker", "input": "that is the question", "previous_response_id": first.id}
+    second = await client.responses.create(**more)
+    assert (await client.responses.input_tokens.count(**more)).input_tokens == second.usage.input_tokens
+    only = await client.responses.input_tokens.count(model="talker", previous_response_id=first.id)
+    assert 0 < only.input_tokens < second.usage.input_tokens
+    for wrong, param in (({}, "input"), ({"input": "x", "truncation": "auto"}, "truncation"), ({"input": "x", "stream": True}, "stream")):
+        with pytest.raises(openai.BadRequestError) as error:
+            await client.responses.input_tokens.with_raw_response.count(model="talker", extra_body=wrong)
+        assert error.value.param == param
+
+
 async def test_input_items_come_in_pages(client):
     answer = await client.responses.create(model="talker", input=[{"role": "user", "content": f"line {n}"} for n in range(5)])
     page = await client.responses.input_items.list(answer.id, limit=2)

@@ -583,7 +583,7 @@ async def test_33_a_client_that_leaves_stops_the_model(model):
         ({"tool_choice": {"type": "function", "name": "nobody"}}, "tool_choice.name", "invalid_value"),
         ({"tool_choice": "always"}, "tool_choice", "invalid_value"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "invalid_value"),
-        ({"include": ["web_search_call.results"]}, "include[0]", "invalid_value"),
+        ({"include": ["web_search_call.results", "web_search_call.all"]}, "include[1]", "invalid_value"),
         ({"top_logprobs": 2, "include": []}, "top_logprobs", "invalid_value"),
         ({"truncation": "auto"}, "truncation", "unsupported_value"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported_value"),

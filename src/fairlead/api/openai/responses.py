@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import structlog
@@ -15,7 +15,7 @@ from starlette.responses import Response as HttpResponse
 from fairlead.api.line import AccessLine
 from fairlead.api.openai.door import Door, Elsewhere, adapted, answered, delta_of, left
 from fairlead.api.openai.errors import BadParameter
-from fairlead.api.openai.responses_bodies import ENCRYPTED, ResponseBody
+from fairlead.api.openai.responses_bodies import ENCRYPTED, ConversationBody, CountBody, ResponseBody
 from fairlead.api.openai.responses_events import Answering, ResponseErrors, ResponseObject, StreamErrors, decoded, replayed
 from fairlead.api.openai.responses_items import Conversation, Item, items_of, new_id, resolved
 from fairlead.api.openai.responses_kept import Kept, Running, no_such_response
@@ -25,7 +25,7 @@ from fairlead.api.status import INTERNAL, end_of, http_status
 from fairlead.api.web import ErrorShape, EventStream, json_response, while_connected
 from fairlead.core.caller import Caller
 from fairlead.core.errors import FairleadError, ShuttingDown, TimeoutExpired, TooLarge, Unavailable
-from fairlead.core.generation import Chat, EngineInfo, Generate
+from fairlead.core.generation import Chat, EngineInfo, Generate, Tokenize
 from fairlead.core.policy import ResponseSettings
 from fairlead.core.request import Inference, Request
 from fairlead.core.timeline import Timeline
@@ -53,6 +53,11 @@ class InputItems(Struct, kw_only=True):
     last_id: str | None
     has_more: bool
     object: str = "list"
+
+
+class TokenCount(Struct, kw_only=True):
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
 
 
 class Asked(Struct, kw_only=True):
@@ -90,6 +95,9 @@ class Responses(Door):
                 ResponseBody,
                 ResponseObject,
                 events="also",
+            ),
+            self.post(
+                "/v1/responses/input_tokens", "countResponseInput", "How long a conversation of items is", self.count, CountBody, TokenCount
             ),
             self._of_one(
                 "GET", one, "getResponse", "A response that is kept, or its events again", self.retrieve, ResponseObject, stream=True
@@ -152,22 +160,8 @@ class Responses(Door):
     async def _asked(self, body: ResponseBody, line: AccessLine) -> Asked:
         """Raises BadParameter, Unavailable."""
         sampling, guide = body.sampling(), body.guide()
-        kept, tenant = self._keeper(body), line.caller.tenant
-        conversation = Conversation(body.instructions)
-        if body.previous_response_id is not None:
-            if self.kept is None:
-                message = "'previous_response_id' is not supported: this server keeps no responses. Send all items of the conversation."
-                raise BadParameter(message, "previous_response_id", "unsupported_parameter")
-            conversation.add(await self.kept.history(body.previous_response_id, tenant), "previous_response_id")
-        items = items_of(body.input)
-        found = {} if self.kept is None else await self.kept.referred(items, tenant)
-        items = resolved(items, found)
-        conversation.add(items)
-        offer = self._offered(body, conversation)
-        messages = conversation.messages()
-        chat = Chat(
-            messages=messages, tools=offer.shown, reasoning_effort=body.effort or "", template_kwargs=body.chat_template_kwargs or {}
-        )
+        kept = self._keeper(body)
+        items, offer, chat = await self._read(body, line.caller.tenant)
         if kept is not None and not kept.fits(items):
             if body.store or body.background:
                 message = f"a response that is kept has at most {self.settings.max_bytes} bytes with its input: send `store: false`"
@@ -181,6 +175,30 @@ class Responses(Door):
         answering = Answering(response, offer.known, seal=seal, logprobs=sampling.logprobs is not None)
         return Asked(prompt=prompt, answering=answering, input=items, kept=kept)
 
+    async def _read(self, body: ConversationBody, tenant: str) -> tuple[list[Item], Offered, Chat]:
+        """The items that came, the tools, and what the model is shown of both. Raises BadParameter, Unavailable."""
+        conversation = Conversation(body.instructions)
+        if body.previous_response_id is not None:
+            if self.kept is None:
+                message = "'previous_response_id' is not supported: this server keeps no responses. Send all items of the conversation."
+                raise BadParameter(message, "previous_response_id", "unsupported_parameter")
+            conversation.add(await self.kept.history(body.previous_response_id, tenant), "previous_response_id")
+        items = [] if body.input is None else items_of(body.input)
+        found = {} if self.kept is None else await self.kept.referred(items, tenant)
+        items = resolved(items, found)
+        conversation.add(items)
+        offer = self._offered(body, conversation)
+        messages = conversation.messages()
+        chat = Chat(messages=messages, tools=offer.shown, reasoning_effort=body.effort or "", template_kwargs=body.template_kwargs)
+        return items, offer, chat
+
+    async def count(self, http: HttpRequest, body: CountBody, line: AccessLine) -> Any:
+        body.check_options()
+        body.guide()
+        _, _, chat = await self._read(body, line.caller.tenant)
+        delta = await while_connected(http.scope, http.receive, self.only(line, self.request_of(Tokenize(chat=chat), line)))
+        return left(line) if delta is None else answered(TokenCount(input_tokens=len(delta.token_ids)), line)
+
     def _keeper(self, body: ResponseBody) -> Kept | None:
         """Raises BadParameter."""
         if self.kept is None:
@@ -193,7 +211,7 @@ class Responses(Door):
             raise BadParameter("'background' needs 'store' to be true: its answer is fetched later.", "background", "invalid_value")
         return None if body.store is False else self.kept
 
-    def _offered(self, body: ResponseBody, conversation: Conversation) -> Offered:
+    def _offered(self, body: ConversationBody, conversation: Conversation) -> Offered:
         """Raises BadParameter."""
         tools = list(body.tools or ())
         where = {len(tools) + number: place for number, (place, _) in enumerate(conversation.tools)}

@@ -11,8 +11,17 @@ from fairlead.core.generation import Guide, Penalty, Sampling
 
 ENCRYPTED = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
-INCLUDES = (ENCRYPTED, LOGPROBS)
-"""The others tell of tools that this server does not have."""
+INCLUDES = (
+    ENCRYPTED,
+    LOGPROBS,
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
+"""All but the first two are parts of items that there are none of here."""
 MAX_METADATA = 16
 MAX_KEY_CHARS = 64
 MAX_VALUE_CHARS = 512
@@ -56,26 +65,67 @@ class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseBody(Struct, kw_only=True, forbid_unknown_fields=True):
+class ConversationBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What answering and counting share."""
+
     prompt_parameter: ClassVar[str] = "input"
 
     model: str
-    input: str | list[Any]
+    input: str | list[Any] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    max_tool_calls: Positive | None = None
-    """Of tools that the server calls, of which there are none."""
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+
+    def guide(self) -> Guide | None:
+        """Raises BadParameter."""
+        return None if self.text is None or self.text.format is None else self.text.format.guide()
+
+    @property
+    def effort(self) -> str | None:
+        return None if self.reasoning is None else self.reasoning.effort
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def check_options(self) -> None:
+        """Raises BadParameter."""
+        if self.truncation == "auto":
+            raise _unsupported("truncation", "auto", "items are never dropped here: an input that is too long is an error")
+        if self.text is not None and self.text.verbosity in ("low", "high"):
+            raise _unsupported(
+                "text.verbosity", self.text.verbosity, "models are not told how long to answer; `instructions` can tell them"
+            )
+        reasoning = self.reasoning or Reasoning()
+        for name in ("summary", "generate_summary"):
+            if getattr(reasoning, name) in ("concise", "detailed"):
+                why = "reasoning is not summarised here: it is told as it is, in the reasoning items' `content`"
+                raise _unsupported(f"reasoning.{name}", getattr(reasoning, name), why)
+        for name in ("tools", "input"):
+            _check_packable(getattr(self, name), name)
+
+
+class CountBody(ConversationBody, kw_only=True, forbid_unknown_fields=True):
+    def check_options(self) -> None:
+        super().check_options()
+        if self.input is None and self.previous_response_id is None and self.instructions is None:
+            raise BadParameter("Missing required parameter: 'input'.", "input", "missing_required_parameter")
+
+
+class ResponseBody(ConversationBody, kw_only=True, forbid_unknown_fields=True):
+    input: str | list[Any]
+    max_tool_calls: Positive | None = None
+    """Of tools that the server calls, of which there are none."""
     include: list[str] | None = None
     max_output_tokens: Positive | None = None
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     top_logprobs: Logprobs | None = None
-    truncation: Literal["auto", "disabled"] | None = None
     store: bool | None = None
     background: bool | None = None
     stream: bool | None = None
@@ -100,16 +150,19 @@ class ResponseBody(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def sampling(self) -> Sampling:
         """Raises BadParameter."""
-        self._check_options()
+        self.check_options()
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         return Sampling(max_tokens=self.max_output_tokens, fits_context=True, logprobs=self.logprobs, **given)
 
-    def _check_options(self) -> None:
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        return self.chat_template_kwargs or {}
+
+    def check_options(self) -> None:
+        super().check_options()
         if self.stream_options is not None and not self.stream:
             raise BadParameter("'stream_options' is only allowed when 'stream' is set.", "stream_options", "invalid_value")
-        if self.truncation == "auto":
-            raise _unsupported("truncation", "auto", "items are never dropped here: an input that is too long is an error")
         for number, name in enumerate(self.include or ()):
             if name not in INCLUDES:
                 supported = ", ".join(map(repr, INCLUDES))
@@ -119,30 +172,12 @@ class ResponseBody(Struct, kw_only=True, forbid_unknown_fields=True):
                 )
         if self.top_logprobs and LOGPROBS not in (self.include or ()):
             raise BadParameter(f"'top_logprobs' needs 'include' to hold {LOGPROBS!r}.", "top_logprobs", "invalid_value")
-        if self.text is not None and self.text.verbosity in ("low", "high"):
-            raise _unsupported(
-                "text.verbosity", self.text.verbosity, "models are not told how long to answer; `instructions` can tell them"
-            )
-        reasoning = self.reasoning or Reasoning()
-        for name in ("summary", "generate_summary"):
-            if getattr(reasoning, name) in ("concise", "detailed"):
-                why = "reasoning is not summarised here: it is told as it is, in the reasoning items' `content`"
-                raise _unsupported(f"reasoning.{name}", getattr(reasoning, name), why)
         check_metadata(self.metadata)
-        for name in ("tools", "input", "chat_template_kwargs"):
-            _check_packable(getattr(self, name), name)
+        _check_packable(self.chat_template_kwargs, "chat_template_kwargs")
 
     @property
     def logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
-
-    def guide(self) -> Guide | None:
-        """Raises BadParameter."""
-        return None if self.text is None or self.text.format is None else self.text.format.guide()
-
-    @property
-    def effort(self) -> str | None:
-        return None if self.reasoning is None else self.reasoning.effort
 
 
 def check_metadata(metadata: dict[str, str] | None) -> None:
