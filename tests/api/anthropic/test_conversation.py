@@ -65,6 +65,15 @@ def test_an_answer_that_is_begun_is_continued():
     assert (empty.add_generation_prompt, len(empty.messages)) == (True, 1)
 
 
+def test_examples_of_a_tools_input_stand_in_its_description():
+    asked = prompt(tools=[{**TOOL, "description": "d", "input_examples": [{"city": "Oslo"}, {}]}])
+    assert asked.chat is not None
+    assert asked.chat.tools[0]["function"]["description"] == 'd\n\nExamples of its input:\n{"city":"Oslo"}\n{}'
+    alone = prompt(tools=[{**TOOL, "input_examples": [{"city": "Oslo"}]}])
+    assert alone.chat is not None
+    assert alone.chat.tools[0]["function"]["description"] == 'Examples of its input:\n{"city":"Oslo"}'
+
+
 def test_tools_and_which_of_them():
     chosen = {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}
     asked = prompt(tools=[{**TOOL, "type": "custom", "description": "d"}], tool_choice=chosen)
@@ -148,6 +157,8 @@ CALLED = {"role": "assistant", "content": [CALL]}
         ({"tools": [{"name": "a", "input_schema": {"type": "array"}}]}, "tools[0].input_schema", "'/type'"),
         ({"tools": [{"name": "bash", "type": "bash_20250124"}]}, "tools[0].type", "Anthropic's own"),
         ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading", ""),
+        ({"tools": [{**TOOL, "input_examples": ["Oslo"]}]}, "tools[0].input_examples[0]", ""),
+        ({"thinking": {"type": "between_tools"}}, "thinking.type", "adaptive"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name", ""),
         ({"tool_choice": {"type": "any"}}, "tool_choice", ""),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.budget_tokens", "less than 'max_tokens'"),

@@ -90,6 +90,8 @@ class ToolParam(Struct, kw_only=True, forbid_unknown_fields=True):
     strict: bool | None = None
     type: str | None = None
     cache_control: CacheControl | None = None
+    input_examples: list[dict[str, Any]] | None = None
+    """Chat templates have no place of their own for them: they stand in the description."""
     eager_input_streaming: bool | None = None
     """Arguments are streamed as they are written, always."""
     defer_loading: Literal[False] | None = None

@@ -228,7 +228,11 @@ def _tool(given: Any, where: str) -> dict[str, Any]:
         tool = msgspec.convert(given, ToolParam)
     except msgspec.ValidationError as error:
         raise explained(str(error), ToolParam, where) from None
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema, "strict": tool.strict}
+    description = tool.description
+    if tool.input_examples:
+        shown = "\n".join(msgspec.json.encode(each).decode() for each in tool.input_examples)
+        description = f"{description or ''}\n\nExamples of its input:\n{shown}".strip()
+    function = {"name": tool.name, "description": description, "parameters": tool.input_schema, "strict": tool.strict}
     return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
 
 
