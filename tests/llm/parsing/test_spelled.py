@@ -130,6 +130,13 @@ def test_a_regular_expression_means_the_same_spelled_or_not(allows, pattern, quo
 
 
 @pytest.mark.parametrize("quoted", [True, False])
+def test_what_lark_allows_to_be_written(allows, quoted):
+    grammar = lark('// a comment\n?start: a?b  # another\n!a: "x"\n  | "y"\nb: ("z"\n  "z")+ [A]\nA: "."')
+    for text, right in (("zz", True), ("xzzzz.", True), ("yzz", True), ("xy", False), ("z", False)):
+        assert allows(grammar, text, quoted=quoted) is right, text
+
+
+@pytest.mark.parametrize("quoted", [True, False])
 def test_flags(allows, quoted):
     assert allows(lark('start: "Say"i /[a-z]+é/i /./s'), "sAYxYÉ\n", quoted=quoted)
     assert not allows(lark('start: "Say" /[a-z]+é/ /./'), "Sayxé\n", quoted=quoted)
@@ -151,6 +158,11 @@ def test_flags(allows, quoted):
         ('start: "a"\nstart: "b"', "there twice"),
         ('start "a"', "a rule is written"),
         ("start: /a/x", "flags"),
+        ("start: a0\n" + "".join(f"a{n}: a{n + 1} a{n + 1}\n" for n in range(30)) + 'a30: "a"', "too large"),
+        ('start: b{1000}\nb: c{2,1000}\nc: "a"', "too large"),
+        ("start: /((a{100}){100}){100}/", "too large"),
+        ("start: " + '"a" ' * 10_000, "characters"),
+        ('start: a\na: b\nb: "x" | "(" c ")"\nc: a /[^x]/', "contains itself"),
     ],
 )
 def test_what_cannot_be_followed_is_named(allows, text, says):

@@ -6,7 +6,8 @@ the lexer never goes back more than a byte, and so could not tell the backslash 
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from typing import NamedTuple
 
 import regex
@@ -14,16 +15,19 @@ import regex
 from fairlead.core.errors import InvalidRequest
 from fairlead.core.generation import Guide
 
+MAX_CHARS = 32 << 10
+MAX_SIZE = 20_000
+"""Of one automaton, in characters: some 0.1 s and 20 MB."""
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r]+|(?://|\#)[^\n]*|\\\r?\n)
     |(?P<line>\n)
     |(?P<string>"(?:[^"\\\n]|\\.)*"i?)
     |(?P<regex>/(?:[^/\\\n]|\\.)+/[a-z]*)
     |(?P<directive>%\w+)
-    |(?P<name>[?!]?[A-Za-z_]\w*)
+    |(?P<name>[A-Za-z_]\w*)
     |(?P<alias>->)
     |(?P<repeat>\{\d+(?:,\d*)?\})
-    |(?P<sign>[:|()\[\]*+?])""",
+    |(?P<sign>[:|()\[\]*+?!])""",
     re.VERBOSE,
 )
 _COMMON = {
@@ -59,6 +63,7 @@ _IMPORT = re.compile(
 _CLASS = re.compile(r"\\(?:[dDwWsS]|[pP](?:\{\w+\}|\w))")
 _SET = re.compile(r"\[\^?\]?(?:[^\[\]\\&~-]|\\.|-(?!-)|[&~](?![&~]))*\]", re.DOTALL)
 _GROUP = re.compile(r"\((?:\?:|\?P?<\w+>)?(?!\?)")
+_REPEATED = re.compile(r"\{(?:\d+,)?(\d+)")
 _COUNT = re.compile(r"\{\d+(?:,\d*)?\}\??|[*+?]\??")
 
 
@@ -75,6 +80,8 @@ def spelled(guide: Guide, prefix: str, *, quoted: bool) -> tuple[list[str], str]
     """(lines of a grammar, the name of its beginning) of a text of this guide (`lark` or `regex`). `prefix`: of its names; `quoted`: within a
     JSON string. Raises InvalidRequest."""
     try:
+        if len(guide.text) > MAX_CHARS:
+            raise _Broken(f"it has more than {MAX_CHARS} characters")
         rules = {"start": [_Token("regex", f"/{_anchored(guide.text)}/")]} if guide.kind == "regex" else _rules(guide.text)
         return _Spelling(rules, prefix, quoted=quoted).lines()
     except (_Broken, RecursionError) as error:
@@ -95,12 +102,13 @@ def _rules(text: str) -> dict[str, list[_Token]]:
             if name not in _COMMON:
                 raise _Broken(f"there is no common.{name}: {', '.join(_COMMON)}")
             rules[match[3] or name] = [_Token("string" if _COMMON[name].startswith('"') else "regex", _COMMON[name])]
-    for head, *rest in _statements(_IMPORT.sub("", text)):
+    for statement in _statements(_IMPORT.sub("", text)):
+        head, *rest = statement[1:] if statement[0].text in ("?", "!") and len(statement) > 1 else statement
         if head.kind == "directive":
             raise _Broken(f"{head.text} is not supported here")
         if head.kind != "name" or not rest or rest[0].text != ":":
             raise _Broken(f"a rule is written `name: ...`, not {' '.join((head.text, *(token.text for token in rest[:2])))[:64]!r}")
-        name, body = head.text.lstrip("?!"), rest[1:]
+        name, body = head.text, rest[1:]
         if name in rules:
             raise _Broken(f"`{name}` is there twice")
         aliases = {at + step for at, token in enumerate(body) if token.kind == "alias" for step in (0, 1)}
@@ -142,7 +150,10 @@ class _Spelling:
 
     def lines(self) -> tuple[list[str], str]:
         order = self._used()
-        recursive = self._recursive(order)
+        flat = self._flat(order)
+        recursive = next((name for name in order if name not in flat), "")
+        if not recursive:
+            self._check_size(flat)
         names = {name: f"{self.prefix}_{name}".lower() if recursive else f"{self.prefix}_{name}".upper() for name in order}
         if len(set(names.values())) < len(names):
             names = {name: f"{each}_{number}" for number, (name, each) in enumerate(names.items())}
@@ -156,22 +167,59 @@ class _Spelling:
 
     def _used(self) -> list[str]:
         """The rules that `start` leads to."""
-        order = ["start"]
+        order, known = ["start"], {"start"}
         for name in order:
             for token in self.rules[name]:
-                if token.kind == "name" and token.text not in order:
+                if token.kind == "name" and token.text not in known:
                     if token.text not in self.rules:
                         raise _Broken(f"there is no rule `{token.text}`")
+                    known.add(token.text)
                     order.append(token.text)
         return order
 
-    def _recursive(self, order: list[str]) -> str:
-        """A rule that contains itself; "" where none does."""
+    def _flat(self, order: list[str]) -> dict[str, None]:
+        """Those that do not lead to themselves, each behind all that it leads to."""
         leads = {name: {token.text for token in self.rules[name] if token.kind == "name"} for name in order}
-        while flat := [name for name, others in leads.items() if leads.keys().isdisjoint(others)]:
-            for name in flat:
-                del leads[name]
-        return next(iter(leads), "")
+        waiting_for = {name: len(others) for name, others in leads.items()}
+        within: dict[str, list[str]] = {name: [] for name in order}
+        for name, others in leads.items():
+            for other in others:
+                within[other].append(name)
+        flat = [name for name, number in waiting_for.items() if not number]
+        for name in flat:
+            for outer in within[name]:
+                waiting_for[outer] -= 1
+                if not waiting_for[outer]:
+                    flat.append(outer)
+        return dict.fromkeys(flat)
+
+    def _check_size(self, flat: Iterable[str]) -> None:
+        """Of the automaton, about, with what each rule leads to written out. Raises _Broken."""
+        sizes: dict[str, int] = {}
+        for name in flat:
+            sizes[name] = min(self._size(name, sizes), MAX_SIZE + 1)
+        if sizes["start"] > MAX_SIZE:
+            raise _Broken("written out it is too large: its rules contain, or repeat, each other too often")
+
+    def _size(self, name: str, sizes: Mapping[str, int]) -> int:
+        outer: list[int] = []
+        total = last = 0  # of what is in the brackets so far, and of its last part
+        for kind, text in self.rules[name]:
+            counts = [int(count[:9]) for count in _REPEATED.findall(text)] if kind in ("repeat", "regex") else []
+            if kind == "repeat":
+                total += last * max(counts[0] - 1, 0)
+                continue
+            if text in ("(", "["):
+                outer.append(total)
+                total = last = 0
+            elif text in (")", "]"):
+                last = total
+                total += outer.pop() if outer else 0
+            else:
+                repeated = prod(map(max, counts, [1] * len(counts))) if "){" in text else 1  # perhaps one within the other
+                last = sizes[text] if kind == "name" else len(text) * repeated + sum(counts)
+                total += last
+        return total + sum(outer)
 
     def _token(self, token: _Token, names: Mapping[str, str]) -> str:
         match token.kind:
