@@ -47,8 +47,9 @@ def guide_of(
         rules.start(thought, rules.answer(guide))
         return Guide(kind="lark", text=rules.text, parameter=guide.parameter)
     if not template.call:
+        what = "tool_choice" if choice.mode in ("required", "named") or choice.allowed else "tools"
         raise InvalidRequest(
-            f"calls cannot be held to a grammar: the response template of this model ({template.name}) does not tell how calls are written"
+            f"`{what}` cannot be heeded: the response template of this model ({template.name}) does not tell how calls are written"
         )
     permitted = [tool for tool in tools if choice.permits(tool["function"]["name"])]
     forced = choice.mode in ("required", "named")
@@ -145,7 +146,7 @@ class _Rules:
             return self.rule(f"{self.calls(tools, schemas=False, parallel=parallel)} | FL_PLAIN")
         if not trigger:
             raise InvalidRequest(
-                f"with `tool_choice: auto` tools cannot be `strict`, allowed in part or held to a grammar: calls of this model ({form.name}) "
+                f"`tools` cannot be `strict`, allowed in part or held to a grammar with `tool_choice: auto`: calls of this model ({form.name}) "
                 "begin with nothing that tells them from text"
             )
         bodies = [self._call(tool, schemas=False, behind=trigger) for tool in tools]
