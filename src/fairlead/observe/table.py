@@ -132,7 +132,7 @@ _BY_GROUP: dict[str, tuple[Metric, ...]] = {
         _gauge("fairlead_sequences", "sequences", "Sequences now: state is running or waiting", (*MODEL, "state"), f"{V} x 2"),
     ),
     "gateway": (
-        _count("fairlead_gateway_refused_total", "requests", "Requests refused after the caller was known, by why; model is empty for names that nobody serves", ("model", "reason"), f"{M} x about 40"),
+        _count("fairlead_gateway_refused_total", "requests", "Requests refused after the caller was known, by why; model is empty for names that nobody serves, and for files and batches", ("model", "reason"), f"{M} x about 40"),
         _count("fairlead_auth_failures_total", "requests", "Requests whose credentials were refused", ("kind",), "about 20"),
         _count("fairlead_auth_refresh_failures_total", "failures", "Failures to read keys and tenants (store), or an issuer's keys (issuer)", ("source",), "2"),
         _gauge("fairlead_gateway_waiting_requests", "requests", "Requests in the gateway's lines now", ("model", "priority"), f"{M} x classes"),
