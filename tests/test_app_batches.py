@@ -63,6 +63,14 @@ async def test_lines_for_a_model_that_takes_signed_requests_alone(home: House) -
     assert unsigned["request_counts"]["completed"] == 2
 
 
+async def test_a_line_that_needs_more_than_its_key_ever_may_is_refused(home: House) -> None:
+    key = home.new_key(tenant="free", limits={"output_tokens_per_minute": 1})
+    batch = await ended(home, key, (await handed_in(home, key, "secret-chat", num_lines=1))["id"])
+    assert (batch["status"], batch["request_counts"]) == ("completed", {"total": 1, "completed": 0, "failed": 1})
+    refused = await sent(home, key, "GET", f"/v1/files/{batch['error_file_id']}/content")
+    assert refused.json()["response"]["status_code"] == 429 and "ask for less" in refused.text
+
+
 async def test_files_batches_and_lines_are_requests_of_their_key(home: House) -> None:
     key, other = home.new_key(tenant="free", limits={"requests_per_day": 4}), home.new_key(tenant="free")
     batch = await handed_in(home, key, "secret-chat")

@@ -305,7 +305,7 @@ class BatchRunner:
                 return
             id = f"batch_req_{token_hex(16)}"
             status, answer, pause = await self._call(run.batch.endpoint, caller, run.row.signed_by, id, body)
-            if status not in AGAIN:
+            if pause is None:
                 break
             self.counts.add(LINES, "postponed")
             await asyncio.sleep(pause)
@@ -318,8 +318,8 @@ class BatchRunner:
         caller, wanted = self.callers(row), self.settings.qos_class
         return structs.replace(caller, qos_class=wanted) if wanted in self.classes() else caller
 
-    async def _call(self, path: str, caller: Caller, signed_by: str, id: str, body: bytes) -> tuple[int, bytes, float]:
-        """(status, body, seconds after which to ask again) of a request as it comes by HTTP."""
+    async def _call(self, path: str, caller: Caller, signed_by: str, id: str, body: bytes) -> tuple[int, bytes, float | None]:
+        """(status, body, seconds after which to ask again or None) of a request as it comes by HTTP."""
         waiting = asyncio.Event()
         parts = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -340,6 +340,8 @@ class BatchRunner:
             CALLER: (caller, signed_by),
         }
         answer = await self.doors[path](HttpRequest(scope, receive))
+        if answer.status_code not in AGAIN or answer.headers.get("x-should-retry") == "false":  # it needs more than it ever may
+            return answer.status_code, bytes(answer.body), None
         after = answer.headers.get("retry-after", "1")
         return answer.status_code, bytes(answer.body), min(float(after) if after.isdigit() else 1.0, MAX_PAUSE)
 
