@@ -17,18 +17,19 @@ import pytest
 import pytest_asyncio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from msgspec import Struct
+from msgspec import Struct, structs
 from tritonclient.grpc import service_pb2 as pb
 
 from fairlead.api.doorkeeper import MAX_UNPROVED_BYTES, Acquaintance
 from fairlead.api.exchange import DIRECT_BYTES
 from fairlead.core.errors import Unauthenticated
-from fairlead.core.policy import Scope
+from fairlead.core.policy import Scope, TenantPolicy
 from fairlead.gateway.identity.keys import NewKey, new_key
 from fairlead.gateway.signing import sign
 from fairlead.runtime.upstream.fake import Fake
 from tests.api.http_fake import Wire
 from tests.api.keyed import (
+    AUDIT,
     HEALTH,
     SERVICE,
     STREAM_INFER,
@@ -531,6 +532,26 @@ async def test_a_connection_remembers_who_came_by_it_only_as_long_as_it_is_true(
     home.revoke(other)
     with pytest.raises(Unauthenticated):
         who(other)
+
+
+async def test_a_connection_remembers_whoever_shows_nothing_too(tmp_path: Path) -> None:
+    async with house(tmp_path, auth="required: false") as home:
+        keeper = home.server.doorkeeper
+        assert keeper is not None
+        last = Acquaintance()
+
+        def anyone(**headers: bytes) -> Any:
+            return keeper.caller_again({name.encode(): value for name, value in headers.items()}, "10.0.0.1", None, last)
+
+        first = anyone()
+        assert anyone() is first and first.address == "10.0.0.1"
+        key = home.new_key()
+        assert anyone(authorization=f"Bearer {key.secret}".encode()).key == key.id
+        policy = TenantPolicy(limits={"requests_per_minute": 3.0})
+        home.store.change_tenant("default", lambda row: structs.replace(row, policy=policy), AUDIT)
+        home.refresh()
+        later = anyone()
+        assert later is not first and later.policy.limits == {"requests_per_minute": 3.0}
 
 
 async def test_a_stream_does_not_outlive_its_key(home: House) -> None:

@@ -102,6 +102,30 @@ async def test_a_stream_that_stops_in_the_middle_ends_with_an_error_event(home: 
     assert (await home.http.post(CHAT, json=chat("engine"))).status_code == 200
 
 
+@pytest.mark.parametrize("fault", ["endless", "headers"])
+async def test_an_answer_without_bounds_is_none(home: House, far: Fake, fault: Any) -> None:
+    far.script = Script(chunks=6, models=("theirs",), fault=fault)
+    answer = await home.http.post(CHAT, json=chat("engine", stream=True))
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"].startswith("the server that computes model 'engine'")
+    far.script = Script(chunks=6, models=("theirs",))
+    assert (await home.http.post(CHAT, json=chat("engine"))).status_code == 200
+
+
+async def test_a_stream_that_it_answers_in_one_piece_passes_as_it_is(home: House, far: Fake) -> None:
+    far.script = Script(chunks=2, models=("theirs",), fault="whole", times=1)
+    answer = await home.http.post(CHAT, json=chat("engine", stream=True))
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    assert answer.json()["choices"][0]["message"]["content"] == text_of(2)
+
+
+async def test_a_stream_that_it_ends_twice_passes_byte_for_byte(home: House, far: Fake) -> None:
+    far.script = Script(chunks=2, models=("theirs",), fault="twice", times=1)
+    asked = chat("engine", stream=True, stream_options={"include_usage": True})
+    answer = await home.http.post(CHAT, json=asked)
+    assert answer.content == await direct(far, CHAT, json.loads(far.received[-1].body)) + b"data: [DONE]\n\n"
+
+
 async def test_limits_by_tokens_hold_for_it(home: House) -> None:
     home.new_tenant("small", TenantPolicy(limits={"tokens_per_minute": 30.0}))
     key = home.new_key(tenant="small")

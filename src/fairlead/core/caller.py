@@ -1,6 +1,7 @@
 """Who asks, what they showed, and the HTTP message that it came in."""
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 from msgspec import Struct
@@ -33,7 +34,7 @@ class Caller(Struct, frozen=True, kw_only=True, eq=False):
     """Seconds since 1970: until then the same credentials show the same caller, as long as no key or tenant changes; 0: look again."""
 
 
-ANYONE = Caller()
+ANYONE = Caller(expires=inf)
 """On a server that asks nobody."""
 
 

@@ -210,7 +210,7 @@ class Gateway:
 
     @property
     def any_remote(self) -> bool:
-        return bool(self.upstreams) or self.repository.any_external
+        return self.repository.any_external or bool(self.upstreams)
 
     def remote_models(self) -> list[str]:
         """Those of the OpenAI protocol."""

@@ -292,9 +292,10 @@ class Visit:
 
     def seen(self, response: Response) -> Sequence[Response]:
         """What of a response goes on to the caller. Raises Filtered."""
-        if self.recalled is not None and self.recalled.recorder is not None:
-            self.recalled.recorder.add(response)
-        if self.member is None:
+        recalled = self.recalled
+        if recalled is not None and recalled.recorder is not None:
+            recalled.recorder.add(response)
+        if recalled is None or recalled.member is None:
             self._count(response)
         response.id = self.request.id  # not that of whom it was computed for
         if not self.answered:

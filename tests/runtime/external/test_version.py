@@ -301,6 +301,26 @@ async def test_an_answer_that_is_none_is_not_read_to_an_end_that_may_never_come(
         assert version.instances[0].num_in_flight == 0
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("whole", "in one piece where a stream was asked for"), ("endless", "an event longer than"), ("headers", "too long headers")],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_that_is_answered_with_something_else_fails_alone(tmp_path: Path, fault: Any, message: str, *, stream: bool) -> None:
+    async with attached(tmp_path, Script(chunks=2, models=("far",), fault=fault, times=1)) as (_, version):
+        with pytest.raises((ModelError, Unavailable), match=message):
+            await ask(version, Request(model="far", prompt=Generate(text="a", stream=stream)))
+        assert version.instances[0].num_in_flight == 0
+        assert await text(version) == text_of(2)
+
+
+async def test_a_stream_that_ends_twice_ends_once_for_its_caller(tmp_path: Path) -> None:
+    async with attached(tmp_path, Script(chunks=3, models=("far",), fault="twice")) as (_, version):
+        deltas = [each.delta for each in await ask(version, Request(model="far", prompt=Generate(text="a", stream=True)))]
+        assert "".join(each.text for each in deltas if each is not None) == text_of(3)
+        assert [each.finish_reason for each in deltas if each is not None and each.finish_reason] == ["stop"]
+
+
 @pytest.mark.parametrize(("told", "seconds"), [(b"\xb2", 1.0), (b"9" * 400, 3600.0), (b"soon", 1.0)])
 async def test_no_engine_sends_callers_away_for_ever(tmp_path: Path, told: bytes, seconds: float) -> None:
     answer = b"HTTP/1.1 503 Busy\r\nretry-after: %s\r\ncontent-length: 0\r\n\r\n" % told

@@ -20,10 +20,10 @@ from fairlead.core.generation import Usage
 from fairlead.core.policy import Upstream
 from fairlead.core.request import Raw, Request, Response
 from fairlead.core.timeline import Timeline, parse_traceparent
-from fairlead.runtime.upstream.client import MAX_HEAD_BYTES
+from fairlead.runtime.upstream.client import MAX_PROBE_BYTES
 from fairlead.runtime.upstream.errors import UpstreamCut, UpstreamFull, UpstreamGone
 from fairlead.runtime.upstream.fake import Fake, Received, Script, text_of
-from fairlead.runtime.upstream.place import BUFFER_BYTES, UpstreamPlace
+from fairlead.runtime.upstream.place import BUFFER_BYTES, MAX_EVENT_BYTES, UpstreamPlace, UpstreamTicket
 
 CHAT = "/v1/chat/completions"
 
@@ -265,6 +265,11 @@ async def paused(connection: Any) -> None:
 
 
 async def test_a_server_that_answers_a_stream_in_one_piece_is_passed_on_in_one_piece() -> None:
+    async with upstream(script=Script(fault="whole", chunks=3)) as (_, place):
+        response = await one(place, chat(stream=True))
+        assert response.headers == {"content-type": "application/json"}
+        assert json.loads(response.raw or b"")["choices"][0]["message"]["content"] == text_of(3)
+        assert response.usage is not None and response.usage.completion_tokens == 3
     async with upstream(protocol="kserve") as (_, place):
         request = tensors(b'{"inputs":[]}')
         assert request.raw is not None
@@ -326,6 +331,7 @@ async def test_a_host_that_nobody_knows_is_gone() -> None:
         ("garbage", "not HTTP/1.1"),
         ("excess", "more than it was asked"),
         ("cut", "closed the connection"),
+        ("headers", "too long headers"),
     ],
 )
 async def test_whatever_goes_wrong_before_anything_was_passed_on_may_be_tried_elsewhere(fault: Any, message: str) -> None:
@@ -384,16 +390,46 @@ async def test_an_upstream_that_restarted_is_found_again() -> None:
         await fake.stop()
 
 
-async def test_endless_headers_are_cut_off() -> None:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\n" + b"x-padding: 0123456789\r\n" * (2 * MAX_HEAD_BYTES // 23))
-        await reader.read()
-        writer.close()
+async def test_an_event_without_an_end_is_cut_off() -> None:
+    async with upstream(script=Script(fault="endless", times=1, chunks=1)) as (fake, place):
+        with pytest.raises(UpstreamGone, match=f"sent an event longer than {MAX_EVENT_BYTES} bytes"):
+            await ask(place, chat(stream=True))
+        await fake.until(lambda: fake.num_left == 1)
+        assert len(events_of(await ask(place, chat(stream=True)))) == 3
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    async with server, place_of(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as place:
-        with pytest.raises(UpstreamGone, match="too long headers"):
-            await one(place, chat())
+
+async def test_an_event_in_many_pieces_costs_no_more_than_one_in_few() -> None:
+    async with place_of("http://127.0.0.1:1") as place:
+        end = Ended()
+        ticket = UpstreamTicket(place, chat(stream=True), end)
+        ticket.status, ticket.headers = 200, {b"content-type": b"text/event-stream"}
+        place.in_flight += 1
+        event = b"data: " + b"x" * (MAX_EVENT_BYTES - 8) + b"\n\n"
+        begun = time.thread_time()
+        for at in range(0, len(event), 100):
+            ticket.received(event[at : at + 100], False)
+        ticket.received(b"", True)
+        assert time.thread_time() - begun < 5.0  # put together anew for each piece it takes minutes
+        assert await end.end is None
+        assert b"".join(response.raw or b"" for response in end.responses) == event
+
+
+async def test_a_stream_may_end_twice() -> None:
+    async with upstream(script=Script(fault="twice", times=1, chunks=3)) as (_, place):
+        told = b"".join(response.raw or b"" for response in await ask(place, chat(stream=True)))
+        assert told.count(b"data: [DONE]\n\n") == 2
+        assert (await one(place, chat())).status == 200
+
+
+async def test_a_probe_is_not_read_without_end() -> None:
+    names = tuple(f"model-{number:04}" for number in range(2_000))
+    async with upstream(script=Script(models=names)) as (fake, place):
+        status, body = await place.get("/v1/models")
+        assert (status, len(json.loads(body)["data"])) == (200, 2_000)
+        fake.script = Script(models=tuple(name + "x" * 500 for name in names) * 5)
+        with pytest.raises(UpstreamGone) as refused:
+            await place.get("/v1/models")
+        assert f"answers a probe with more than {MAX_PROBE_BYTES} bytes" in refused.value.detail
 
 
 async def test_interim_answers_are_skipped() -> None:

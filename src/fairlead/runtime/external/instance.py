@@ -348,7 +348,7 @@ class ExternalInstance:
         try:
             status, body = await place.get("/v1/models")
         except UpstreamGone as error:
-            raise LoadError(f"model '{self.model}': its engine is well and does not answer: {error.detail}") from None
+            raise LoadError(f"model '{self.model}': its engine is well and does not tell its models: {error.detail}") from None
         if status in (401, 403):
             raise LoadError(f"model '{self.model}': the server at {place.id} does not accept `engine.key`: it answers {status}")
         listed: list[_Listed] = []

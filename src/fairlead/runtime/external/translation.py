@@ -214,6 +214,8 @@ class Reader:
     def __init__(self, model: str, prompt: Prompt, consumer: Consumer, clock: Callable[[], float], age: float) -> None:
         """`age`: seconds since the request arrived."""
         self._model = model
+        self._generates = isinstance(prompt, Generate)
+        """Then a stream was asked for, whatever the consumer wants."""
         self._streams = isinstance(prompt, Generate) and prompt.stream
         self._num_choices = prompt.sampling.n if isinstance(prompt, Generate) else 1
         self._consumer = consumer
@@ -238,7 +240,10 @@ class Reader:
             if response.status >= 400:
                 self._error = self._refused(response, body)
             elif response.headers.get("content-type", "").startswith("application/json"):
-                self._read_whole(body)
+                if self._generates:
+                    self._error = self._garbage("it answers in one piece where a stream was asked for")
+                else:
+                    self._read_whole(body)
             else:
                 for line in body.splitlines():
                     if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":

@@ -123,11 +123,13 @@ def usage_of(body: bytes) -> Usage | None:
 # Server-sent events
 
 
-def whole_events(data: bytes) -> int:
-    """Where the last whole event of `data` ends; 0 where none does."""
-    if data.endswith(b"\n\n"):
-        return len(data)
-    lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+SEPARATOR_BYTES = 3
+"""Of what ends an event, those that may have come before the rest of it."""
+
+
+def whole_events(data: bytes | bytearray, start: int = 0) -> int:
+    """Where the last whole event of `data` ends, if it does behind `start`; else 0."""
+    lf, crlf = data.rfind(b"\n\n", start), data.rfind(b"\r\n\r\n", start)
     return max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
 
 

@@ -25,7 +25,8 @@ JOIN_BYTES = 64 << 10
 IDLE_SECONDS = 60.0
 """How long an unused connection is kept."""
 MAX_IDLE = 256
-MAX_PROBE_BYTES = 64 << 10
+MAX_PROBE_BYTES = 4 << 20
+"""Of what a probe is answered: a list of models, at most."""
 SILENCE_CHECKS = 8
 """How many times in `timeout` silence is looked for, at least once a second."""
 
@@ -355,7 +356,7 @@ class Pool:
 
     async def get(self, head: bytes) -> tuple[int, bytes]:
         """(status, body) of a request without a body, for probes. Raises UpstreamGone."""
-        probe = _Probe(head, self._loop.create_future())
+        probe = _Probe(self, head, self._loop.create_future())
         self.send(probe)
         try:
             async with asyncio.timeout(self.connect_timeout + min(self.timeout, self.connect_timeout)):
@@ -413,18 +414,19 @@ class Pool:
 
 
 class _Probe(Exchange):
-    def __init__(self, head: bytes, answer: "asyncio.Future[tuple[int, bytes]]") -> None:
+    def __init__(self, pool: Pool, head: bytes, answer: "asyncio.Future[tuple[int, bytes]]") -> None:
         super().__init__(head, b"")
+        self.pool = pool
         self.answer = answer
-        self.data = b""
+        self.data = bytearray()
 
     def received(self, data: bytes, complete: bool) -> None:
         self.data += data
         if len(self.data) > MAX_PROBE_BYTES:
             self.drop()
-            complete = True
-        if complete and not self.answer.done():
-            self.answer.set_result((self.status, self.data[:MAX_PROBE_BYTES]))
+            self.failed(self.pool.failure(self, f"answers a probe with more than {MAX_PROBE_BYTES} bytes", "too long"))
+        elif complete and not self.answer.done():
+            self.answer.set_result((self.status, bytes(self.data)))
 
     def failed(self, error: UpstreamGone | UpstreamCut) -> None:
         if not self.answer.done():

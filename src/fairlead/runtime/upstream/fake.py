@@ -22,7 +22,24 @@ MAX_RECEIVED = 256
 WORDS = ("fairleads ", "guide ", "mooring ", "hawsers ", "smoothly ", "around ", "corners ", "without ", "chafing ", "anything ")
 """Of answers, again and again: some gateways take one word a hundred times for a broken model."""
 
-Fault = Literal["", "status", "hang", "reset", "stale", "cut", "garbage", "redirect", "excess", "text", "stall", "die"]
+Fault = Literal[
+    "",
+    "status",
+    "hang",
+    "reset",
+    "stale",
+    "cut",
+    "garbage",
+    "redirect",
+    "excess",
+    "text",
+    "stall",
+    "die",
+    "whole",
+    "twice",
+    "endless",
+    "headers",
+]
 """What goes wrong instead of an answer.
 
 status    answer with `status`
@@ -36,7 +53,14 @@ excess    answer twice
 text      answer with a text that is no JSON
 stall     say nothing more in the middle of a stream, after `after` chunks
 die       the same, by the process's end
+whole     answer a stream in one piece
+twice     end a stream with [DONE] twice
+endless   answer with one event of 100 MiB
+headers   answer with headers of 1 MiB
 """
+ENDLESS_BYTES = 100 << 20
+HEADERS_BYTES = 1 << 20
+PIECE_BYTES = 64 << 10
 Start = Literal["", "hang", "die", "garbage", "once"]
 """How the program starts, in place of serving.
 
@@ -228,6 +252,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         fake = self.fake
+        self.breaking = ""
         self.num_requests += 1
         fake.num_requests += 1
         fake.num_open += 1
@@ -288,7 +313,9 @@ class _Connection(asyncio.Protocol):
             self._ended()
         elif fault == "text":
             self.write(200, b"<html>It works!</html>")
-        elif fault in ("cut", "stall", "die"):
+        elif fault == "headers":
+            self.write(200, b"{}", "x-padding: 0123456789\r\n" * (HEADERS_BYTES // 23))
+        elif fault in ("cut", "stall", "die", "whole", "twice", "endless"):
             self.breaking = fault
             return True
         else:
@@ -302,11 +329,14 @@ class _Connection(asyncio.Protocol):
         num_words = script.chunks if asked is None else min(script.chunks, asked)
         reason = "stop" if num_words == script.chunks else "length"
         usage = _usage(math.ceil(len(bytes(ask.messages if chat else ask.prompt)) / 4), num_words) if script.usage else None
-        if ask.stream:
+        if ask.stream and self.breaking != "whole":
             include = script.usage and ask.stream_options is not None and ask.stream_options.include_usage
-            self.writing = _Stream(
-                self, _events(ask.model, num_words, reason, usage if include else None, chat=chat, newline=script.newline)
-            )
+            events = _events(ask.model, num_words, reason, usage if include else None, chat=chat, newline=script.newline)
+            if self.breaking == "twice":
+                events += events[-1:]
+            elif self.breaking == "endless":
+                events = (b"data: ",) + (b"x" * PIECE_BYTES,) * (ENDLESS_BYTES // PIECE_BYTES) + (script.newline.encode() * 2,)
+            self.writing = _Stream(self, events)
             self.writing.start()
             return
         text = text_of(num_words)

@@ -13,7 +13,7 @@ from fairlead.core.errors import Cancelled, FairleadError, InvalidRequest, Unsup
 from fairlead.core.generation import Usage
 from fairlead.core.policy import Upstream
 from fairlead.core.request import Pausable, Raw, Request, Response, Sink
-from fairlead.runtime.upstream.bodies import num_events, openai_body, tells_usage, usage_of, usage_of_events, whole_events
+from fairlead.runtime.upstream.bodies import SEPARATOR_BYTES, num_events, openai_body, tells_usage, usage_of, usage_of_events, whole_events
 from fairlead.runtime.upstream.client import Address, Exchange, Pool, fixed_headers
 from fairlead.runtime.upstream.errors import UpstreamCut, UpstreamFull, UpstreamGone
 
@@ -117,7 +117,7 @@ class UpstreamPlace:
         )
 
     async def get(self, path: str) -> tuple[int, bytes]:
-        """(status, body), of which a few KiB at most. Raises UpstreamGone."""
+        """(status, body). Raises UpstreamGone, where the body is longer than a few MiB too."""
         return await self.pool.get(f"GET {self.pool.address.prefix}{path} HTTP/1.1\r\n{self.fixed}\r\n".encode("latin-1"))
 
     async def close(self) -> None:
@@ -168,10 +168,10 @@ class UpstreamTicket(Exchange):
     usage_untold = False
     """No response has carried it yet."""
     num_events = 0
-    data: bytes = b""
-    """Received and not passed on: an answer that is not complete, or the beginning of an event."""
     parts: list[bytes] | None = None
-    """More of it."""
+    """Received of an answer that is passed on in one piece."""
+    rest: bytearray | None = None
+    """Of a stream: the beginning of an event."""
     num_bytes = 0
 
     def __init__(self, place: UpstreamPlace, request: Request, sink: Sink) -> None:
@@ -260,16 +260,9 @@ class UpstreamTicket(Exchange):
 
     def _events(self, data: bytes, complete: bool) -> None:
         """As many whole events as there are: an answer that breaks off does so between two of them."""
-        if self.data:
-            data = self.data + data
-            self.data = b""
-        if not complete and not data.endswith(b"\n\n"):
-            end = whole_events(data)
-            self.data = data[end:]
-            data = data[:end]
-            if len(self.data) > MAX_EVENT_BYTES:
-                self.drop()
-                self._close(self.place.pool.failure(self, f"sent an event longer than {MAX_EVENT_BYTES} bytes", "too long"))
+        if self.rest or not (complete or data.endswith(b"\n\n")):
+            data = self._whole(data, complete)
+            if self.done:
                 return
         if data:
             self.num_events += num_events(data)
@@ -284,6 +277,22 @@ class UpstreamTicket(Exchange):
             if self.usage_untold:
                 self._respond(DONE)
             self._close(None)
+
+    def _whole(self, data: bytes, complete: bool) -> bytes:
+        """The events that are whole with `data`; the beginning of another one stays, and is not looked at again."""
+        rest = self.rest
+        if rest is None:
+            rest = self.rest = bytearray()
+        seen = max(len(rest) - SEPARATOR_BYTES, 0)
+        rest += data
+        end = len(rest) if complete else whole_events(rest, seen)
+        if end:
+            data = bytes(memoryview(rest)[:end])
+            del rest[:end]
+        if len(rest) > MAX_EVENT_BYTES:
+            self.drop()
+            self._close(self.place.pool.failure(self, f"sent an event longer than {MAX_EVENT_BYTES} bytes", "too long"))
+        return data if end else b""
 
     def _respond(self, data: bytes) -> None:
         """Some of a stream."""
@@ -312,7 +321,7 @@ class UpstreamTicket(Exchange):
     def _close(self, error: FairleadError | None) -> None:
         if not self.done:
             self.done = True
-            self.parts = None
+            self.parts = self.rest = None
             self.place.in_flight -= 1
             self.sink.close(error)
 
