@@ -224,7 +224,7 @@ class EngineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     args: tuple[str, ...] = ()
     """Behind the command."""
     env: dict[str, str] = field(default_factory=dict)
-    """Laid over this server's environment; `${NAME}` as in `key`."""
+    """Laid over what it is given of this server's environment; `${NAME}` as in `key`."""
     health: str = ""
     """The path that tells its health; "": the backend's own."""
     start_timeout: Annotated[float, Meta(gt=0)] = 600.0

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,17 @@ import pytest
 
 from fairlead.core.errors import LoadError
 from fairlead.runtime.external import child as child_module
-from fairlead.runtime.external.child import LAST_LINES, LINES_PER_SECOND, MAX_LINE_CHARS, Child, Lines, resolved
+from fairlead.runtime.external.child import (
+    INHERITED,
+    INHERITED_FAMILIES,
+    LAST_LINES,
+    LINES_PER_SECOND,
+    MAX_LINE_CHARS,
+    Child,
+    Lines,
+    inherited,
+    resolved,
+)
 
 SECONDS = 30.0
 FAMILY = "sleep 1000 & echo $!; setsid sleep 1000 & echo $!; wait"
@@ -140,6 +151,15 @@ async def test_a_flood_of_lines_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     lines._take(b"")
     assert told[-1] == f"lines_left_out {50_001 - LINES_PER_SECOND}"
     lines.close()
+
+
+def test_the_documentation_names_all_that_an_engine_is_given() -> None:
+    text = (Path(__file__).parents[3] / "docs/engines.md").read_text()
+    _, _, section = text.partition("## What it is given")
+    named = set(re.findall(r"`([A-Za-z_]+)`", section.partition("\n## ")[0]))
+    assert named - {"PYTHONPATH", "PYTHONHOME"} == INHERITED | set(INHERITED_FAMILIES)
+    given = {"PATH": "/bin", "LC_ALL": "C", "HF_TOKEN": "hf", "VLLM_USE_V1": "1"}
+    assert inherited(given | {"FAIRLEAD_STORE_URL": "postgresql://", "MY_HF_TOKEN": "x", "PATHS": "x", "Path": "x"}) == given
 
 
 def test_a_program_is_looked_for_in_its_environment_first(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -18,9 +19,11 @@ from fairlead.core.errors import FairleadError, InvalidRequest, LoadError, Model
 from fairlead.core.generation import Chat, Delta, Embed, Generate, Message, Sampling, Tokenize
 from fairlead.core.request import Raw, Request, Response
 from fairlead.core.specs import EngineSpec, InstancesSpec, LlmSpec, ModelSpec
+from fairlead.runtime.external import child as child_module
 from fairlead.runtime.external import instance as instances
 from fairlead.runtime.external.child import free_port
 from fairlead.runtime.external.instance import MAX_UNHEALTHY
+from fairlead.runtime.external.listener import Owner
 from fairlead.runtime.external.version import ExternalVersion
 from fairlead.runtime.forkserver import ForkServer
 from fairlead.runtime.loading import load_version
@@ -123,6 +126,61 @@ async def test_one_that_dies_in_mid_stream_ends_that_stream_and_comes_back(tmp_p
         assert json.loads(
             (await ask(version, Request(model="far", raw=Raw(path="/v1/embeddings", body=b'{"model":"far","input":"a"}'))))[0].raw or b""
         )
+
+
+@pytest.mark.parametrize("child", ["hang", ""])
+async def test_a_stranger_at_its_port_is_told_nothing_and_it_gets_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: str
+) -> None:
+    stranger = await Fake(Script(models=("far",))).start()
+    ports = iter([stranger.port, free_port()])
+    monkeypatch.setattr(instances, "free_port", lambda: next(ports))
+    serve = " ".join(map(shlex.quote, program(Script(chunks=3, models=("far",), key="its-own-key"))))
+    command = ("sh", "-c", f"test {{port}} = {stranger.port} && exec {'sleep 1000' if child else serve}; exec {serve}")
+    async with serving(tmp_path, spec(command=command, key="its-own-key")) as version:
+        assert await text(version) == text_of(3)
+        assert version.metrics.restarts() == 1
+    assert not stranger.received
+    await stranger.stop()
+
+
+async def test_one_whose_ports_are_all_taken_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger = await Fake(Script(models=("far",))).start()
+    monkeypatch.setattr(instances, "free_port", lambda: stranger.port)
+    with pytest.raises(LoadError, match=f"{instances.PORTS} ports in a row were taken by others"):
+        await load_version(spec(command=("sleep", "1000")), "3", tmp_path, ForkServer())
+    assert not stranger.received
+    await stranger.stop()
+
+
+async def test_one_of_which_the_system_does_not_tell_who_it_is_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(instances.log, "warning", lambda event, **_: said.append(event))
+    monkeypatch.setattr(child_module, "owner_of", lambda *_, apart: Owner.UNKNOWN)
+    async with serving(tmp_path, spec(command=program(Script(chunks=3, models=("far",))))) as version:
+        assert await text(version) == text_of(3)
+    assert said == ["engine_listener_unknown"]
+
+
+async def test_it_is_given_no_secret_of_this_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"FAIRLEAD_API_KEY": "1", "DATABASE_URL": "2", "AWS_SECRET_ACCESS_KEY": "3", "OPENAI_API_KEY": "4", "API_KEY": "5", "HF": "6"}
+    given = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HOME": "/hf",
+        "LC_ALL": "C",
+        "https_proxy": "http://proxy",
+        "TMPDIR": "/tmp",
+        "OMP_NUM_THREADS": "3",
+    }
+    for name, value in (secrets | given).items():
+        monkeypatch.setenv(name, value)
+    engine = {"MINE": "${DATABASE_URL}", "LC_ALL": "C.UTF-8"}
+    names = "|".join((*secrets, *given, "MINE"))
+    with pytest.raises(LoadError, match=r"\(exit code 9\)") as failed:
+        await load_version(spec(command=("sh", "-c", f"env | grep -E '^({names})='; exit 9"), env=engine), "3", tmp_path, ForkServer())
+    told = dict(line.split("=", 1) for line in failed.value.message.splitlines() if "=" in line)
+    assert not told.keys() & secrets.keys()
+    assert given | {"MINE": "2", "LC_ALL": "C.UTF-8"} == {name: told.get(name) for name in (*given, "MINE")}
 
 
 async def test_while_it_is_started_again_requests_are_told_when_to_come_back(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import structlog
 from fairlead.core.errors import LoadError
 from fairlead.observe.redaction import SECRET, without_secrets
 from fairlead.runtime.external import keeper
+from fairlead.runtime.external.listener import Owner, began_of, owner_of
 from fairlead.runtime.printed import Printed
 
 log = structlog.get_logger("fairlead.runtime")
@@ -29,6 +30,22 @@ LINES_PER_SECOND = 100
 """More are left out of the log, and counted."""
 GRACE_SECONDS = 10.0
 """For the keeper itself, beyond what the engine has."""
+INHERITED = frozenset(
+    (
+        *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "CC", "CXX"),
+        *("LD_LIBRARY_PATH", "LD_PRELOAD", "GLIBC_TUNABLES", "VIRTUAL_ENV", "CONDA_PREFIX"),
+        *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+        *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+    )
+)
+"""What an engine is given of this server's environment. Nothing else is: it may hold anybody's secrets."""
+INHERITED_FAMILIES = (
+    *("LC_", "XDG_", "PYTHON", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "MALLOC_"),
+    *("CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_", "NCCL_", "UCX_", "HIP_", "ROCM_", "ROCR_", "HSA_", "GPU_"),
+    *("TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "XLA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_"),
+    *("VLLM_", "FLASHINFER_", "LMCACHE_", "NIXL_", "SGLANG_", "SGL_", "TRTLLM_", "TLLM_", "LLAMA_", "GGML_"),
+)
+"""The same by how a name begins."""
 
 
 def free_port() -> int:
@@ -76,6 +93,11 @@ class Lines(Printed):
         return line
 
 
+def inherited(environ: Mapping[str, str]) -> dict[str, str]:
+    """What an engine may know of an environment."""
+    return {name: value for name, value in environ.items() if name in INHERITED or name.startswith(INHERITED_FAMILIES)}
+
+
 class Child:
     def __init__(self, model: str, version: str, command: Sequence[str], environ: Mapping[str, str], secrets: Sequence[str]) -> None:
         self.model = model
@@ -89,6 +111,7 @@ class Child:
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._stop_seconds = 0.0
+        self._began = 0.0
 
     async def start(self, stop_seconds: float) -> None:
         """Raises LoadError."""
@@ -107,7 +130,13 @@ class Child:
             raise LoadError(f"model '{self.model}': {self.command[0]} cannot be started: {error}") from None
         finally:
             self.lines.handed_over()
+        self._began = began_of(self._process.pid)
         self._reader = asyncio.get_running_loop().create_task(self._read(self._process), name=f"keeper of {self.model}")
+
+    async def owner_of(self, port: int, *, apart: bool) -> Owner:
+        """Whether it is this one, or something that it started, that listens there. `apart`: others may do so on its behalf."""
+        assert self._process is not None
+        return await asyncio.to_thread(owner_of, HOST, port, self._process.pid, self._began, apart=apart)
 
     async def stop(self) -> None:
         """SIGTERM to it and all of its group, SIGKILL after a while. Returns when it is gone."""

@@ -31,7 +31,8 @@ from fairlead.core.settings import filled_in
 from fairlead.core.specs import EngineSpec, ModelSpec
 from fairlead.observe.metrics import Histogram
 from fairlead.observe.table import SECONDS
-from fairlead.runtime.external.child import HOST, Child, free_port, resolved
+from fairlead.runtime.external.child import HOST, Child, free_port, inherited, resolved
+from fairlead.runtime.external.listener import Owner
 from fairlead.runtime.external.translation import Consumer, Reader, asked
 from fairlead.runtime.lives import HEALTHY_SECONDS, describe_exit, restart_delay
 from fairlead.runtime.upstream.errors import UpstreamGone
@@ -51,6 +52,8 @@ CONNECT_SECONDS = 5.0
 ATTACH_SECONDS = 10.0
 """How long loading waits for a server that should be there; it is loaded all the same."""
 LONGEST_RETRY = 60.0
+PORTS = 5
+"""Tried in a row, where others take them first."""
 
 
 class _Listed(Struct):
@@ -63,6 +66,10 @@ class _Listing(Struct):
 
 
 _listing = msgspec.json.Decoder(_Listing)
+
+
+class PortTaken(LoadError):
+    """Somebody else listens at the port that the engine was given."""
 
 
 class ExternalInstance:
@@ -86,7 +93,7 @@ class ExternalInstance:
         self.row = row
         self.ready = False
         self.restarts = 0
-        """Attempts to start it again after a death."""
+        """Attempts to start it again: after a death, or on another port where a stranger had taken its own."""
         self.down = ""
         """Why it does not serve; "" while nothing failed."""
         self._unwell = ""
@@ -235,8 +242,20 @@ class ExternalInstance:
 
     async def _start_life(self) -> None:
         """Raises LoadError."""
+        for _ in range(PORTS):
+            port = free_port()
+            try:
+                await self._start_at(port)
+            except PortTaken as taken:
+                self.restarts += 1
+                log.warning("engine_port_taken", model=self.model, version=self._version, port=port, reason=taken.message)
+            else:
+                return
+        raise LoadError(f"model '{self.model}': {PORTS} ports in a row were taken by others before its engine listened there")
+
+    async def _start_at(self, port: int) -> None:
+        """Raises LoadError."""
         began = time.monotonic()
-        port = free_port()
         command, environ, key = self._command(port)
         child = self._child = Child(self.model, self._version, command, environ, [key, self.spec.key])
         url = f"http://{HOST}:{port}"
@@ -244,7 +263,7 @@ class ExternalInstance:
         log.info("engine_starting", model=self.model, version=self._version, backend=self.row.name, program=command[0], url=url)
         try:
             await child.start(self.spec.stop_timeout)
-            await self._until_well(child, place)
+            await self._until_well(child, place, port)
             await self._learn(place)
         except BaseException:
             await self._end_life()
@@ -272,7 +291,7 @@ class ExternalInstance:
             )
         words = {"{model}": spec.model or str(self._artefact), "{name}": self.model, "{host}": HOST, "{port}": str(port)}
         command, changes = resolved([_filled(each, words) for each in (*template, *spec.args)], spec.environment, self.model)
-        environ = {**os.environ, **changes}
+        environ = {**inherited(os.environ), **changes}
         if spec.environment:  # those of this server's own interpreter
             environ.pop("PYTHONPATH", None)
             environ.pop("PYTHONHOME", None)
@@ -296,22 +315,27 @@ class ExternalInstance:
         except ConfigError as error:
             raise LoadError(f"model '{self.model}': {error.message}") from None
 
-    async def _until_well(self, child: Child, place: UpstreamPlace) -> None:
+    async def _until_well(self, child: Child, place: UpstreamPlace, port: int) -> None:
         """Raises LoadError where that is never."""
+        known = False
         began, told_at = time.monotonic(), time.monotonic()
         timeout = self.spec.start_timeout
         try:
             async with asyncio.timeout(timeout):
                 while True:
-                    looking = asyncio.ensure_future(self._is_well(place))
+                    looking = asyncio.ensure_future(self._is_well(place) if known else self._is_it(child, port))
                     try:
                         ends: set[asyncio.Future[Any]] = {looking, child.ended}
                         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                         if child.ended.done():
                             code = describe_exit(child.ended.result())
+                            await self._is_it(child, port)
                             raise LoadError(f"model '{self.model}': its engine ended while it started ({code}){child.last_words}")
-                        if looking.result() and child.pid is not None:  # else it is somebody else's server that answers there
-                            return
+                        if looking.result():
+                            if known:
+                                return
+                            known = True
+                            continue
                     finally:
                         looking.cancel()
                         with suppress(asyncio.CancelledError, FairleadError):
@@ -328,6 +352,16 @@ class ExternalInstance:
             raise LoadError(
                 f"model '{self.model}': its engine was not ready within {timeout:g} s: {self._unwell}{child.last_words}"
             ) from None
+
+    async def _is_it(self, child: Child, port: int) -> bool:
+        """Whether it listens: nobody else is asked anything, or shown its key. Raises PortTaken."""
+        owner = await child.owner_of(port, apart=bool(self.spec.command))
+        if owner is Owner.STRANGER:
+            raise PortTaken(f"model '{self.model}': another program took port {port} before its engine did")
+        self._unwell = "" if owner is not Owner.NOBODY else f"nobody listens at {HOST}:{port}: the connection is refused"
+        if owner is Owner.UNKNOWN and not child.ended.done():
+            log.warning("engine_listener_unknown", model=self.model, version=self._version, port=port, note="it is taken for the engine")
+        return owner is not Owner.NOBODY
 
     async def _is_well(self, place: UpstreamPlace) -> bool:
         path = self.spec.health or self.row.health or ("" if self.spec.url else "/health")
