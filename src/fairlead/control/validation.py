@@ -54,7 +54,8 @@ async def validate(plan: Plan, on_gate: OnGate | None = None) -> Report:
     finally:
         _kill(process.pid)
         with suppress(TimeoutError):  # of what a process that left the group may hold open
-            await asyncio.wait_for(listening, LOG_SECONDS)
+            async with asyncio.timeout(LOG_SECONDS):
+                await listening
         await process.wait()
     found.fill()
     return Report(
@@ -133,7 +134,8 @@ async def _follow(process: asyncio.subprocess.Process, plan: Plan, found: _Found
         return
     if found.running or not found.may_end:
         with suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), LOG_SECONDS)
+            async with asyncio.timeout(LOG_SECONDS):
+                await process.wait()
         status = process.returncode
         how = "" if status is None else f" (signal {-status})" if status < 0 else f" (exit code {status})"
         found.broke_off(f"its process ended{how}")

@@ -102,7 +102,8 @@ class EngineReplica:
         self._portrait.close()
         self.engine.close()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._returned.wait(), END_SECONDS)
+            async with asyncio.timeout(END_SECONDS):
+                await self._returned.wait()
         if self._timer is not None:
             self._timer.cancel()
         signal.setitimer(signal.ITIMER_PROF, 0)

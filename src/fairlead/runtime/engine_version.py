@@ -337,7 +337,8 @@ class EngineVersion:
     async def _let_end(self, timeout: float) -> None:
         """Return when no request runs; those that `timeout` cuts off fail."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
         for ticket in list(self._tickets):
             assert ticket.instance is not None
             ticket.instance.cancel(ticket.work)

@@ -143,7 +143,8 @@ class _Server:
 
     async def close(self) -> None:
         self._lost()
-        await asyncio.wait_for(self.process.wait(), 2 * END_SECONDS)
+        async with asyncio.timeout(2 * END_SECONDS):
+            await self.process.wait()
 
     def _send(self, frame: Frame, descriptors: Sequence[int] = ()) -> None:
         data = b"".join(encode_frame(frame))

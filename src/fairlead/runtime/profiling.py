@@ -103,4 +103,5 @@ class SelfPortrait:
             loop.call_soon_threadsafe(settle, error)
 
         self._soon(run)
-        await asyncio.wait_for(done, TURN_SECONDS)
+        async with asyncio.timeout(TURN_SECONDS):
+            await done

@@ -441,8 +441,9 @@ class ModelVersion:
                     request = Request(model=self.name, inputs=sample, arrived=time.perf_counter())
                     slot.instance.stream(request, _WarmupStream(slot.instance, ended), CREDIT)
                 else:
-                    slot.instance.run([sample], None, lambda _, error, ended=ended: ended.set_result(error), ())  # type: ignore[misc]
-                error = await asyncio.wait_for(ended, WARMUP_SECONDS)
+                    slot.instance.run([sample], None, lambda _, error, ended=ended: ended.done() or ended.set_result(error), ())  # type: ignore[misc]
+                async with asyncio.timeout(WARMUP_SECONDS):
+                    error = await ended
                 if error is not None:
                     raise error
 
@@ -451,7 +452,8 @@ class ModelVersion:
         self.draining = True
         self._schedule()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
         if self._timer is not None:
             self._timer.cancel()
         left = [*self.batcher.drop_all(), *self._retries]

@@ -75,7 +75,8 @@ class GrpcServer:
         while self._connections and (left := deadline - self._loop.time()) > 0:
             self._gone.clear()
             try:
-                await asyncio.wait_for(self._gone.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._gone.wait()
             except TimeoutError:
                 break
         for connection in list(self._connections):

@@ -143,7 +143,6 @@ class BatchRunner:
         while not self.stopping:
             await self.once()
             with suppress(TimeoutError):
-                # not `wait_for`, which forgets that it was cancelled where what it waits for has come by then (Python 3.11)
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._look.wait()
             self._look.clear()

@@ -108,7 +108,8 @@ async def read_in_child(path: Path) -> list[Kernel]:
         sys.executable, "-P", "-m", __name__, str(path), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
     )
     try:
-        said, _ = await asyncio.wait_for(process.communicate(), READ_SECONDS)
+        async with asyncio.timeout(READ_SECONDS):
+            said, _ = await process.communicate()
     finally:
         if process.returncode is None:
             with suppress(ProcessLookupError):

@@ -64,7 +64,8 @@ async def _run(command: list[str], seconds: float) -> None:
         *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
     )
     try:
-        _, said = await asyncio.wait_for(process.communicate(), seconds)
+        async with asyncio.timeout(seconds):
+            _, said = await process.communicate()
     except TimeoutError:
         raise PySpyError(f"gave no answer within {seconds:g} s") from None
     finally:
