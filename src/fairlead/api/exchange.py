@@ -432,7 +432,9 @@ class Exchange:
         if self.streaming:
             if response.usage is not None:
                 self.timeline.usage = response.usage  # of all of it so far
-            self._write_piece(response.raw or b"")
+            piece = response.raw
+            if piece:
+                self._write_piece(piece)
             return
         if self.answered:
             return
@@ -549,9 +551,8 @@ class Exchange:
         self.protocol.transport.write(b"%b%x\r\n%b\r\n" % (head, len(piece), piece))
 
     def _write_piece(self, piece: bytes) -> None:
-        if piece:
-            self.timeline.bytes_out += len(piece)
-            self.protocol.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        self.timeline.bytes_out += len(piece)
+        self.protocol.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     def _end_stream(self, error: FairleadError | None) -> None:
         if error is not None:

@@ -205,8 +205,8 @@ class Gateway:
 
     def falls_back(self, model: str) -> bool:
         """A model that is here may answer in its place."""
-        fallback = self.settings.model(model).routing.fallback
-        return bool(fallback) and any(self.repository.versions(name) for name in fallback)
+        course = self.courses[model]
+        return course.falls_back and any(self.repository.versions(name) for name in course.policy.routing.fallback)
 
     @property
     def any_remote(self) -> bool:

@@ -210,8 +210,10 @@ class Visit:
         if self.finished:
             return
         try:
-            for each in self.seen(response):
-                self._give(each)
+            given = self.seen(response)
+            assert self.sink is not None
+            for each in given:
+                self.sink.respond(each)
         except FairleadError as error:
             self._break_off(error)
         except Exception:
@@ -229,8 +231,9 @@ class Visit:
             return
         if error is None:
             try:
+                assert self.sink is not None
                 for each in self.last():
-                    self._give(each)
+                    self.sink.respond(each)
             except FairleadError as failure:
                 error = failure
             except Exception:
@@ -258,10 +261,6 @@ class Visit:
     def resume(self) -> None:
         if isinstance(self.ticket, Pausable):
             self.ticket.resume()
-
-    def _give(self, response: Response) -> None:
-        assert self.sink is not None
-        self.sink.respond(response)
 
     # The other form
 

@@ -134,13 +134,17 @@ def whole_events(data: bytes | bytearray, start: int = 0) -> int:
 
 
 def num_events(data: bytes) -> int:
+    if data.endswith(b"\n\n") and data.find(b"\n", 0, -2) < 0:  # one line: two look-ups cost a third of a count
+        return 1
     return data.count(b"\n\n") or data.count(b"\r\n\r\n")
 
 
 def tells_usage(data: bytes) -> bool:
-    """Whether there is one in `data`, which has the key: of a stream, most events say `"usage":null`."""
+    """Whether there is one in `data`: of a stream, most events say `"usage":null`, and nearly all chunks are one event."""
     at = data.rfind(b'"usage"')
-    if data.startswith(b":null", at + 7) and data.find(b'"usage"', 0, at) < 0:
+    if at < 0:
+        return False
+    if data.startswith(b":null", at + 7) and (data.find(b'"usage"', 0, at) < 0 or data.count(b'"usage"') == data.count(b'"usage":null')):
         return False
     return _USAGE.search(data) is not None
 

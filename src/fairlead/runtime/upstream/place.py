@@ -167,7 +167,11 @@ class UpstreamTicket(Exchange):
     """As the upstream told it."""
     usage_untold = False
     """No response has carried it yet."""
+    embeds = False
+    prompt_tokens = 0
+    """An estimate, until the upstream tells: it may never, and the caller may leave before it does."""
     num_events = 0
+    """As many tokens of the answer, until then."""
     parts: list[bytes] | None = None
     """Received of an answer that is passed on in one piece."""
     rest: bytearray | None = None
@@ -197,7 +201,9 @@ class UpstreamTicket(Exchange):
         body = raw.body
         if place.openai:
             name = f"{place.name}@{request.version}" if request.version and place.versioned else place.name
-            max_tokens = None if raw.path == EMBEDDINGS else raw.max_tokens
+            self.embeds = raw.path == EMBEDDINGS
+            self.prompt_tokens = -(-raw.prompt_chars // CHARS_PER_TOKEN)
+            max_tokens = None if self.embeds else raw.max_tokens
             body, self.asked_usage = openai_body(body, name, max_tokens=max_tokens, streams=raw.stream)
         lines = f"{start}content-length: {len(body)}\r\n"
         if raw.header_length:
@@ -219,12 +225,15 @@ class UpstreamTicket(Exchange):
     # From the connection
 
     def received(self, data: bytes, complete: bool) -> None:
-        if not self.num_bytes and self.request.raw.stream:  # type: ignore[union-attr]
-            self.streams = self.status < 300 and self.headers.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-        self.num_bytes += len(data)
         if self.streams:
             self._events(data, complete)
-        elif not complete:
+            return
+        if not self.num_bytes and self._begins_stream():
+            self.streams = True
+            self._events(data, complete)
+            return
+        self.num_bytes += len(data)
+        if not complete:
             if self.parts is None:
                 self.parts = []
             self.parts.append(data)
@@ -236,6 +245,12 @@ class UpstreamTicket(Exchange):
 
     def failed(self, error: UpstreamGone | UpstreamCut) -> None:
         self._close(error)
+
+    def _begins_stream(self) -> bool:
+        raw = self.request.raw
+        assert raw is not None
+        kind = self.headers.get(b"content-type", b"")
+        return raw.stream and self.status < 300 and kind.lower().startswith(b"text/event-stream")
 
     # To the sink
 
@@ -250,12 +265,17 @@ class UpstreamTicket(Exchange):
         if place.openai and status < 300 and not (body.lstrip()[:1] == b"{" and body.rstrip()[-1:] == b"}"):
             self._close(place.pool.failure(self, "answered with something that is not JSON", repr(body[:64])))
             return
-        response = self._response(body)
+        request, usage = self.request, None
         if status >= 400:
-            response.usage = NOTHING
+            usage = NOTHING
         elif place.openai:
-            response.usage = usage_of(body) or self._estimate(len(body) // CHARS_PER_TOKEN)
-        self.sink.respond(response)
+            answer = 0 if self.embeds else len(body) // CHARS_PER_TOKEN
+            usage = usage_of(body) or Usage(prompt_tokens=self.prompt_tokens, completion_tokens=answer)
+        self.sink.respond(
+            Response(
+                model=request.model, version=request.version, raw=body, status=status, usage=usage, headers=self._told(), id=request.id
+            )
+        )
         self._close(None)
 
     def _events(self, data: bytes, complete: bool) -> None:
@@ -266,7 +286,7 @@ class UpstreamTicket(Exchange):
                 return
         if data:
             self.num_events += num_events(data)
-            if b'"usage"' in data and tells_usage(data) and self.place.openai:
+            if tells_usage(data) and self.place.openai:
                 usage, data = usage_of_events(data, drop=self.asked_usage)
                 if usage is not None:
                     self.usage = usage
@@ -296,27 +316,21 @@ class UpstreamTicket(Exchange):
 
     def _respond(self, data: bytes) -> None:
         """Some of a stream."""
-        response = self._response(data)
+        usage = None
         if self.place.openai:
-            response.usage = self.usage or self._estimate(self.num_events)
+            usage = self.usage or Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.num_events)
             self.usage_untold = False
-        self.passed_on = True
+        request = self.request
+        response = Response(model=request.model, version=request.version, raw=data, status=self.status, usage=usage, id=request.id)
+        if not self.passed_on:
+            self.passed_on = True
+            response.headers = self._told()
         self.sink.respond(response)
 
-    def _estimate(self, num_tokens: int) -> Usage:
-        """Until the upstream tells: it may never, and the caller may leave before it does."""
-        raw = self.request.raw
-        assert raw is not None
-        answer = 0 if raw.path == EMBEDDINGS else num_tokens
-        return Usage(prompt_tokens=-(-raw.prompt_chars // CHARS_PER_TOKEN), completion_tokens=answer)
-
-    def _response(self, data: bytes) -> Response:
-        request = self.request
-        response = Response(model=request.model, version=request.version, raw=data, status=self.status, id=request.id)
-        if not self.passed_on:
-            headers = self.headers
-            response.headers = {name: headers[key].decode("latin-1") for key, name in _PASSED_ON if key in headers}
-        return response
+    def _told(self) -> dict[str, str]:
+        """What is passed on of the answer's headers."""
+        headers = self.headers
+        return {name: headers[key].decode("latin-1") for key, name in _PASSED_ON if key in headers}
 
     def _close(self, error: FairleadError | None) -> None:
         if not self.done:
