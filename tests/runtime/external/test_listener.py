@@ -68,6 +68,14 @@ def test_where_the_system_tells_of_ones_own_processes_only_that_will_do(port: in
     assert owner_of("127.0.0.1", port, os.getpid(), 0.0, apart=False) is Owner.UNKNOWN
 
 
+def test_one_that_is_gone_by_now_is_nobody(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that shared the engine's socket for a moment, say."""
+    told = [each._replace(pid=0x7FFFFFFF) for each in psutil.net_connections("tcp") if each.laddr.port == port]
+    assert told
+    monkeypatch.setattr(psutil, "net_connections", lambda kind: told)
+    assert owner_of("127.0.0.1", port, os.getppid(), 0.0, apart=False) is Owner.OURS
+
+
 def test_a_port_of_every_address_is_this_one_too(port: int) -> None:
     with socket.create_server(("", 0)) as everywhere:
         number = everywhere.getsockname()[1]

@@ -49,22 +49,25 @@ def owner_of(host: str, port: int, keeper: int, began: float, *, apart: bool) ->
         probe.settimeout(CONNECT_SECONDS)
         if probe.connect_ex((host, port)):
             return Owner.NOBODY
-    family, seen, hidden = set[int](), list[Listening](), False
-    with suppress(psutil.Error):
+    hidden = False
+    try:
+        holders = {each.pid for each in psutil.net_connections("tcp") if _is_there(each, host, port)}
+    except psutil.AccessDenied:  # macOS tells it root only
+        holders, hidden = set(), True
+    # Only now, so that what it has started meanwhile is among them.
+    family, ours = set[int](), False
+    with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(keeper).children(recursive=True):
             family.add(process.pid)
             try:
-                if any(_is_there(each, host, port) for each in process.net_connections("tcp")):
-                    seen.append(Listening(process.pid, began))
+                ours = ours or any(_is_there(each, host, port) for each in process.net_connections("tcp"))
             except psutil.AccessDenied:
                 hidden = True
             except psutil.NoSuchProcess:
                 pass
-    try:
-        holders = {each.pid for each in psutil.net_connections("tcp") if _is_there(each, host, port)} - family
-    except psutil.AccessDenied:  # macOS tells it root only
-        holders, hidden = set(), True
-    seen += [Listening(pid, began_of(pid)) for pid in holders]
+    seen = [Listening(pid, began_of(pid)) for pid in holders - family if pid is None or psutil.pid_exists(pid)]
+    if ours or holders & family:
+        seen.append(Listening(next(iter(family)), began))
     return judged(seen, family, began, apart=apart, hidden=hidden)
 
 
