@@ -4,6 +4,7 @@ import asyncio
 import gc
 import gzip
 import json
+import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -134,12 +135,16 @@ async def test_a_body_goes_on_as_it_came_and_so_does_its_answer(home: House, far
         expected = await client.post(path, content=content)
     assert response.status_code == 200
     assert without_id(response.json()) == without_id(expected.json())
-    assert len(response.content) == len(expected.content)
+    assert bytes_without_id(response.content) == bytes_without_id(expected.content)
     assert response.headers["x-request-id"] == "mine" and "x-upstream-secret" not in response.headers
 
 
 def without_id(answer: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in answer.items() if name != "id"}
+
+
+def bytes_without_id(answer: bytes) -> bytes:
+    return re.sub(rb'"id":"[^"]*"', b"", answer)
 
 
 @pytest.mark.parametrize("options", [None, {"include_usage": True}])

@@ -7,6 +7,7 @@ import json
 import tarfile
 
 import pytest
+import pytest_asyncio
 
 from fairlead.app_slo import shown_config
 from fairlead.core.policy import Scope
@@ -51,6 +52,13 @@ async def look(home: House, seconds: float = 0.0) -> None:
 @pytest.fixture
 async def home(tmp_path):
     async with house(tmp_path, extra=OBJECTIVES) as opened:
+        yield opened
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def closed(tmp_path_factory):
+    """A house in which nothing changes."""
+    async with house(tmp_path_factory.mktemp("closed"), extra=OBJECTIVES) as opened:
         yield opened
 
 
@@ -190,9 +198,10 @@ slos: [{{name: available}}]
         ("GET", "/admin/incidents/20260101T000000Z-abcd"),
     ],
 )
-async def test_only_administrators_may(home, method, path):
-    assert (await home.ops.request(method, path)).status_code == 401
-    assert (await home.ops.request(method, path, headers=bearer(home.new_key()))).status_code == 403
+@pytest.mark.asyncio(loop_scope="module")
+async def test_only_administrators_may(closed, method, path):
+    assert (await closed.ops.request(method, path)).status_code == 401
+    assert (await closed.ops.request(method, path, headers=bearer(closed.new_key()))).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -204,14 +213,16 @@ async def test_only_administrators_may(home, method, path):
         ("/admin/incidents/start", [], 400),
     ],
 )
-async def test_bad_bodies_are_problems(home, path, body, status):
-    assert (await asked(home, "POST", path, body, status=status)).headers["content-type"] == "application/problem+json"
+@pytest.mark.asyncio(loop_scope="module")
+async def test_bad_bodies_are_problems(closed, path, body, status):
+    assert (await asked(closed, "POST", path, body, status=status)).headers["content-type"] == "application/problem+json"
 
 
 @pytest.mark.parametrize("id", ["..%2f..%2fetc%2fpasswd", "x", "20260101T000000Z-abcd", "%00"])
-async def test_bad_ids_are_problems(home, id):
-    key = home.new_key(Scope.ADMIN, tenant="ops")
-    assert (await home.ops.get(f"/admin/incidents/{id}", headers=bearer(key))).status_code in (400, 404)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_bad_ids_are_problems(closed, id):
+    key = closed.new_key(Scope.ADMIN, tenant="ops")
+    assert (await closed.ops.get(f"/admin/incidents/{id}", headers=bearer(key))).status_code in (400, 404)
 
 
 async def test_budgets_and_incidents_outlive_the_server(tmp_path):
