@@ -283,7 +283,7 @@ async def test_outside_explicit_mode_loading_by_hand_is_refused(root, tmp_path, 
                 await action("add")
 
 
-async def test_unloading_lets_go_of_the_models_memory(root, tmp_path):
+async def test_unloading_lets_go_of_the_models_memory(root, tmp_path, freezing):
     put(root, "add", 1)
     async with repository(root, tmp_path, control=Control.EXPLICIT, load=("*",)) as models:
         held = weakref.ref(models.find("add").slots[0].instance.executable)
