@@ -6,16 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # uv takes minutes off a fresh install, but reads none of pip's configuration: hand it the wheel folders, else let pip do it.
-# Compiled ahead, because where Python may not write its bytecode every process would compile every library again.
+# Compiled ahead, because where Python may not write its bytecode every process would compile every library again, and Fairlead itself.
 FIND_LINKS := $(foreach place,$(PIP_FIND_LINKS),--find-links $(place))
 TORCH := 2.13.0
 
-.PHONY: demo test lint format bench bench-llm engines venv constraints clean
+.PHONY: demo test compiled lint format bench bench-llm engines venv constraints clean
 
-demo: $(INSTALLED)  ## train small real models, serve them, ask each one
+demo: compiled  ## train small real models, serve them, ask each one
 	$(BIN)/fairlead demo $(ARGS)
 
-test: lint $(INSTALLED)  ## what CI runs
+test: lint compiled  ## what CI runs
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
@@ -39,6 +39,9 @@ engines:  ## engines of others for `backend: vllm`, each in an environment of it
 	bash engines.sh
 
 venv: $(INSTALLED)
+
+compiled: $(INSTALLED)
+	$(BIN)/python -m compileall -q src
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
