@@ -25,6 +25,7 @@ from fairlead.store.rows import AuditRow, KeyRow, TenantRow
 from fairlead.store.store import Store
 from tests.api import served as http_models
 from tests.api.http_fake import Wire
+from tests.stores import new_store
 
 SERVICE = "/inference.GRPCInferenceService/"
 STREAM_INFER = SERVICE + "ModelStreamInfer"
@@ -245,7 +246,7 @@ gateway:
 {gateway}
 {extra}
 """
-    store = Store.open(f"sqlite:///{folder}/fairlead.db")
+    store = new_store(folder)
     with fake_engines():
         store.add_tenant(TenantRow(name="acme", created=1.0), AUDIT)
         store.add_tenant(TenantRow(name="ops", created=1.0), AUDIT)

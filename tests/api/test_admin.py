@@ -25,6 +25,7 @@ from fairlead.gateway.identity.keys import digest_of, parse_key, signing_key_of
 from fairlead.observe.metrics import Metrics
 from fairlead.store.rows import UsageRow
 from fairlead.store.store import Store
+from tests.stores import new_store
 
 NOW = 1_790_000_000.0  # 2026-09-21T14:13:20Z
 DAY = 86400
@@ -62,7 +63,7 @@ class Policies:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
+    opened = new_store(tmp_path)
     yield opened
     opened.close()
 

@@ -21,8 +21,8 @@ from fairlead.jobs.secrets import Secrets
 from fairlead.observe.finished import Finished
 from fairlead.observe.metrics import Metrics
 from fairlead.store.job_rows import JobRow
-from fairlead.store.store import Store
 from tests.api.served import Lines
+from tests.stores import new_store
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8
 SIZE = len(PICTURE)
@@ -34,7 +34,7 @@ class Home:
 
     def __init__(self, folder, lines):
         self.clock = 1000.0
-        self.store = Store.open(f"sqlite:///{folder}/fairlead.db")
+        self.store = new_store(folder)
         self.artifacts = Artifacts(ArtifactSettings(), folder / "artifacts")
         self.links = Links(Secrets(self.store.jobs, "links", lambda: "secret", self.now), ArtifactSettings(), self.now)
         self.routes = ArtifactRoutes(self.store.jobs.get, self.artifacts, self.links, lines)

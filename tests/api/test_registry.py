@@ -40,6 +40,7 @@ from fairlead.runtime.repository import IndexEntry
 from fairlead.store.registry_rows import DeploymentRow, GateOutcome, GateRow
 from fairlead.store.rows import AuditRow
 from fairlead.store.store import Store
+from tests.stores import new_store
 
 NOW = 1_790_000_000.0  # 2026-09-21T14:13:20Z
 SECONDS = 20.0
@@ -49,7 +50,7 @@ TAR = {"content-type": "application/x-tar"}
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     (tmp_path / "data").mkdir()
-    opened = Store.open(f"sqlite:///{tmp_path}/data/fairlead.db")
+    opened = new_store(tmp_path / "data")
     yield opened
     opened.close()
 

@@ -21,6 +21,7 @@ from fairlead.core.rollout import ControlSettings, RegistrySettings
 from fairlead.store.registry_rows import ExposureRow
 from fairlead.store.rows import AuditRow
 from fairlead.store.store import Store
+from tests.stores import new_store
 
 NOW = 1_790_000_000.0
 
@@ -44,7 +45,7 @@ def clock() -> Clock:
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """`fraud@1` is deployed, `fraud@2` is staged."""
-    opened = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
+    opened = new_store(tmp_path)
     registry = Registry(opened, RegistrySettings())
     for content in ("one", "two"):
         source = tmp_path / content

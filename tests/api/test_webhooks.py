@@ -20,8 +20,8 @@ from fairlead.jobs.webhooks import Deliveries, new_secret, signatures
 from fairlead.observe.counts import Counts
 from fairlead.observe.metrics import Metrics
 from fairlead.store.job_rows import JobRow
-from fairlead.store.store import Store
 from tests.api.served import Lines
+from tests.stores import new_store
 
 SETTINGS = WebhookSettings(allow=("127.0.0.0/8",), retries=(5.0,), rotation_seconds=3600.0)
 SHAPES = dict.fromkeys(("/v1/jobs", "/v1/deliveries", "/v1/webhooks"), Problems())
@@ -32,7 +32,7 @@ class Home:
 
     def __init__(self, folder):
         self.clock = 1000.0
-        self.store = Store.open(f"sqlite:///{folder}/fairlead.db")
+        self.store = new_store(folder)
         self.jobs = self.store.jobs
         self.secrets = Secrets(self.jobs, "webhook", new_secret, self.now)
         self.deliveries = Deliveries(self.jobs, SETTINGS, self.secrets, self.render, Counts(), runner="one", now=self.now)

@@ -14,9 +14,9 @@ from fairlead.core.versions import Ref, Stage
 from fairlead.core.window import Tally
 from fairlead.store import database
 from fairlead.store.rows import AuditQuery, AuditRow
-from fairlead.store.store import Store
 from fairlead.store.transactions import Conflict
 from tests.control.house import Clock, House
+from tests.stores import new_store
 
 STEPS = (Step(share=0.1, seconds=2.0, min_requests=10), Step(share=0.5, seconds=2.0, min_requests=10))
 SHORT = RolloutPolicy(steps=STEPS, interval=1.0, rollback_seconds=30.0, metrics=())
@@ -30,7 +30,7 @@ def clock():
 @pytest.fixture
 async def house(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)  # for the one that blocks it
-    store = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
+    store = new_store(tmp_path)
     made = House(store, tmp_path, clock, {"short": SHORT})
     await made.repository.start()
     yield made

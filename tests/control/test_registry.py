@@ -25,6 +25,7 @@ from fairlead.store.registry_rows import GateOutcome, GateRow, VersionRow
 from fairlead.store.rows import AuditQuery
 from fairlead.store.store import Store
 from fairlead.store.transactions import Conflict
+from tests.stores import new_store
 
 NOW = 1_790_000_000.0
 ME = Actor("me", "10.0.0.9")
@@ -34,7 +35,7 @@ PYTHON = "class Model:\n    def infer(self, inputs):\n        return inputs\n"
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     (tmp_path / "data").mkdir()
-    opened = Store.open(f"sqlite:///{tmp_path}/data/fairlead.db")
+    opened = new_store(tmp_path / "data")
     yield opened
     opened.close()
 

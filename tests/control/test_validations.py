@@ -15,6 +15,7 @@ from fairlead.core.rollout import RegistrySettings
 from fairlead.core.versions import Stage
 from fairlead.store.rows import AuditRow
 from fairlead.store.store import Store
+from tests.stores import new_store
 
 SECONDS = 20.0
 NOW = 1_790_000_000.0
@@ -24,7 +25,7 @@ DID = AuditRow(time=NOW, actor="me", action="test", subject="fraud")
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """Of `fraud@1`, the champion, a file was changed."""
-    opened = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
+    opened = new_store(tmp_path)
     registry = Registry(opened, RegistrySettings(url=str(tmp_path / "registry")))
     for content in ("one", "two"):
         source = tmp_path / content

@@ -34,7 +34,7 @@ from fairlead.runtime.local import LocalInstance
 from fairlead.runtime.repository import ModelRepository, RepositorySettings, State, _Model
 from fairlead.runtime.version import ModelVersion
 from fairlead.store.rows import AuditQuery, AuditRow, UsageQuery, UsageRow
-from fairlead.store.store import Store
+from tests.stores import new_store
 
 SECONDS = 10.0
 """After which a test that waits has failed."""
@@ -382,7 +382,7 @@ class House:
         )
         self.courses.configure(settings, compiled(settings))
         self.limits = Limiter() if limits is None else limits
-        self.store = Store.open(f"sqlite:///{folder}/fairlead.db") if books else None
+        self.store = new_store(folder) if books else None
         self.usage = UsageLog(self.store, NEVER, self.counts) if books else None
         self.abuse = Abuse(settings.abuse, self.counts) if books and settings.abuse.action != "off" else None
         self.gateway = Gateway(

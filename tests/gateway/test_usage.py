@@ -19,6 +19,7 @@ from fairlead.observe.counts import Counts
 from fairlead.store.rows import AuditQuery, AuditRow, UsageQuery, UsageRow
 from fairlead.store.store import Store
 from tests.store.postgres import Postgres, private_postgres
+from tests.stores import new_store
 
 RECORDS = "fairlead_usage_records_total"
 NEVER = 3600.0
@@ -58,7 +59,7 @@ class Books:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Any:
-    opened = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
+    opened = new_store(tmp_path)
     yield opened
     opened.close()
 

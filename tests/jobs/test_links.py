@@ -10,7 +10,7 @@ from fairlead.core.jobs import Artifact
 from fairlead.core.policy import ArtifactSettings
 from fairlead.jobs.links import Links, check, link, signature
 from fairlead.jobs.secrets import FRESH_SECONDS, Secrets
-from fairlead.store.store import Store
+from tests.stores import new_store
 
 KEY = "job_1/" + "ab" * 16 + ".png"
 ARTIFACT = Artifact(key=KEY, content_type="image/png", num_bytes=3, sha256="00")
@@ -64,7 +64,7 @@ def test_a_link_is_good_for_one_file():
 
 @pytest.fixture
 def jobs(tmp_path):
-    store = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
+    store = new_store(tmp_path)
     yield store.jobs
     store.close()
 

@@ -25,7 +25,7 @@ from fairlead.jobs.secrets import FRESH_SECONDS, Secrets
 from fairlead.jobs.webhooks import MAX_RETRY_AFTER, Deliveries, new_secret, next_try, signatures
 from fairlead.observe.counts import Counts
 from fairlead.store.job_rows import DeliveryState, JobRow
-from fairlead.store.store import Store
+from tests.stores import new_store
 
 SETTINGS = WebhookSettings(allow=("127.0.0.0/8",), retries=(5.0, 300.0), timeout=10.0)
 COUNT = "fairlead_webhook_deliveries_total"
@@ -100,7 +100,7 @@ class Here(Lookup):
 
 @pytest.fixture
 def jobs(tmp_path):
-    store = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
+    store = new_store(tmp_path)
     yield store.jobs
     store.close()
 

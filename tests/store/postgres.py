@@ -14,6 +14,8 @@ from typing import Any
 
 import psycopg
 
+from fairlead.store.store import Store
+
 USER = "postgres"
 """Debian's package makes this one. Only root needs it: PostgreSQL refuses to run as root."""
 _numbers = count()
@@ -36,6 +38,7 @@ class Postgres:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.process: subprocess.Popen[bytes] | None = None
+        self._with_tables = ""
 
     def start(self) -> None:
         options = {
@@ -69,12 +72,20 @@ class Postgres:
     def url(self, database: str) -> str:
         return f"postgresql://{USER}@127.0.0.1:{self.port}/{database}"
 
-    def new_database(self) -> str:
+    def bare_database(self, like: str = "template1") -> str:
         """The URL of an empty one."""
         name = f"fairlead_{next(_numbers)}"
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {like} STRATEGY file_copy")
         return self.url(name)
+
+    def new_database(self) -> str:
+        """The URL of one with all tables: made once, by the migrations, and copied from then on."""
+        if not self._with_tables:
+            url = self.bare_database()
+            Store.open(url).close()
+            self._with_tables = url.rpartition("/")[2]
+        return self.bare_database(like=self._with_tables)
 
     def drop(self, url: str) -> None:
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:

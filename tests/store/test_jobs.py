@@ -697,9 +697,9 @@ def test_a_database_that_is_gone_is_unavailable_and_found_again(postgres: Postgr
     store.close()
 
 
-def test_a_database_from_before_there_were_jobs_gets_them_and_keeps_the_rest(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made_by("0001", url, monkeypatch)
-    store = Store.open(url)
+def test_a_database_from_before_there_were_jobs_gets_them_and_keeps_the_rest(bare_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_by("0001", bare_url, monkeypatch)
+    store = Store.open(bare_url)
     assert [record.tenant for record in store.records(UsageQuery(), 10)] == ["acme"]
     row = submit(store.jobs)
     lease(store.jobs)

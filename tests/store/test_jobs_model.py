@@ -13,8 +13,8 @@ from fairlead.core.errors import LimitExceeded
 from fairlead.core.jobs import JobStatus
 from fairlead.store.job_rows import JobQuery, JobRow
 from fairlead.store.rows import UsageQuery, UsageRow
-from fairlead.store.store import Store
 from fairlead.store.transactions import Conflict
+from tests.stores import new_store
 
 LEASE, START, TOTAL, KEEP, REMEMBER = 10, 25, 60, 20, 8
 MAX_TRIES, TENANT_QUEUED, TENANT_ACTIVE = 2, 4, 2
@@ -49,7 +49,7 @@ class Jobs(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.store = Store.open(f"sqlite:///{Path(self.folder.name)}/a.db")
+        self.store = new_store(Path(self.folder.name))
         self.jobs = self.store.jobs
         self.now = 1000.0
         self.known: dict[str, Known] = {}

@@ -70,26 +70,26 @@ def _open(url: str, start: Any) -> None:
     store.close()
 
 
-def test_processes_that_open_a_new_database_at_once_all_succeed(url: str) -> None:
+def test_processes_that_open_a_new_database_at_once_all_succeed(bare_url: str) -> None:
     spawn = multiprocessing.get_context("spawn")
     start = spawn.Barrier(3)
-    processes = [spawn.Process(target=_open, args=(url, start)) for _ in range(3)]
+    processes = [spawn.Process(target=_open, args=(bare_url, start)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(30)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    store = Store.open(url)
+    store = Store.open(bare_url)
     assert len(store.audit(AuditQuery(), 10)) == 3
     assert [row.name for row in store.tenants()] == ["default"]
     store.close()
 
 
-def test_a_database_is_looked_at_without_a_change(url: str) -> None:
-    assert database.look_at(url) == ("", 0)
-    assert database.look_at(url) == ("", 0)
-    Store.open(url).close()
-    assert database.look_at(url) == (database.HEAD, 0)
+def test_a_database_is_looked_at_without_a_change(bare_url: str) -> None:
+    assert database.look_at(bare_url) == ("", 0)
+    assert database.look_at(bare_url) == ("", 0)
+    Store.open(bare_url).close()
+    assert database.look_at(bare_url) == (database.HEAD, 0)
 
 
 def test_a_database_of_a_newer_version_is_not_touched(store: Store, url: str) -> None:
@@ -99,9 +99,9 @@ def test_a_database_of_a_newer_version_is_not_touched(store: Store, url: str) ->
         Store.open(url)
 
 
-def test_records_of_before_they_knew_how_many_requests_they_are_count_as_one_each(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _made_by("0001", url, monkeypatch)
-    store = Store.open(url)
+def test_records_of_before_they_knew_how_many_requests_they_are_count_as_one_each(bare_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _made_by("0001", bare_url, monkeypatch)
+    store = Store.open(bare_url)
     (record,) = store.records(UsageQuery(), 10)
     assert (record.tenant, record.requests, record.input_tokens) == ("acme", 1, 7)
     store.record([UsageRow(time=NOW, tenant="acme", model="m", outcome="success", requests=0)])

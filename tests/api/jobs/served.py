@@ -22,6 +22,7 @@ from fairlead.store.rows import KeyRow, TenantRow
 from fairlead.store.store import Store
 from tests.api import served as http_models
 from tests.api.keyed import AUDIT, SECONDS
+from tests.stores import new_file
 
 PAINTER = "backend: fake_painter\nparameters: {num_steps: 4, size: 64}\ndiffusion: {max_pixels: 16384, max_steps: 50}\n"
 SLOW = "backend: fake_painter\nparameters: {num_steps: 40, size: 64, step_seconds: 0.05}\ndiffusion: {max_num_seqs: 1}\n"
@@ -142,7 +143,7 @@ async def studio(folder: Path, *, url: str = "", extra: str = "", webhooks: str 
         (root / name / "1").mkdir(parents=True)
         (root / name / "1" / "model.py").write_text(code)
         (root / name / "model.yaml").write_text(spec)
-    url = url or f"sqlite:///{folder}/fairlead.db"
+    url = url or new_file(folder)
     text = f"""
 listen: {{port: 0, grpc_port: 0, ops_port: 0}}
 models: {{repositories: ['{root}'], control: explicit, load: ['*']}}

@@ -22,6 +22,7 @@ from fairlead.observe.counts import Counts
 from fairlead.store.rows import AuditRow, KeyRow, TenantRow
 from fairlead.store.store import Store
 from tests.gateway.identity.authority import Authority
+from tests.stores import new_store
 
 GATEWAY = GatewaySettings(tenants={"acme": TenantPolicy(models=("chat",))})
 AUDIT = AuditRow(time=1.0, actor="test", action="test", subject="test")
@@ -155,7 +156,7 @@ async def test_a_certificate_says_nothing_where_it_is_not_asked_and_less_than_a_
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Iterator[tuple[Keyring, Store, NewKey]]:
-    store = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
+    store = new_store(tmp_path)
     key = new_key()
     row = KeyRow(id=key.id, tenant="acme", digest=key.digest, signing_key=key.signing_key, prefix=key.prefix, created=1.0, models=("chat",))
     store.add_tenant(TenantRow(name="acme", created=1.0), AUDIT)

@@ -22,6 +22,7 @@ from fairlead.observe.counts import Counts
 from fairlead.observe.table import TABLE
 from fairlead.store.rows import AuditRow, KeyRow, ProjectRow, TenantRow
 from fairlead.store.store import Store
+from tests.stores import new_file
 
 NOW = 1_800_000_000.0
 GATEWAY = GatewaySettings()
@@ -73,9 +74,10 @@ Opens = Callable[..., Place]
 def opens(tmp_path: Path) -> Iterator[Opens]:
     """Gateways on one store."""
     places: list[Place] = []
+    url = new_file(tmp_path)
 
     def opened(gateway: GatewaySettings = GATEWAY) -> Place:
-        places.append(Place(f"sqlite:///{tmp_path}/fairlead.db", gateway))
+        places.append(Place(url, gateway))
         return places[-1]
 
     yield opened

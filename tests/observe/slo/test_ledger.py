@@ -12,7 +12,7 @@ from fairlead.observe.finished import Finished
 from fairlead.observe.slo.burn import Events
 from fairlead.observe.slo.ledger import MAX_HOURS, MAX_KNOWN, Hour, Ledger, digest_of
 from fairlead.observe.slo.slos import Slos
-from fairlead.store.store import Store
+from tests.stores import new_store
 
 HOUR = 3600.0
 API = Objective(name="api", target=0.99)
@@ -68,7 +68,7 @@ class Server:
 
 @pytest.fixture
 def store(tmp_path):
-    opened = Store.open(f"sqlite:///{tmp_path}/fairlead.db")
+    opened = new_store(tmp_path)
     yield opened.slos
     opened.close()
 
