@@ -8,6 +8,7 @@ import pytest
 
 from fairlead.backends.python import PythonBackend
 from fairlead.cli.demo import RECIPES
+from fairlead.cli.demo_models import moderation_sentences
 from fairlead.cli.demo_models.moderation import LABELS, features
 from fairlead.cli.demo_models.moderation_sentences import Trained, sentences, train
 from fairlead.core.errors import Filtered
@@ -46,7 +47,8 @@ def test_a_hostile_text_costs_a_bounded_number_of_features() -> None:
     assert len(features("")) == 0
 
 
-async def test_served_it_answers_what_the_filter_asks(tmp_path: Path) -> None:
+async def test_served_it_answers_what_the_filter_asks(tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moderation_sentences, "train", lambda: trained)
     folder = tmp_path / "moderation" / "1"
     folder.mkdir(parents=True)
     built = RECIPES["moderation"](folder)

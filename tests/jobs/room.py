@@ -149,6 +149,15 @@ class Site:
                     return row
                 await asyncio.sleep(0.005)
 
+    async def keeps(self, job: JobRow) -> None:
+        """A file of it lies there, and the runner has been told."""
+
+        def kept(_: JobRow) -> bool:
+            run = self.runner.running.get(job.id)
+            return run is not None and bool(run.collected.artifacts)
+
+        await self.when(job, kept)
+
     async def idle(self) -> None:
         """Nothing runs here."""
         async with asyncio.timeout(SECONDS):

@@ -322,7 +322,7 @@ async def test_a_job_that_runs_is_cancelled_before_its_next_step(room: Room) -> 
     job = await site.submit(painting(n=2))
     asked = await room.painter.next()
     picture(asked, 0)
-    await site.when(job, lambda _: room.shelf.files())
+    await site.keeps(job)
     row = await site.desk.cancel(job.id, ACME)
     assert row.status is JobStatus.ABORTING
     row = await site.end(job)
@@ -364,7 +364,7 @@ async def test_a_file_store_that_is_full_is_tried_again_and_nothing_is_left_of_t
     asked = await room.painter.next()
     room.shelf.broken = 0
     picture(asked, 0)
-    await site.when(job, lambda _: room.shelf.files())
+    await site.keeps(job)
     room.shelf.broken = 1
     picture(asked, 1)
     painted(await room.painter.next(2))
@@ -424,7 +424,7 @@ async def test_a_runner_that_lost_its_lease_stops_and_the_others_result_stands(r
     job = await first.submit(painting(n=2))
     stalled = await room.painter.next()
     picture(stalled, 0)
-    await first.when(job, lambda _: room.shelf.files())
+    await first.keeps(job)
     first.runner.stopping = True  # it takes no more
     assert await room.lose(job) == JobStatus.QUEUED
     second = room.site()
@@ -533,7 +533,7 @@ async def test_a_runner_that_stops_gives_its_jobs_back(room: Room) -> None:
     job = await first.submit(painting(n=2))
     asked = await room.painter.next()
     picture(asked, 0)
-    await first.when(job, lambda _: room.shelf.files())
+    await first.keeps(job)
     await first.runner.stop(0.0)
     row = await asyncio.to_thread(room.store.jobs.get, job.id)
     assert row is not None and (row.status, row.tries, row.started) == (JobStatus.QUEUED, 0, None)

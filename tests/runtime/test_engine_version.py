@@ -52,7 +52,7 @@ from fairlead.runtime.loading import load_version
 from fairlead.runtime.repository import ModelRepository, RepositorySettings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
