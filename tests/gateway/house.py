@@ -36,7 +36,7 @@ from fairlead.runtime.version import ModelVersion
 from fairlead.store.rows import AuditQuery, AuditRow, UsageQuery, UsageRow
 from tests.stores import new_store
 
-SECONDS = 10.0
+SECONDS = 60.0
 """After which a test that waits has failed."""
 NEVER = 3600.0
 WORDS = Usage(prompt_tokens=5, completion_tokens=3)

@@ -25,7 +25,7 @@ from fairlead.store.rows import UsageQuery, UsageRow
 from fairlead.store.store import Store
 from tests.gateway.house import ACME, Asked, House, Played, asking
 
-SECONDS = 20.0
+SECONDS = 60.0
 """After which a test that waits has failed."""
 MADE = Usage(megapixels=0.25, num_steps=4, compute_seconds=2.0)
 IN_YEARS = 1e10
