@@ -83,6 +83,7 @@ def run(model: Path, rank: int, options: argparse.Namespace) -> None:
             "one adapter": names[:1] * options.batch,
             f"{len(names)} adapters": [names[i % len(names)] for i in range(options.batch)],
             f"{len(names)} adapters and base": [["", *names][i % (len(names) + 1)] for i in range(options.batch)],
+            f"{len(names)} adapters, every second row base": [names[i // 2 % len(names)] * (i % 2) for i in range(options.batch)],
         }
         for mix in kinds.values():
             tokens_a_second(engine, mix, 16, 4, vocab_size, options)

@@ -224,3 +224,26 @@ def test_rows_without_an_adapter_have_the_same_bits_beside_others(dtype):
     alone, beside = layer(x), layer(x, add)
     others = [0, 1, 2, 4, 5, 6]
     assert torch.equal(alone[others], beside[others]) and not torch.equal(alone[3], beside[3])
+
+
+@pytest.mark.skipif(not kernels.load(), reason="no compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_an_adapter_have_the_same_bits_however_many_there_are(dtype):
+    draw = torch.Generator().manual_seed(0)
+    layout = Layout(SITES[:1], dtype, "cpu", native=True)
+    weights = [torch.randn(*shape, generator=draw) for shape in ((9, 33), (48, 9))]
+    kept, x = layout.keep({"q": LowRank(*weights)}), torch.randn(15, 33, generator=draw).to(dtype)
+
+    def added(first: int, end: int) -> torch.Tensor:
+        laid = layout.lay([kept], [end - first], np.arange(0))
+        assert laid is not None
+        (add,) = laid.adds(0, 1)
+        assert add is not None
+        y = torch.zeros(end - first, 98, dtype=dtype)
+        add(y, x[first:end].contiguous())
+        return y
+
+    together = added(0, 15)
+    for num in range(1, 8):
+        pieces = [added(first, min(first + num, 15)) for first in range(0, 15, num)]
+        assert torch.equal(torch.cat(pieces), together)

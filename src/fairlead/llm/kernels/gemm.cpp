@@ -554,58 +554,112 @@ struct LowRank {
     }
 };
 
-// h = x A^T of R rows, `width` columns.
-template <typename Dot, typename T, int R, int P>
-void shrink(const void* tokens, const void* a, int64_t stride, int64_t steps, int64_t first_panel, T* h, int64_t width) {
-    vec acc[R][P] = {};
-    const auto* panel = (const typename Dot::Weight*)a + first_panel * stride;
-    multiply<Dot, R, P>((const typename Dot::Token*)tokens, panel, stride, steps, acc);
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) store(h + r * width + (first_panel + p) * LANES, acc[r][p], LANES);
+// Rows of one tile: few enough to be read where they lie, a pointer each, with sums for several panels beside them in registers.
+constexpr int LOW_ROWS = std::min(MAX_ROWS, 6);
+
+// What a row holds at `step`, in every lane: a float, or a pair of bfloat16 whose second one may be beyond the end.
+template <typename T>
+inline bits unit(const T* row, int64_t step, [[maybe_unused]] bool half = false) {
+    if constexpr (std::is_same_v<T, float>) {
+        return (bits)splat(row[step]);
+    } else {
+        uint32_t pair = 0;
+        memcpy(&pair, row + 2 * step, half ? 2 : 4);
+        return bits{} + pair;
+    }
 }
 
-// y += h B^T of R rows.
+// Adapters are larger than what is at hand of them: their weights are asked for ahead, over pages' ends, where the processor stops.
+constexpr int64_t AHEAD_BYTES = 4 << 10;
+inline void ahead(const void* weights) { __builtin_prefetch((const char*)weights + AHEAD_BYTES); }
+
+template <typename Dot>
+inline vec multiply_unit(bits x, const typename Dot::Weight* w, vec acc) {
+    bits weight;
+    memcpy(&weight, w, 64);
+    if constexpr (std::is_same_v<Dot, FloatDot>) return fma((vec)x, (vec)weight, acc);
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<Dot, PairDot>) return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)weight);
+#endif
+    acc = fma((vec)(x << 16), (vec)(weight << 16), acc);
+    return fma((vec)(x & 0xffff0000u), (vec)(weight & 0xffff0000u), acc);
+}
+
+// h = x A^T of R rows, one panel. Always as four sums, so that enough of them do not wait for each other whatever R is, and a
+// row's bits do not depend on R.
+template <typename Dot, typename T, int R>
+void shrink(const T* x, int64_t size, const int64_t* rows, const T* a, T* h, int64_t width) {
+    constexpr int SUMS = 4, DEPTH = Dot::DEPTH;
+    const int64_t steps = size / DEPTH;
+    const T* row[R];
+    for (int r = 0; r < R; r++) row[r] = x + rows[r] * size;
+    vec acc[R][SUMS] = {};
+    int64_t k = 0;
+    for (; k + SUMS <= steps; k += SUMS)
+        for (int s = 0; s < SUMS; s++) {
+            ahead(a + (k + s) * DEPTH * LANES);
+            for (int r = 0; r < R; r++) acc[r][s] = multiply_unit<Dot>(unit(row[r], k + s), a + (k + s) * DEPTH * LANES, acc[r][s]);
+        }
+    for (; k < steps; k++)
+        for (int r = 0; r < R; r++) acc[r][0] = multiply_unit<Dot>(unit(row[r], k), a + k * DEPTH * LANES, acc[r][0]);
+    if (size % DEPTH)
+        for (int r = 0; r < R; r++) acc[r][0] = multiply_unit<Dot>(unit(row[r], k, true), a + k * DEPTH * LANES, acc[r][0]);
+    // By multiply-adds: sums alone may be reordered, and for one R otherwise than for another.
+    const vec one = splat(1.f);
+    for (int r = 0; r < R; r++) store(h + r * width, fma(fma(acc[r][0], one, acc[r][1]), one, fma(acc[r][2], one, acc[r][3])), LANES);
+}
+
+// y += h B^T of R rows, P panels.
 template <typename Dot, typename T, int R, int P>
-void expand(const void* tokens, const void* b, int64_t stride, int64_t steps, const LowRank::Part& part, int64_t first_panel, T* y, int64_t width, const int64_t* rows) {
+inline void expand(const T* h, int64_t low_width, const T* b, const LowRank::Part& part, int64_t first_panel, T* const* y) {
+    const int64_t stride = part.rank * LANES;
+    const T* const panel = b + first_panel * stride;
     vec acc[R][P] = {};
-    const auto* panel = (const typename Dot::Weight*)b + first_panel * stride;
-    multiply<Dot, R, P>((const typename Dot::Token*)tokens, panel, stride, steps, acc);
+    for (int64_t k = 0; k < part.rank / Dot::DEPTH; k++) {
+        for (int p = 0; p < P; p++) ahead(panel + p * stride + k * Dot::DEPTH * LANES);
+        for (int r = 0; r < R; r++) {
+            const bits x = unit(h + r * low_width, k);
+            for (int p = 0; p < P; p++) acc[r][p] = multiply_unit<Dot>(x, panel + p * stride + k * Dot::DEPTH * LANES, acc[r][p]);
+        }
+    }
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) {
             const int64_t n = part.num_columns - (first_panel + p) * LANES;
-            T* const to = y + rows[r] * width + part.column + (first_panel + p) * part.step;
+            T* const to = y[r] + part.column + (first_panel + p) * part.step;
             store(to, load(to, n) + acc[r][p], n);
         }
 }
 
-template <typename T>
-using Shrink = void (*)(const void*, const void*, int64_t, int64_t, int64_t, T*, int64_t);
-template <typename Dot, typename T, int P, int... R>
-constexpr std::array<Shrink<T>, sizeof...(R)> shrinks_of(std::integer_sequence<int, R...>) {
-    return {&shrink<Dot, T, R + 1, P>...};
+template <typename Dot, typename T, int R>
+void expand_panels(const T* h, int64_t low_width, const T* b, const LowRank::Part& part, int64_t panel, int64_t end, T* y, int64_t width, const int64_t* rows) {
+    T* row[R];
+    for (int r = 0; r < R; r++) row[r] = y + rows[r] * width;
+    for (; panel + 4 <= end; panel += 4) expand<Dot, T, R, 4>(h, low_width, b, part, panel, row);
+    for (; panel < end; panel++) expand<Dot, T, R, 1>(h, low_width, b, part, panel, row);
 }
-template <typename Dot, typename T, int P>
-inline constexpr auto SHRINKS = shrinks_of<Dot, T, P>(std::make_integer_sequence<int, MAX_ROWS>{});
 
 template <typename T>
-using Expand = void (*)(const void*, const void*, int64_t, int64_t, const LowRank::Part&, int64_t, T*, int64_t, const int64_t*);
-template <typename Dot, typename T, int P, int... R>
-constexpr std::array<Expand<T>, sizeof...(R)> expands_of(std::integer_sequence<int, R...>) {
-    return {&expand<Dot, T, R + 1, P>...};
+using Shrink = void (*)(const T*, int64_t, const int64_t*, const T*, T*, int64_t);
+template <typename T>
+using Expand = void (*)(const T*, int64_t, const T*, const LowRank::Part&, int64_t, int64_t, T*, int64_t, const int64_t*);
+template <typename Dot, typename T, int... R>
+constexpr std::array<Shrink<T>, sizeof...(R)> shrinks_of(std::integer_sequence<int, R...>) {
+    return {&shrink<Dot, T, R + 1>...};
 }
-template <typename Dot, typename T, int P>
-inline constexpr auto EXPANDS = expands_of<Dot, T, P>(std::make_integer_sequence<int, MAX_ROWS>{});
+template <typename Dot, typename T, int... R>
+constexpr std::array<Expand<T>, sizeof...(R)> expands_of(std::integer_sequence<int, R...>) {
+    return {&expand_panels<Dot, T, R + 1>...};
+}
 template <typename Dot, typename T>
-inline constexpr auto WIDE_EXPANDS = expands_of<Dot, T, 4>(std::make_integer_sequence<int, MAX_ROWS / 2>{});
+inline constexpr auto SHRINKS = shrinks_of<Dot, T>(std::make_integer_sequence<int, LOW_ROWS>{});
+template <typename Dot, typename T>
+inline constexpr auto EXPANDS = expands_of<Dot, T>(std::make_integer_sequence<int, LOW_ROWS>{});
 
 constexpr int64_t PANELS_PER_TASK = 64;
 
 template <typename Dot, typename T>
 void add_low_rank_as(Tensor& y, const Tensor& x, const std::vector<const T*>& arenas, const int64_t* places, const int64_t* tiles, int64_t num_tiles, const int64_t* rows) {
-    constexpr int DEPTH = Dot::DEPTH;
-    const int64_t size = x.size(1), width = y.size(1), steps = (size + DEPTH - 1) / DEPTH;
-    const int64_t num_units = std::is_same_v<Dot, PairDot> ? steps : steps * DEPTH;
-    const int64_t stride = steps * DEPTH * LANES;
+    const int64_t size = x.size(1), width = y.size(1), stride = (size + Dot::DEPTH - 1) / Dot::DEPTH * Dot::DEPTH * LANES;
     const T* const from = x.const_data_ptr<T>();
     T* const to = y.mutable_data_ptr<T>();
     int64_t widest = 0, most_panels = 0;
@@ -617,32 +671,19 @@ void add_low_rank_as(Tensor& y, const Tensor& x, const std::vector<const T*>& ar
             if (const auto part = place.part(p); part.rank) num_panels += (part.num_columns + LANES - 1) / LANES;
         most_panels = std::max(most_panels, num_panels);
     }
-    static thread_local std::vector<uint32_t> memory;
-    const int64_t each = widest * MAX_ROWS;
+    static thread_local std::vector<T> memory;
+    const int64_t each = widest * LOW_ROWS;
     if ((int64_t)memory.size() < num_tiles * each) memory.resize(num_tiles * each);
-    uint32_t* const low = memory.data();
+    T* const low = memory.data();
 
     const int64_t shrink_work = std::max<int64_t>(1, size * widest);
     parallel_for(0, num_tiles, std::max<int64_t>(1, WEIGHT_BYTES_PER_THREAD / (int64_t)sizeof(T) / shrink_work), [&](int64_t begin, int64_t end) {
-        static thread_local std::vector<uint32_t> packed;
-        static thread_local std::vector<T> gathered, h;
-        if ((int64_t)packed.size() < num_units * MAX_ROWS) packed.resize(num_units * MAX_ROWS);
-        if ((int64_t)gathered.size() < size * MAX_ROWS) gathered.resize(size * MAX_ROWS);
-        if ((int64_t)h.size() < each) h.resize(each);
         for (int64_t t = begin; t < end; t++) {
-            const int64_t adapter = tiles[3 * t], first_row = tiles[3 * t + 1];
-            const int num = (int)tiles[3 * t + 2];
+            const int64_t adapter = tiles[3 * t];
             const LowRank place{places + adapter * LowRank::SIZE};
-            for (int r = 0; r < num; r++) memcpy(gathered.data() + r * size, from + rows[first_row + r] * size, size * sizeof(T));
-            pack_rows<Dot>(gathered.data(), size, num, num_units, packed.data(), nullptr);
-            const T* const a = arenas[adapter] + place.a();
-            const int64_t low_width = place.num_a_panels() * LANES;
-            for (int64_t p = 0; p < place.num_a_panels();) {
-                const bool two = place.num_a_panels() - p >= 2;
-                (two ? SHRINKS<Dot, T, 2> : SHRINKS<Dot, T, 1>)[num - 1](packed.data(), a, stride, steps, p, h.data(), low_width);
-                p += two ? 2 : 1;
-            }
-            if (low_width) pack_rows<Dot>(h.data(), low_width, num, low_width / (std::is_same_v<Dot, PairDot> ? 2 : 1), low + t * each, nullptr);
+            const Shrink<T> shrink = SHRINKS<Dot, T>[tiles[3 * t + 2] - 1];
+            for (int64_t p = 0; p < place.num_a_panels(); p++)
+                shrink(from, size, rows + tiles[3 * t + 1], arenas[adapter] + place.a() + p * stride, low + t * each + p * LANES, widest);
         }
     });
 
@@ -651,8 +692,6 @@ void add_low_rank_as(Tensor& y, const Tensor& x, const std::vector<const T*>& ar
     parallel_for(0, num_tiles * tasks_each, std::max<int64_t>(1, WEIGHT_BYTES_PER_THREAD / (int64_t)sizeof(T) / expand_work), [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; task++) {
             const int64_t t = task / tasks_each, adapter = tiles[3 * t];
-            const int num = (int)tiles[3 * t + 2];
-            const int64_t* const mine = rows + tiles[3 * t + 1];
             const LowRank place{places + adapter * LowRank::SIZE};
             // Panels of all siblings are counted on.
             int64_t skip = task % tasks_each * PANELS_PER_TASK, left = PANELS_PER_TASK;
@@ -666,21 +705,7 @@ void add_low_rank_as(Tensor& y, const Tensor& x, const std::vector<const T*>& ar
                 }
                 const int64_t last = std::min(num_panels, skip + left);
                 left -= last - skip;
-                const T* const b = arenas[adapter] + part.b;
-                const uint32_t* const h = low + t * each + part.first_rank * num / (std::is_same_v<Dot, PairDot> ? 2 : 1);
-                for (int64_t p = skip; p < last;) {
-                    const int64_t beside = last - p;
-                    if (num <= MAX_ROWS / 2 && beside >= 4) {
-                        WIDE_EXPANDS<Dot, T>[num - 1](h, b, part.rank * LANES, part.rank / DEPTH, part, p, to, width, mine);
-                        p += 4;
-                    } else if (beside >= 2) {
-                        EXPANDS<Dot, T, 2>[num - 1](h, b, part.rank * LANES, part.rank / DEPTH, part, p, to, width, mine);
-                        p += 2;
-                    } else {
-                        EXPANDS<Dot, T, 1>[num - 1](h, b, part.rank * LANES, part.rank / DEPTH, part, p, to, width, mine);
-                        p += 1;
-                    }
-                }
+                EXPANDS<Dot, T>[tiles[3 * t + 2] - 1](low + t * each + part.first_rank, widest, arenas[adapter] + part.b, part, skip, last, to, width, rows + tiles[3 * t + 1]);
                 skip = 0;
             }
         }
@@ -710,7 +735,7 @@ void add_low_rank(Tensor y, const Tensor& x, at::TensorList arenas, const Tensor
     const int64_t num_tiles = tiles.size(0);
     const int64_t *tile = tiles.const_data_ptr<int64_t>(), *row = rows.const_data_ptr<int64_t>();
     for (int64_t t = 0; t < num_tiles; t++)
-        TORCH_CHECK(tile[3 * t] >= 0 && tile[3 * t] < (int64_t)arenas.size() && tile[3 * t + 1] >= 0 && tile[3 * t + 2] > 0 && tile[3 * t + 2] <= MAX_ROWS && tile[3 * t + 1] + tile[3 * t + 2] <= rows.numel(), "add_low_rank: tile ", t);
+        TORCH_CHECK(tile[3 * t] >= 0 && tile[3 * t] < (int64_t)arenas.size() && tile[3 * t + 1] >= 0 && tile[3 * t + 2] > 0 && tile[3 * t + 2] <= LOW_ROWS && tile[3 * t + 1] + tile[3 * t + 2] <= rows.numel(), "add_low_rank: tile ", t);
     for (int64_t r = 0; r < rows.numel(); r++) TORCH_CHECK(row[r] >= 0 && row[r] < x.size(0), "add_low_rank: row ", row[r]);
     const auto run = [&](auto dot, auto type) {
         using T = decltype(type);
@@ -726,7 +751,7 @@ void add_low_rank(Tensor y, const Tensor& x, at::TensorList arenas, const Tensor
         run(WidenDot{}, bf16{});
 }
 
-int64_t low_rank_rows() { return MAX_ROWS; }
+int64_t low_rank_rows() { return LOW_ROWS; }
 
 template <typename T>
 void pack_panel(const T* w, int64_t size, int64_t rows, T* to) {
