@@ -49,7 +49,7 @@ async def test_its_greedy_tokens_are_the_same_before_it_sleeps_and_when_a_reques
     held = told['fairlead_kv_bytes{model="tiny",version="1"}']
     assert 0 < held <= told['fairlead_kv_budget_bytes{device="cpu"}']
     answer = await home.ops.post(SLEEP, json={"timeout": 30})
-    assert answer.json() == {"model": "tiny", "versions": [{"version": "1", "state": "asleep", "wakes": 0}]}
+    assert answer.json() == {"model": "tiny", "versions": [{"version": "1", "state": "asleep", "level": 2, "wakes": 0}]}
     (entry,) = [each for each in (await home.http.post("/v2/repository/index")).json() if each["name"] == "tiny"]
     assert (entry["state"], entry["reason"]) == ("READY", "asleep")
     told = await samples(home)
@@ -61,6 +61,27 @@ async def test_its_greedy_tokens_are_the_same_before_it_sleeps_and_when_a_reques
     told = await samples(home)
     assert told['fairlead_wakes_total{model="tiny",version="1"}'] == 1
     assert told['fairlead_kv_bytes{model="tiny",version="1"}'] == held
+
+
+async def test_at_level_1_its_process_stays_and_its_tokens_are_the_same(home: House) -> None:
+    before, wakes = await said(home), (await samples(home))['fairlead_wakes_total{model="tiny",version="1"}']
+
+    def pid() -> int | None:
+        return home.server.repository.find("tiny").instances[0].pid
+
+    process = pid()
+    answer = await home.ops.post(SLEEP, json={"level": 1})
+    (told,) = answer.json()["versions"]
+    assert (told["state"], told["level"]) == ("asleep", 1) and pid() == process
+    found = await samples(home)
+    assert found['fairlead_replicas{model="tiny",state="asleep",version="1"}'] == 1
+    assert 'fairlead_kv_bytes{model="tiny",version="1"}' not in found
+    assert await said(home) == before and pid() == process
+    assert (await samples(home))['fairlead_wakes_total{model="tiny",version="1"}'] == wakes + 1
+    await home.ops.post(SLEEP, json={"level": 1})
+    (told,) = (await home.ops.post(SLEEP, json={"level": 2})).json()["versions"]
+    assert told["level"] == 2 and pid() is None, "it sleeps deeper"
+    assert await said(home) == before
 
 
 async def test_who_did_it_is_in_the_audit_log(home: House) -> None:
@@ -79,7 +100,8 @@ async def test_who_did_it_is_in_the_audit_log(home: House) -> None:
         ("nobody", {}, 404, "unknown model: 'nobody'"),
         ("identity", {}, 501, "only those with an engine of Fairlead's own can"),
         ("tiny", {"version": "9"}, 404, "version 9 is not found"),
-        ("tiny", {"level": 1}, 400, "level"),
+        ("tiny", {"level": 3}, 400, "level"),
+        ("tiny", {"depth": 1}, 400, "depth"),
     ],
 )
 async def test_what_cannot_sleep_is_told_so(home: House, model: str, body: Any, status: int, said: str) -> None:
@@ -91,7 +113,7 @@ async def test_the_commands(home: House) -> None:
     def run(*arguments: str) -> Any:
         return CliRunner().invoke(models, [*arguments, "--url", str(home.ops.base_url)], catch_exceptions=False)
 
-    done = await asyncio.to_thread(run, "sleep", "tiny@1", "--timeout", "5")
-    assert done.output.splitlines()[-1] == "tiny@1 is asleep"
+    done = await asyncio.to_thread(run, "sleep", "tiny@1", "--timeout", "5", "--level", "1")
+    assert done.output.splitlines()[-1] == "tiny@1 is asleep at level 1"
     done = await asyncio.to_thread(run, "wake", "tiny", "--json")
     assert msgspec.json.decode(done.output.splitlines()[-1])["versions"][0]["state"] == "awake"

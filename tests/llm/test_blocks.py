@@ -185,3 +185,15 @@ def test_the_integrity_check_sees(damage):
     damage(pool, seq)
     with pytest.raises(AssertionError):
         pool.check_integrity([seq])
+
+
+def test_a_pool_whose_memory_is_gone_knows_no_prefix():
+    pool = BlockPool(8, 4)
+    first = compute(pool, sequence(list(range(10))))
+    with pytest.raises(AssertionError, match="blocks are in use"):
+        pool.clear()
+    pool.release(first)
+    pool.clear()
+    assert pool.num_published == 0 and pool.match(sequence(list(range(10)))) == []
+    pool.check_integrity([])
+    assert pool.match(compute(pool, sequence(list(range(10))))) != [], "it learns anew"

@@ -280,3 +280,86 @@ async def test_a_replica_without_an_engine_is_not_taken_for_one():
     it = Playing(Clock())
     with pytest.raises(LoadError, match="READY without what is ready"):
         await it.start(info=None)
+
+
+# Sleep
+
+
+async def test_it_sleeps_and_wakes_in_its_process(play):
+    it = await play()
+    sleeping = asyncio.ensure_future(it.instance.sleep())
+    assert (await it.puppet.got()).kind is Kind.SLEEP and not it.instance.ready
+    it.puppet.connection.send(Frame(Kind.END))
+    await sleeping
+    with pytest.raises(Unavailable):
+        it.ask()
+    waking = asyncio.ensure_future(it.instance.wake())
+    assert (await it.puppet.got()).kind is Kind.WAKE
+    it.puppet.connection.send(Frame(Kind.END))
+    await waking
+    again = it.ask()
+    assert (await it.puppet.got()).work == again.work
+    assert it.instance.restarts == 0 and it.puppets.spawned.empty()
+    # and a death is followed by another life, as ever
+    it.puppet.connection.abort()
+    assert not await it.changed()
+    it.puppet = await it.puppets.next()
+    await it.puppet.load()
+    assert await it.changed()
+
+
+async def test_a_process_that_dies_asleep_is_started_when_it_is_woken_and_not_before(play):
+    it = await play()
+    sleeping = asyncio.ensure_future(it.instance.sleep())
+    await it.puppet.got()
+    it.puppet.connection.send(Frame(Kind.END))
+    await sleeping
+    it.puppet.connection.abort()
+    async with asyncio.timeout(SECONDS):
+        await it.puppet.process.exited
+    assert it.instance.pid is None and it.puppets.spawned.empty()
+    waking = asyncio.ensure_future(it.instance.wake())
+    it.puppet = await it.puppets.next()
+    await it.puppet.load()
+    await waking
+    assert it.instance.ready and it.instance.restarts == 0
+
+
+async def test_one_that_does_not_do_as_it_is_told_is_ended(play, monkeypatch):
+    # It says that it cannot sleep: it sleeps without a process
+    it = await play()
+    sleeping = asyncio.ensure_future(it.instance.sleep())
+    await it.puppet.got()
+    it.puppet.connection.send(Frame(Kind.ERROR, message="RuntimeError: no"))
+    assert (await it.puppet.got()).kind is Kind.CLOSE
+    it.puppet.connection.abort()
+    await sleeping
+    assert it.instance.pid is None
+    # It gives no answer: the same
+    waking = asyncio.ensure_future(it.instance.wake())
+    it.puppet = await it.puppets.next()
+    await it.puppet.load()
+    await waking
+    monkeypatch.setattr("fairlead.runtime.engine_instance.SLEEP_SECONDS", 0.01)
+    sleeping = asyncio.ensure_future(it.instance.sleep())
+    assert [(await it.puppet.got()).kind, (await it.puppet.got()).kind] == [Kind.SLEEP, Kind.CLOSE]
+    it.puppet.connection.abort()
+    await sleeping
+
+
+async def test_why_it_cannot_be_woken_is_told(play):
+    it = await play()
+    sleeping = asyncio.ensure_future(it.instance.sleep())
+    await it.puppet.got()
+    it.puppet.connection.send(Frame(Kind.END))
+    await sleeping
+    waking = asyncio.ensure_future(it.instance.wake())
+    await it.puppet.got()
+    it.puppet.connection.send(Frame(Kind.ERROR, message="OutOfMemoryError: CUDA out of memory"))
+    with pytest.raises(LoadError, match="CUDA out of memory"):
+        await waking
+    waking = asyncio.ensure_future(it.instance.wake())
+    await it.puppet.got()
+    it.puppet.connection.abort()
+    with pytest.raises(LoadError, match="its process died"):
+        await waking

@@ -164,3 +164,26 @@ async def test_counts_are_told_while_it_is_busy(monkeypatch):
         first, second = await gateway.next(Kind.STATS), await gateway.next(Kind.STATS)
         assert first.stats.num_running + second.stats.num_running > 0
         assert second.stats.num_generated_tokens > first.stats.num_generated_tokens
+
+
+async def test_an_engine_sleeps_and_wakes_between_requests(monkeypatch):
+    async with replica() as gateway:
+        words = "one two three four " * 5
+        for work in (1, 2):
+            gateway.ask(work, words)
+            await gateway.answers(20)
+        assert (await gateway.idle()).num_prefix_hit_tokens == 16
+        gateway.send(Kind.SLEEP)
+        await gateway.next(Kind.END)
+        gateway.send(Kind.WAKE)
+        await gateway.next(Kind.END)
+        gateway.ask(3, words)
+        await gateway.answers(20)
+        assert (await gateway.idle()).num_prefix_hit_tokens == 16, "what the cache knew is gone"
+
+        def full(engine):
+            raise MemoryError("no memory left")
+
+        monkeypatch.setattr(FakeEngine, "wake", full)
+        gateway.send(Kind.WAKE)
+        assert (await gateway.next(Kind.ERROR)).message == "MemoryError: no memory left"

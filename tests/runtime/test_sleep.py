@@ -1,13 +1,15 @@
 """Versions that sleep: the states, and stories over real replica processes with the fake engine."""
 
 import asyncio
+import os
+import signal
 from contextlib import aclosing
 
 import pytest
 import pytest_asyncio
 
-from fairlead.backends import BACKENDS, fake_engine
-from fairlead.core.errors import LoadError, QueueFull, ShuttingDown, TimeoutExpired, Unavailable
+from fairlead.backends import BACKENDS, fake_engine, fake_painter
+from fairlead.core.errors import LoadError, QueueFull, ShuttingDown, TimeoutExpired, Unavailable, Unsupported
 from fairlead.core.generation import Generate
 from fairlead.core.request import Request
 from fairlead.core.specs import InstancesSpec, LlmSpec, ModelSpec, SleepSpec
@@ -40,8 +42,12 @@ class FakeProcess:
         self.gate.set()
         self.failure = None
 
-    async def start(self):
-        self.did.append("start")
+    async def sleep(self):
+        self.did.append("sleep")
+        await self.gate.wait()
+
+    async def wake(self):
+        self.did.append("wake")
         await self.gate.wait()
         if self.failure is not None:
             raise self.failure
@@ -65,14 +71,14 @@ class Waiting:
 class House:
     """One version that sleeps, on a clock of its own."""
 
-    def __init__(self, **spec):
+    def __init__(self, *, light=True, **spec):
         self.now = 1000.0
         self.process = FakeProcess()
         self.running = asyncio.Event()
         self.running.set()
         self.changes = 0
         self.sleep = Sleep(
-            SleepSpec(**spec), "m", [self.process], None, settle=self._settle, on_change=self._changed, clock=lambda: self.now
+            SleepSpec(**spec), "m", [self.process], None, light=light, settle=self._settle, on_change=self._changed, clock=lambda: self.now
         )
 
     async def _settle(self, timeout):
@@ -95,7 +101,7 @@ async def test_two_who_wake_it_at_once_start_it_once():
     assert house.process.did == ["close"] and house.sleep.state is State.ASLEEP
     await asyncio.gather(house.sleep.wake(), house.sleep.wake())
     await house.sleep.wake()
-    assert house.process.did == ["close", "start"] and (house.sleep.wakes, house.changes) == (1, 2)
+    assert house.process.did == ["close", "wake"] and (house.sleep.wakes, house.changes) == (1, 2)
 
 
 async def test_a_request_that_comes_while_it_falls_asleep_waits_and_wakes_it():
@@ -108,7 +114,7 @@ async def test_a_request_that_comes_while_it_falls_asleep_waits_and_wakes_it():
     house.running.set()
     await falling
     await until(lambda: request.ends)
-    assert request.ends == ["resumed"] and house.process.did == ["close", "start"]
+    assert request.ends == ["resumed"] and house.process.did == ["close", "wake"]
 
 
 async def test_wake_manual_refuses_requests_until_somebody_wakes_it():
@@ -200,6 +206,35 @@ async def test_unloading_ends_what_falls_asleep():
     assert house.process.did == []
 
 
+async def test_at_level_1_its_processes_stay_and_it_can_sleep_deeper():
+    house = House(level=1)
+    await house.sleep.sleep(1.0)
+    assert house.process.did == ["sleep"] and house.sleep.level == 1
+    await house.sleep.sleep(1.0, 2)
+    assert house.process.did == ["sleep", "close"] and house.sleep.level == 2
+    await house.sleep.sleep(1.0, 1)
+    await house.sleep.wake()
+    assert house.process.did == ["sleep", "close", "wake"] and house.sleep.level == 0
+
+
+async def test_processes_that_stayed_and_cannot_be_woken_end():
+    house = House()
+    await house.sleep.sleep(1.0, 1)
+    house.process.failure = LoadError("others have the memory of its device")
+    with pytest.raises(LoadError):
+        await house.sleep.wake()
+    assert house.process.did == ["sleep", "wake", "close"]
+    assert (house.sleep.state, house.sleep.level) == (State.ASLEEP, 2)
+
+
+async def test_level_1_is_of_those_that_have_kv_memory():
+    house = House(light=False)
+    with pytest.raises(Unsupported, match="cannot sleep at `level` 1: it has no KV memory"):
+        await house.sleep.sleep(1.0, 1)
+    assert house.sleep.awake
+    await house.sleep.sleep(1.0, 2)
+
+
 async def test_it_falls_asleep_by_itself_unless_a_request_came_first():
     house = House(idle_seconds=0.01)
     house.sleep.busy()
@@ -280,6 +315,46 @@ async def test_a_request_wakes_a_model_that_sleeps_and_is_answered(load):
     assert version.stats.num_generated_tokens >= 3, "what was counted before it slept stays"
 
 
+async def test_at_level_1_a_model_gives_its_kv_memory_to_others_and_keeps_its_processes(load):
+    version, budget = await load(instances=InstancesSpec(count=2), sleep=SleepSpec(level=1)), load.budget
+    assert await answer(version) == "a b c "
+    pids, held = [instance.pid for instance in version.instances], version.holding.num_bytes
+    await version.sleep.sleep(SECONDS)
+    assert [instance.pid for instance in version.instances] == pids and None not in pids
+    assert [replica.state for replica in replicas_of(version)] == ["asleep", "asleep"]
+    assert version.holding.num_bytes == version.metrics.kv_bytes == 0 and budget.left("cpu") == budget.total("cpu")
+    assert await answer(version) == "a b c "
+    assert [instance.pid for instance in version.instances] == pids and version.holding.num_bytes == held
+    # Where others took that memory meanwhile, it stays asleep, with its processes
+    await version.sleep.sleep(SECONDS)
+    other = await load("other", llm={"kv_cache_bytes": 6 * BLOCK_BYTES})
+    with pytest.raises(Unavailable, match="others hold other@1"):
+        await answer(version)
+    assert version.sleep.level == 1 and [instance.pid for instance in version.instances] == pids
+    await other.drain(SECONDS)
+    await version.sleep.wake()
+    assert await answer(version) == "a b c "
+
+
+async def test_a_process_that_dies_in_light_sleep_is_loaded_anew_by_a_request(load):
+    version = await load(sleep=SleepSpec(level=1))
+    (instance,) = version.instances
+    await version.sleep.sleep(SECONDS)
+    pid = instance.pid
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: instance.pid is None)
+    assert [replica.state for replica in replicas_of(version)] == ["asleep"]
+    assert await answer(version) == "a b c "
+    assert instance.pid not in (None, pid) and instance.restarts == 0
+
+
+async def test_one_in_light_sleep_can_be_unloaded(load):
+    version, budget = await load(), load.budget
+    await version.sleep.sleep(SECONDS, 1)
+    await version.drain(SECONDS)
+    assert budget.left("cpu") == budget.total("cpu") and version.instances[0].pid is None
+
+
 async def test_what_runs_ends_before_it_sleeps_and_what_takes_too_long_is_cut_off(load):
     version = await load()
     running = asyncio.create_task(answer(version, "!forever "))
@@ -328,6 +403,18 @@ async def test_it_can_be_unloaded_while_it_sleeps_and_while_it_wakes(load):
     with pytest.raises(ShuttingDown):
         await request
     assert budget.left("cpu") == budget.total("cpu") and {instance.pid for instance in version.instances} == {None}
+
+
+async def test_light_sleep_is_of_those_that_have_kv_memory(forkserver, tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKENDS, fake_painter.KIND.name, fake_painter.KIND)
+    with pytest.raises(LoadError, match="`sleep.level` is 1, and this model has no KV memory"):
+        await load_version(ModelSpec(name="art", backend="fake_painter", sleep=SleepSpec(level=1)), "1", tmp_path, forkserver)
+    version = await load_version(ModelSpec(name="art", backend="fake_painter"), "1", tmp_path, forkserver)
+    with pytest.raises(Unsupported, match="`level` 2 ends its process"):
+        await version.sleep.sleep(SECONDS, 1)
+    await version.sleep.sleep(SECONDS)
+    assert version.sleep.level == 2
+    await version.drain(SECONDS)
 
 
 async def test_sleep_is_of_engines_alone(forkserver, tmp_path):

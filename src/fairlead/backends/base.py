@@ -106,6 +106,13 @@ class Engine(Protocol):
     def between_steps(self, work: Callable[[], None]) -> None:
         """Have this done in the thread that computes, before its next step."""
 
+    def sleep(self) -> None:
+        """In the thread that computes, where no work is: give KV memory back with all that is cached, and move weights of a CUDA
+        device to the host. Asked only of one whose `info` tells of KV blocks."""
+
+    def wake(self) -> None:
+        """In the thread that computes: undo that. Raises what the device does where its memory is not there."""
+
     def close(self) -> None:
         """Make `run` return after its step; requests that are left get ShuttingDown."""
 

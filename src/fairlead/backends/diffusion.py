@@ -56,7 +56,7 @@ class DiffusionThread(EngineThread):
         super().__init__(self.engine, info)
 
     def run(self, deliver: Deliver) -> None:
-        self.decoder.start(wanted=self.engine.wanted, wake=self.wake)
+        self.decoder.start(wanted=self.engine.wanted, wake=self.notify)
         try:
             super().run(deliver)
         finally:

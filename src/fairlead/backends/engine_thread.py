@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypedDict
 import structlog
 
 from fairlead.backends.base import Deliver
-from fairlead.core.errors import FairleadError, InvalidRequest, QueueFull, ShuttingDown, TimeoutExpired
+from fairlead.core.errors import FairleadError, InvalidRequest, QueueFull, ShuttingDown, TimeoutExpired, Unsupported
 from fairlead.core.generation import Delta, EngineInfo, EngineStats, Prompt
 from fairlead.core.specs import ModelSpec
 
@@ -21,6 +21,7 @@ log = structlog.get_logger("fairlead.engine")
 
 Answer = tuple[int, Delta | FairleadError]
 
+NO_LIGHT_SLEEP = "this engine has no KV memory to give back"
 MAX_SLOW = 64
 """Requests that may wait for the thread of those that take long to read."""
 
@@ -95,9 +96,9 @@ class EngineThread(ABC):
 
     def close(self) -> None:
         self._closing = True
-        self.wake()
+        self.notify()
 
-    def wake(self) -> None:
+    def notify(self) -> None:
         """There may be work again. From any thread."""
         self._woken.set()
 
@@ -110,9 +111,15 @@ class EngineThread(ABC):
 
     def between_steps(self, work: Callable[[], None]) -> None:
         self._inbox.append(work)
-        self.wake()
+        self.notify()
 
     # In the engine's thread
+
+    def sleep(self) -> None:
+        raise Unsupported(NO_LIGHT_SLEEP)
+
+    def wake(self) -> None:
+        raise Unsupported(NO_LIGHT_SLEEP)
 
     def run(self, deliver: Deliver) -> None:
         self._deliver = deliver

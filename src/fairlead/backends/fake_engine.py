@@ -247,6 +247,12 @@ class FakeEngine:
     def between_steps(self, work: Callable[[], None]) -> None:
         self._post(lambda _: work())
 
+    def sleep(self) -> None:
+        self._prefixes.clear()
+
+    def wake(self) -> None:
+        """What it gave back is there."""
+
     def _post(self, order: Callable[[list[Answer]], None]) -> None:
         self._inbox.append(order)
         self._woken.set()

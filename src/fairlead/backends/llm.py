@@ -90,6 +90,18 @@ class LlmThread(EngineThread):
             case EmbeddingEngine() as engine, Pair():
                 engine.add(work, read, None, **when)
 
+    def sleep(self) -> None:
+        if isinstance(self.engine, EmbeddingEngine):
+            super().sleep()
+        else:
+            self.engine.sleep()
+
+    def wake(self) -> None:
+        if isinstance(self.engine, EmbeddingEngine):
+            super().wake()
+        else:
+            self.engine.wake()
+
     def takes_long(self, prompt: Prompt) -> bool:
         """A grammar must be compiled first."""
         if not isinstance(prompt, Generate) or not isinstance(self.engine, Engine):

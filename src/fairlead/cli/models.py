@@ -493,11 +493,16 @@ def unload(name: str, url: str) -> None:
 @models.command()
 @click.argument("name", callback=_ref_of_version)
 @click.option("--timeout", default=30.0, show_default=True, type=click.FloatRange(0, 3600), help="Seconds in which what runs may end.")
+@click.option(
+    "--level",
+    type=click.IntRange(1, 2),
+    help="1: its process stays without KV memory; 2: it ends. Without: as the model's `sleep.level` says.",
+)
 @server_options
-def sleep(asks: Asks, name: tuple[str, str], timeout: float, as_json: bool) -> None:
+def sleep(asks: Asks, name: tuple[str, str], timeout: float, level: int | None, as_json: bool) -> None:
     """Give back the memory of a model with an engine: NAME or NAME@VERSION. A request wakes it again."""
     model, version = name
-    body = {"version": version, "timeout": timeout}
+    body = {"version": version, "timeout": timeout, "level": level}
     answer = ask(asks, "POST", target("/admin/models/{}/sleep", model), body, timeout=timeout + 60.0)
     show_done(_slept(answer), answer, as_json)
 
@@ -506,14 +511,17 @@ def sleep(asks: Asks, name: tuple[str, str], timeout: float, as_json: bool) -> N
 @click.argument("name", callback=_ref_of_version)
 @server_options
 def wake(asks: Asks, name: tuple[str, str], as_json: bool) -> None:
-    """Load again what sleeps: NAME or NAME@VERSION."""
+    """Wake what sleeps: NAME or NAME@VERSION."""
     model, version = name
     answer = ask(asks, "POST", target("/admin/models/{}/wake", model), {"version": version}, timeout=600.0)
     show_done(_slept(answer), answer, as_json)
 
 
 def _slept(answer: dict[str, Any]) -> str:
-    return ", ".join(f"{answer['model']}@{each['version']} is {each['state']}" for each in answer["versions"])
+    return ", ".join(
+        f"{answer['model']}@{each['version']} is {each['state']}" + (f" at level {each['level']}" if each["level"] else "")
+        for each in answer["versions"]
+    )
 
 
 def shown_key() -> dict[str, str]:

@@ -202,6 +202,8 @@ class SleepSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     idle_seconds: Seconds = 0.0
     """Without a request, after which it falls asleep; 0: never by itself."""
+    level: Literal[1, 2] = 2
+    """1: its process stays, and gives KV memory back; 2: its process ends."""
     wake: Literal["request", "manual"] = "request"
     """request: the first request wakes it; manual: none does, they are refused."""
     wait_seconds: Annotated[float, Meta(gt=0)] = 60.0

@@ -123,6 +123,13 @@ class Adapters:
         with self._taking:  # requests are read in more than one thread
             return self._take(name)
 
+    def clear(self) -> None:
+        """Let go of those that nobody uses; they are read again when they are asked for."""
+        with self._taking:
+            self._loaded = OrderedDict((name, adapter) for name, adapter in self._loaded.items() if adapter.uses)
+            self._replaced = [adapter for adapter in self._replaced if adapter.uses]
+            self.layout.forget()
+
     def _take(self, name: str) -> Use:
         stamp = self._stamp(name)
         adapter = self._loaded.get(name)

@@ -120,6 +120,12 @@ class BlockPool:
             if not self._references[block]:
                 self._free.move_to_end(block, last=False)
 
+    def clear(self) -> None:
+        """The memory of all blocks is gone: no prefix is known any longer. Nobody holds a block."""
+        assert len(self._free) == self.num_blocks, "blocks are in use"
+        for block in list(self._published.values()):
+            self._forget(block)
+
     def digest(self, block: int) -> bytes | None:
         """Under which it is published: of all tokens up to its last one."""
         return self._hash[block]

@@ -19,6 +19,7 @@ from fairlead.core.generation import Delta, EngineStats, Sampling, TokenLogprob,
 from fairlead.llm.adapters import Adapters, Use
 from fairlead.llm.grammar import Grammar, Grammars, Matcher
 from fairlead.llm.masks import Guided, Masks
+from fairlead.llm.offload import Offloaded, offload_device
 from fairlead.llm.output import OutputStream
 from fairlead.llm.parsing.answers import AnswerFormat, Parsing
 from fairlead.llm.phases import Trail, merged
@@ -26,6 +27,7 @@ from fairlead.llm.runner import Runner, wants_prompt_logits
 from fairlead.llm.sampler import Sampled, Sampler, SampleRow
 from fairlead.llm.scheduler import Chunk, Plan, Scheduler
 from fairlead.llm.sequence import Sequence
+from fairlead.llm.speculation.draft_model import DraftModel
 from fairlead.llm.speculation.speculation import Speculation
 from fairlead.llm.tokenizer import Tokenizer
 from fairlead.observe.metrics import Histogram
@@ -134,6 +136,8 @@ class Engine:
         self._suspects: deque[set[Sequence]] = deque()
         """While not empty: groups of sequences of a step that failed, tried one group after another."""
         self._failures = 0
+        self._offloaded: Offloaded | None = None
+        """While it sleeps: weights of a CUDA device."""
         self._num_prompt_tokens = self._num_generated_tokens = 0
         self._num_steps = self._num_failed_steps = self._num_quarantined = 0
         self._finished: Counter[str] = Counter()
@@ -247,6 +251,33 @@ class Engine:
     @property
     def recovering(self) -> bool:
         return bool(self._suspects)
+
+    # Sleep
+
+    def sleep(self) -> None:
+        """Give back KV memory with all prefixes, the draft model's too, LoRA adapters, and on a CUDA device the memory of the weights,
+        which wait on the host. No request may be there."""
+        assert not self.has_work, "requests run"
+        self.scheduler.pool.clear()
+        for each in self._runners:
+            each.sleep()
+        if self.adapters is not None:
+            self.adapters.clear()
+        if self.runner.decoder.device != "cpu":
+            self._offloaded = offload_device()
+
+    def wake(self) -> None:
+        """Undo that. Raises RuntimeError where the device has not as much memory left."""
+        if self._offloaded is not None:
+            self._offloaded.restore()
+            self._offloaded = None
+        for each in self._runners:
+            each.wake()
+
+    @property
+    def _runners(self) -> list[Runner | DraftModel]:
+        draft = None if self.speculation is None else self.speculation.model
+        return [self.runner] if draft is None else [self.runner, draft]
 
     # Steps
 

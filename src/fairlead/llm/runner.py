@@ -6,6 +6,7 @@ read them, and nothing on the way asks the device for a value.
 """
 
 from collections.abc import Sequence as Seq
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,7 +41,9 @@ class Runner:
         self.decoder = decoder
         self.layout = layout
         self.block_size = block_size
-        self.cache: list[LayerCache] = new_cache(decoder.layers, num_blocks, block_size, decoder.dtype, decoder.device)
+        self._new_cache = partial(new_cache, decoder.layers, num_blocks, block_size, decoder.dtype, decoder.device)
+        self.cache: list[LayerCache] = self._new_cache()
+        """Empty while it sleeps."""
         max_blocks = -(-max_model_len // block_size)
         self.tables_RB = np.zeros((max_num_seqs, max_blocks), np.int32)
         """Block tables by row."""
@@ -53,6 +56,14 @@ class Runner:
         self._context_lens = _Buffer(max_num_seqs, np.int32, decoder.device)
         self._logit_rows = _Buffer(max_batch_tokens, np.int64, decoder.device)
         self._tables = _Buffer(max_num_seqs * max_blocks, np.int32, decoder.device)
+
+    def sleep(self) -> None:
+        """Give the memory of all KV blocks back."""
+        self.cache = []
+
+    def wake(self) -> None:
+        """Take as much of it again."""
+        self.cache = self._new_cache()
 
     @ranged(_kind_of)
     def run(self, chunks: Seq[Chunk]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The gateway's end of a replica process with an engine: any number of requests at once, each with a consumer of its own."""
 
+import asyncio
 import signal
 import time
 from collections import deque
@@ -7,15 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import structlog
+
 from fairlead.backends.base import Kind as BackendKind
-from fairlead.core.errors import FairleadError, InvalidRequest, QueueFull, ShuttingDown, TooLarge, Unavailable
+from fairlead.core.errors import FairleadError, InvalidRequest, LoadError, QueueFull, ShuttingDown, TooLarge, Unavailable
 from fairlead.core.generation import Delta, EngineInfo, EngineStats, KvShare, Prompt
 from fairlead.core.specs import ModelSpec
 from fairlead.observe.metrics import add_stats, counted
 from fairlead.runtime.forkserver import ForkServer
-from fairlead.runtime.lives import Life, ReplicaProcess
+from fairlead.runtime.lives import Life, ReplicaProcess, describe_exit
 from fairlead.runtime.wire import BROKEN_EXIT, HUNG_EXIT, Buffer, Frame, Generation, Kind, WireError, error_of
 
+log = structlog.get_logger("fairlead.runtime")
+
+SLEEP_SECONDS = 60.0
+"""That an engine may take to give its memory back: on a CUDA device its weights are copied first."""
 RECENT = 64
 """Requests that the rate of completions is taken from."""
 LONGEST_RETRY = 60.0
@@ -57,6 +64,8 @@ class EngineInstance(ReplicaProcess):
         self._clock = clock
         self._work = 0
         self._consumers: dict[int, Consumer] = {}
+        self._turned: asyncio.Future[Frame] | None = None
+        """While the engine falls asleep, or wakes."""
         self._completions: deque[float] = deque(maxlen=RECENT)
         self._stats = EngineStats()
         self._past = EngineStats()
@@ -114,6 +123,56 @@ class EngineInstance(ReplicaProcess):
         rate = (len(self._completions) - 1) / max(self._clock() - self._completions[0], 1e-3)
         return min(max(self.max_in_flight / 8 / rate, 1.0), LONGEST_RETRY)
 
+    # Sleep
+
+    async def sleep(self) -> None:
+        """Have the engine give its KV memory back, while its process stays. One that is not there, or does not do it, is ended;
+        one that dies asleep is not started again before `wake`."""
+        await self._leave_alone()
+        ready, self.ready = self.ready, False
+        try:
+            if not ready:
+                raise Unavailable("its process is not there")
+            await self._turn(Kind.SLEEP, SLEEP_SECONDS)
+        except FairleadError as error:
+            log.warning("engine cannot sleep: its process ends", model=self.model, reason=error.message)
+            await self.close()
+        else:
+            self._keeper = asyncio.get_running_loop().create_task(self._see_it_die())
+
+    async def wake(self) -> None:
+        """Have it ready again: its process where that sleeps, else another one. Raises LoadError."""
+        await self._leave_alone()
+        if self._life is None or self._life.lost.done():
+            await self.close()
+            await self.start(self._load_seconds)
+            return
+        await self._turn(Kind.WAKE, self._load_seconds)
+        self.ready = not self._life.lost.done()
+        self._keeper = asyncio.get_running_loop().create_task(self._keep_alive())
+
+    async def _turn(self, kind: Kind, seconds: float) -> None:
+        """Raises LoadError where it is not done within so many seconds."""
+        life = self._life
+        assert life is not None
+        turned = self._turned = asyncio.get_running_loop().create_future()
+        life.connection.send(Frame(kind))
+        await asyncio.wait({turned, life.lost}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        self._turned = None
+        if not turned.done():
+            why = "its process died" if life.lost.done() else f"its engine gave no answer within {seconds:g} s"
+            raise LoadError(f"model '{self.model}': {why}")
+        if (answer := turned.result()).kind is Kind.ERROR:
+            raise LoadError(f"model '{self.model}': {answer.message}")
+
+    async def _see_it_die(self) -> None:
+        """The process that sleeps."""
+        life = self._life
+        assert life is not None
+        await asyncio.wait({life.lost})
+        life.kill(self._forkserver)
+        log.error("replica died asleep", model=self.model, status=describe_exit(await life.exit_status()))
+
     # To and from the process
 
     def _learn(self, life: Life, frame: Frame, body: Buffer) -> None:
@@ -126,6 +185,9 @@ class EngineInstance(ReplicaProcess):
     def _on_frame(self, frame: Frame, body: Buffer) -> None:
         if frame.kind is Kind.STATS and frame.stats is not None:
             self._stats = frame.stats
+            return
+        if frame.kind in (Kind.END, Kind.ERROR) and self._turned is not None and not self._turned.done():
+            self._turned.set_result(frame)
             return
         if frame.kind is not Kind.DELTAS:
             raise WireError(f"unexpected {frame.kind.name}")

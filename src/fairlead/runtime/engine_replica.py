@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -122,6 +123,8 @@ class EngineReplica:
                     self._works.remove(frame.work)
                     self.engine.cancel(frame.work)
                     self._end_if_done()
+            case Kind.SLEEP | Kind.WAKE:
+                self.engine.between_steps(partial(self._turn, frame.kind))
             case Kind.PROFILE if frame.order is not None:
                 self._portrait.begin(frame.order)
             case Kind.LEVELS:
@@ -190,6 +193,22 @@ class EngineReplica:
             log.error("engine gave up: its process ends", model=self.name, exc_info=error)
             self._code = BROKEN_EXIT
             self._ended.set()
+
+    # Sleep
+
+    def _turn(self, kind: Kind) -> None:
+        """In the engine's thread."""
+        answer = Frame(Kind.END)
+        try:
+            self.engine.sleep() if kind is Kind.SLEEP else self.engine.wake()
+        except Exception as error:
+            log.error("engine cannot do as it is told", model=self.name, order=kind.name, exc_info=error)
+            answer = Frame(Kind.ERROR, message=f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARS])
+        self._in_loop(self._turned, answer)
+
+    def _turned(self, answer: Frame) -> None:
+        self._tell()
+        self._connection.send(answer)
 
     # Watching it
 

@@ -113,7 +113,9 @@ class EngineVersion:
             kv_bytes=len(instances) * info.num_kv_blocks * info.kv_block_bytes,
         )
         self._kv_bytes = self.metrics.kv_bytes
-        self.sleep = Sleep(spec.sleep, spec.name, instances, holding, settle=self._let_end, on_change=self._slept)
+        self.sleep = Sleep(
+            spec.sleep, spec.name, instances, holding, light=info.num_kv_blocks > 0, settle=self._let_end, on_change=self._slept
+        )
 
     @property
     def ready(self) -> bool:

@@ -178,9 +178,7 @@ class ReplicaProcess(ABC):
     async def close(self) -> None:
         """Let what runs end, end the process; kill it where that takes more than CLOSE_SECONDS."""
         self._closing, self.ready = True, False
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait({self._keeper})
+        await self._leave_alone()
         if (life := self._life) is not None:
             if life.loaded.done():
                 self._stop_running()
@@ -190,6 +188,12 @@ class ReplicaProcess(ABC):
             await life.exit_status()
             self._life = None
         self._fail_running(ShuttingDown(f"model '{self.model}' was unloaded before it answered"))
+
+    async def _leave_alone(self) -> None:
+        """Nobody starts it again from here on."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait({self._keeper})
 
     def set_levels(self, levels: Levels) -> None:
         """Which lines its process writes."""

@@ -92,6 +92,10 @@ async def _load_engine(
         ]
         try:
             await asyncio.gather(*(replica.start() for replica in replicas))
+            if spec.sleep.level == 1 and not all(replica.kv_bytes for replica in replicas):
+                raise LoadError(
+                    "`sleep.level` is 1, and this model has no KV memory that it could give back: leave the line out, or write 2"
+                )
         except BaseException:
             await asyncio.gather(*(replica.close() for replica in replicas))
             raise

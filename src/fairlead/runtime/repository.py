@@ -287,10 +287,13 @@ class ModelRepository:
 
     # Sleep
 
-    async def sleep(self, name: str, version: str, timeout: float) -> list[EngineVersion]:
-        """Put a version, or all that are loaded, to sleep; what runs has `timeout` seconds to end. Raises NotFound or Unsupported."""
+    async def sleep(self, name: str, version: str, timeout: float, level: int = 0) -> list[EngineVersion]:
+        """Put a version, or all that are loaded, to sleep; what runs has `timeout` seconds to end. `level` 0: as its `sleep.level`
+        says. Raises NotFound or Unsupported."""
         versions = self._sleepers(name, version)
-        await asyncio.gather(*(each.sleep.sleep(timeout) for each in versions))
+        for each in versions:
+            each.sleep.check(level)
+        await asyncio.gather(*(each.sleep.sleep(timeout, level) for each in versions))
         return versions
 
     async def wake(self, name: str, version: str) -> list[EngineVersion]:

@@ -1,10 +1,11 @@
-"""The sleep of a version with an engine: its processes end, its KV memory goes back to the budget, a request loads it again.
+"""The sleep of a version with an engine: its KV memory goes back to the budget, a request wakes it again. At level 1 its processes
+stay, with its weights in the host's memory; at level 2 they end.
 
 | state | requests | leaves it |
 |---|---|---|
 | awake | are computed | by `sleep`, or after `idle_seconds` |
-| falling asleep | wait, those that run end | when its processes have ended |
-| asleep | wake it and wait; with `wake: manual` they are refused | by `wake`, or a request |
+| falling asleep | wait, those that run end | when its processes have done so |
+| asleep | wake it and wait; with `wake: manual` they are refused | by `wake`, or a request; `sleep` at level 2 ends processes that stayed |
 | waking | wait | when it is loaded; asleep again where it cannot be |
 """
 
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from fairlead.core.errors import FairleadError, QueueFull, ShuttingDown, TimeoutExpired, Unavailable
+from fairlead.core.errors import FairleadError, QueueFull, ShuttingDown, TimeoutExpired, Unavailable, Unsupported
 from fairlead.core.specs import SleepSpec
 from fairlead.runtime.kv_budget import Holding
 
@@ -36,9 +37,14 @@ class State(StrEnum):
 
 
 class Process(Protocol):
-    async def start(self) -> None: ...
+    async def sleep(self) -> None:
+        """Give back what it can without ending."""
 
-    async def close(self) -> None: ...
+    async def wake(self) -> None:
+        """Be ready again, whether it stayed or has ended. Raises LoadError."""
+
+    async def close(self) -> None:
+        """End."""
 
 
 class Parked(Protocol):
@@ -64,15 +70,18 @@ class Sleep:
         processes: Sequence[Process],
         holding: Holding | None,
         *,
+        light: bool,
         settle: Callable[[float], Awaitable[None]],
         on_change: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`settle`: returns when no request runs; those that so many seconds cut off have failed. `on_change`: called when it
+        """`light`: it may sleep at level 1. `settle`: returns when no request runs; those that so many seconds cut off have failed. `on_change`: called when it
         has fallen asleep, or has woken."""
         self.spec = spec
         self.model = model
         self.state = State.AWAKE
+        self.level = 0
+        """At which it sleeps; 0: it is awake."""
         self.wakes = 0
         self.refused = ""
         """Why it could not be woken the last time; "" where that went well."""
@@ -80,6 +89,7 @@ class Sleep:
         """None: a request runs."""
         self._processes = processes
         self._holding = holding
+        self._light = light
         self._num_bytes = 0 if holding is None else holding.num_bytes
         self._settle = settle
         self._on_change = on_change
@@ -105,19 +115,27 @@ class Sleep:
 
     # What is asked for
 
-    async def sleep(self, timeout: float) -> None:
-        """Let what runs end within `timeout` seconds, then end the processes. Nothing where it sleeps. Raises ShuttingDown where
-        it is unloaded meanwhile."""
+    def check(self, level: int) -> None:
+        """Raises Unsupported where it cannot sleep at this level."""
+        if level == 1 and not self._light:
+            raise Unsupported(
+                f"model '{self.model}' cannot sleep at `level` 1: it has no KV memory that it could give back; `level` 2 ends its process"
+            )
+
+    async def sleep(self, timeout: float, level: int = 0) -> None:
+        """Let what runs end within `timeout` seconds, then sleep. `level` 0: as `sleep.level` says. Nothing where it sleeps as deep.
+        Raises Unsupported, or ShuttingDown where it is unloaded meanwhile."""
+        self.check(level)
         self._check_open()
-        await self._done(self._task(self._fall_asleep(timeout)))
+        await self._done(self._task(self._fall_asleep(timeout, level or self.spec.level)))
 
     async def doze(self) -> None:
-        """The same, where no request runs; nothing where one does."""
+        """The same at `sleep.level`, where no request runs; nothing where one does."""
         self._check_open()
-        await self._done(self._task(self._fall_asleep(0.0, unasked=True)))
+        await self._done(self._task(self._fall_asleep(0.0, self.spec.level, unasked=True)))
 
     async def wake(self) -> None:
-        """Load it again. Nothing where it is awake. Raises LoadError, or ShuttingDown where it is unloaded meanwhile."""
+        """Have it compute again. Nothing where it is awake. Raises LoadError, or ShuttingDown where it is unloaded meanwhile."""
         self._check_open()
         await self._done(self._begin_waking())
 
@@ -183,25 +201,29 @@ class Sleep:
     def _look(self) -> None:
         self._timer = None
         if self.idle_since is not None and not due(self.idle_since, self.spec.idle_seconds, self._clock()):
-            self._task(self._fall_asleep(0.0, unasked=True))
+            self._task(self._fall_asleep(0.0, self.spec.level, unasked=True))
         else:
             self._arm()
 
-    async def _fall_asleep(self, timeout: float, *, unasked: bool = False) -> None:
+    async def _fall_asleep(self, timeout: float, level: int, *, unasked: bool = False) -> None:
         async with self._turn:
+            if self.state is State.ASLEEP and self.level < level:
+                await self._end_processes()
+                log.info("model fell asleep deeper", model=self.model, sleep_level=level)
             if self.state is not State.AWAKE or (unasked and self.idle_since is None):
                 return
             self.state = State.FALLING
             self._disarm()
             try:
                 await self._settle(timeout)
-                await asyncio.gather(*(process.close() for process in self._processes))
+                self.level = level
+                await asyncio.gather(*(process.sleep() if level == 1 else process.close() for process in self._processes))
             finally:
                 self.state = State.ASLEEP
             if self._holding is not None:
                 self._num_bytes, self._holding.num_bytes = self._holding.num_bytes, 0
             self._on_change()
-            log.info("model fell asleep", model=self.model, kv_bytes=self._num_bytes)
+            log.info("model fell asleep", model=self.model, sleep_level=level, kv_bytes=self._num_bytes)
         if self._parked:
             self._begin_waking()
 
@@ -220,7 +242,7 @@ class Sleep:
             began = self._clock()
             try:
                 await self._start()
-                self.state, self.refused, self.idle_since = State.AWAKE, "", self._clock()
+                self.state, self.level, self.refused, self.idle_since = State.AWAKE, 0, "", self._clock()
             except Exception as error:
                 self.refused = error.message if isinstance(error, FairleadError) else f"{type(error).__name__}: {error}"
                 self._retry_at = self._clock() + RETRY_SECONDS
@@ -243,12 +265,16 @@ class Sleep:
         if self._holding is not None:
             await self._holding.take(self._num_bytes)
         try:
-            await asyncio.gather(*(process.start() for process in self._processes))
+            await asyncio.gather(*(process.wake() for process in self._processes))
         except BaseException:
-            await asyncio.gather(*(process.close() for process in self._processes))
+            await self._end_processes()
             if self._holding is not None:
                 self._holding.num_bytes = 0
             raise
+
+    async def _end_processes(self) -> None:
+        await asyncio.gather(*(process.close() for process in self._processes))
+        self.level = 2
 
     def _expire(self, request: Parked, error: FairleadError) -> None:
         del self._parked[request]

@@ -18,6 +18,7 @@ socket or TCP; only the slab needs one host. A peer that breaks these rules is h
 | STATS | replica | the engine's counts: now and then while it is busy, and when it has become idle |
 | CANCEL | gateway | the caller of an engine's request left: nothing more is said of it |
 | LEVELS | gateway | which lines are written from now on; to the fork server, which its replicas inherit it from, and to those that run |
+| SLEEP, WAKE | gateway | to an engine without work: give KV memory back, take it again; answered by END or ERROR |
 | PROFILE | gateway | look at what this process does for so long; answered by PROFILED, whatever else runs |
 | CLOSE | gateway | finish what runs and exit |
 | SPAWN, KILL | gateway | to the fork server: a process for these descriptors; end one |
@@ -92,6 +93,8 @@ class Kind(IntEnum):
     LEVELS = 14
     PROFILE = 15
     PROFILED = 16
+    SLEEP = 17
+    WAKE = 18
     SPAWN = 20
     SPAWNED = 21
     KILL = 22

@@ -90,6 +90,18 @@ def test_a_size_is_captured_when_it_comes_the_second_time(build):
     assert (recorder.num_captured, recorder.num_replayed) == (1, 2)
 
 
+def test_steps_are_captured_anew_after_sleep(build):
+    recorder = Recorder()
+    engine = build(recorder)
+    before = answers(engine)
+    captured = recorder.num_captured
+    engine.sleep()
+    engine.wake()
+
+    assert answers(engine) == before
+    assert recorder.num_captured == 2 * captured
+
+
 def test_what_fills_up_a_bucket_touches_no_block_of_a_sequence(build):
     engine = build(Recorder())
     pool_blocks = engine.scheduler.pool.num_blocks

@@ -8,6 +8,7 @@ Rows that fill up a bucket write to a block of their own and are never read.
 from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from weakref import WeakSet
 
 import numpy as np
 import structlog
@@ -26,14 +27,16 @@ Capture = Callable[[Compute], Compute]
 """Takes a computation over tensors that stay where they are; returns what computes it again."""
 
 
-def capture_graph(pool: object | None = None) -> Capture:
-    """By a CUDA graph; those of one `pool` share the memory of what they compute on the way: one is replayed at a time."""
-    pool = pool or torch.cuda.graph_pool_handle()
+def capture_graph() -> Capture:
+    """By a CUDA graph; those that live share the memory of what they compute on the way: one is replayed at a time."""
+    alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def capture(compute: Compute) -> Compute:
+        pool = next((graph.pool() for graph in alive), None)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             out = compute()
+        alive.add(graph)
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -86,6 +89,12 @@ class CudaRunner(Runner):
         self._host = (inputs, lens, tables)
         self._fixed = tuple(tensor.clone() if decoder.device == "cpu" else tensor.to(decoder.device) for tensor in self._host)
         self._arange = torch.arange(max_num_seqs + 1, device=decoder.device)
+
+    def sleep(self) -> None:
+        # Captured steps know addresses: they are captured anew, as their sizes come.
+        self._steps.clear()
+        self._captured.clear()
+        super().sleep()
 
     def run(self, chunks: Seq[Chunk]) -> torch.Tensor:
         if self._capture is None or not all(_decodes(chunk) for chunk in chunks):

@@ -91,6 +91,14 @@ class DraftModel:
         self._starts = torch.arange(len(runner.tables_RB) + 1, dtype=torch.int32, device=runner.decoder.device)
         self._rows = torch.arange(len(runner.tables_RB), device=runner.decoder.device)
 
+    def sleep(self) -> None:
+        """Give its KV memory back, and what it knows of blocks."""
+        self._filled.clear()
+        self.runner.sleep()
+
+    def wake(self) -> None:
+        self.runner.wake()
+
     def propose(self, wanted: Seq[tuple[Shadow, SampleRow, int]]) -> None:
         """A draft for each sequence, of at most so many tokens, whose blocks are there. One that has too much to catch up with
         gets none yet."""
