@@ -16,10 +16,11 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
-from fairlead.llm import kernels
+from fairlead.llm import kernels, linear
 from fairlead.llm.attention import AttentionKernel, ReferenceAttention, choose
 from fairlead.llm.batch import LayerCache, StepBatch, new_cache
-from fairlead.llm.decoder import LeanDecoder, matches, probe
+from fairlead.llm.decoder import PREPARE, LeanDecoder, matches, probe
+from fairlead.llm.linear import Prepare
 
 BLOCK = 16
 SMALL = {
@@ -119,8 +120,8 @@ def step(chunks: list[tuple[Story, int, int]]) -> StepBatch:
     )
 
 
-def lean(model, kernel: AttentionKernel) -> LeanDecoder:
-    decoder = LeanDecoder.from_graph(model, kernel)
+def lean(model, kernel: AttentionKernel, prepare: Prepare = linear.prepare) -> LeanDecoder:
+    decoder = LeanDecoder.from_graph(model, kernel, prepare=prepare)
     assert isinstance(decoder, LeanDecoder), decoder
     return decoder
 
@@ -178,6 +179,67 @@ def test_native_kernels_compute_the_same(name, native):
 
     for ours, theirs in zip(told, truth(model, stories), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", PREPARE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "olmo2"])
+def test_one_call_gives_the_bits_of_its_operators(name, dtype, quantization, native):
+    decoder = lean(random_model(CONFIGS[name], dtype), native, prepare=PREPARE[quantization])
+    if not decoder.writes_ahead:
+        pytest.skip("our linear layers are not the fast ones here")
+    stories = two_stories()
+
+    at_once = tell(decoder, stories)
+    decoder._whole = None
+
+    for one, other in zip(at_once, tell(decoder, stories), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_ahead_is_what_steps_would_write(dtype, native):
+    # Given three stories of other lengths, whose blocks are not in order, and tokens of the vocabulary that may not be written
+    decoder = lean(random_model(CONFIGS["llama"], dtype), native)
+    if not decoder.writes_ahead:
+        pytest.skip("our linear layers are not the fast ones here")
+    generator = torch.Generator().manual_seed(5)
+    blocks = ([5, 1], [7, 0, 2], [3, 6])
+    stories = [Story(torch.randint(3, 131, (num,), generator=generator), ids) for num, ids in zip((14, 40, 20), blocks, strict=True)]
+    lengths, num_ids = (6, 4, 1), 100
+    caches = [new_cache(decoder.layers, 8, BLOCK, decoder.dtype, decoder.device) for _ in range(2)]
+    told = [(story, 0, len(story.ids)) for story in stories]
+    last_N = torch.tensor([len(story.ids) for story in stories]).cumsum(0) - 1
+    with torch.inference_mode():
+        logits_NV, _ = [decoder(step(told), cache)[last_N] for cache in caches]
+        tables_NB = step(told).block_tables_SB
+        positions_N = torch.tensor([len(story.ids) for story in stories])
+        nums = [sum(length > place for length in lengths) for place in range(1, max(lengths))]
+
+        written = decoder.write_ahead(logits_NV, positions_N, tables_NB, nums, num_ids, caches[0])
+
+        # When each goes on by steps of its own, token by token
+        for n, (story, length) in enumerate(zip(stories, lengths, strict=True)):
+            chosen = [int(logits_NV[n, :num_ids].float().numpy().argmax())]
+            while len(chosen) < length:
+                grown = Story(torch.cat([story.ids, torch.tensor(chosen)]), story.blocks)
+                one = step([(grown, len(grown.ids) - 1, len(grown.ids))])
+                chosen.append(int(decoder(one, caches[1])[0, :num_ids].float().numpy().argmax()))
+            assert [place[n] for place in written[:length]] == chosen
+    # Then both have left the same keys and values
+    for one, other in zip(*caches, strict=True):
+        torch.testing.assert_close(one.k, other.k)
+        torch.testing.assert_close(one.v, other.v)
+
+
+def test_nothing_is_written_ahead_past_the_blocks(native):
+    decoder = lean(random_model(CONFIGS["llama"]), native)
+    if not decoder.writes_ahead:
+        pytest.skip("our linear layers are not the fast ones here")
+    cache = new_cache(decoder.layers, 8, BLOCK, decoder.dtype, decoder.device)
+    tables_NB = torch.tensor([[5]], dtype=torch.int32)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="position 16 has no block"):
+        decoder.write_ahead(torch.zeros(1, 131), torch.tensor([14]), tables_NB, [1, 1, 1], 131, cache)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,7 +1,8 @@
 """A decoder of our own for the Llama family: fused projections, rotation by table, one flat batch [T, .] over the paged KV cache.
 
 It computes what transformers' modules of these families compute, in a third of the operators: with native kernels nine a
-layer. It is built from the modules of a loaded model and trusted only after `probe` has compared the two.
+layer, all of them in one call where no adapter adds to them. It is built from the modules of a loaded model and trusted only after
+`probe` has compared the two.
 """
 
 import functools
@@ -17,7 +18,7 @@ from fairlead.llm import linear, quant
 from fairlead.llm.attention import AttentionKernel
 from fairlead.llm.batch import AttentionSpec, LayerCache, LayerShape, StepBatch, new_cache
 from fairlead.llm.cuda.layers import TritonLayers
-from fairlead.llm.linear import LANES, Activation, Linear, Prepare
+from fairlead.llm.linear import LANES, Activation, Linear, PackedLinear, Prepare
 from fairlead.llm.lora import Part, Site
 
 FAMILIES = frozenset({"llama", "qwen2", "qwen3", "mistral", "smollm3", "granite", "olmo2"})
@@ -101,6 +102,7 @@ class LeanDecoder:
         self.sites = tuple(site for i, layer in enumerate(layers) for site in _sites(i, layer, embedding.shape[1], num_heads, shape))
         whole_norms = any(layer.q_norm is not None and layer.q_norm.numel() != shape.k_size for layer in layers)
         self._add_norm, self._add_normed, self._rope_store = _between(kernel, whole_norms=whole_norms)
+        self._whole = self._bind()
 
     @property
     def max_model_len(self) -> int:
@@ -156,9 +158,60 @@ class LeanDecoder:
         shared = ("attention_norm", "mlp_norm", "q_norm", "k_norm")
         self._embedding, self._norm = copied(self._embedding), copied(self._norm)
         self._layers = [replace(layer, **{name: copied(getattr(layer, name)) for name in shared}) for layer in self._layers]
+        self._whole = self._bind()
+
+    def _bind(self) -> Any:
+        """The same decoder as one call (kernels/decoder.cpp); None where not all of it is computed by our C++ kernels."""
+        linears = [self._head, *(each for layer in self._layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down))]
+        if self.kernel.name != "native" or self._family.norm_after or not all(isinstance(each, PackedLinear) for each in linears):
+            return None
+
+        def operands(each: Linear) -> Any:
+            assert isinstance(each, PackedLinear)
+            return each.operands
+
+        def bound(layer: Layer) -> tuple[Any, ...]:
+            spec = layer.spec
+            attends = (spec.scale, spec.window, spec.softcap, spec.sinks_H)
+            own = (layer.attention_norm, operands(layer.qkv), layer.q_norm, layer.k_norm, layer.rotates, attends)
+            return (*own, operands(layer.out), layer.mlp_norm, operands(layer.gate_up), operands(layer.down))
+
+        family = self._family
+        return torch.classes.fairlead.Decoder(
+            self._embedding,
+            [bound(layer) for layer in self._layers],
+            self._norm,
+            operands(self._head),
+            self._cos_LD,
+            self._sin_LD,
+            self._num_heads,
+            self._eps,
+            (family.embedding_multiplier, family.residual_multiplier, family.logits_divisor),
+            self.kernel.fixed,
+        )
+
+    @property
+    def writes_ahead(self) -> bool:
+        """Whether it has `write_ahead`."""
+        return self._whole is not None
+
+    def write_ahead(
+        self, logits_NV: Tensor, positions_N: Tensor, tables_NB: Tensor, nums: list[int], num_ids: int, cache: list[LayerCache]
+    ) -> list[list[int]]:
+        """By place, the likeliest of the first `num_ids` tokens: after `logits_NV`, then for the first `nums[0]` sequences, whose
+        tokens go to `positions_N`, then for the first `nums[1]`, ..."""
+        keys, values = [layer.k for layer in cache], [layer.v for layer in cache]
+        ids_PN = self._whole.write_ahead(logits_NV, positions_N, tables_NB, nums, num_ids, keys, values)
+        return ids_PN.tolist()  # type: ignore[no-any-return]
 
     def __call__(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """Logits [N, V] of the rows that `batch` asks for; K and V of all its tokens go to `cache`."""
+        if self._whole is not None and batch.laid is None:
+            logits_NV: Tensor = self._whole.decode(
+                batch.input_ids_T, batch.positions_T, batch.slots_T, batch.query_starts_S1, batch.context_lens_S, batch.block_tables_SB,
+                batch.logit_rows_N, [layer.k for layer in cache], [layer.v for layer in cache],
+            )  # fmt: skip
+            return logits_NV
         x_TC = F.embedding(batch.input_ids_T, self._embedding)
         if self._family.embedding_multiplier != 1:
             x_TC *= self._family.embedding_multiplier

@@ -98,7 +98,13 @@ class PackedLinear:
         self._gate = GATES[gate]
         self._packed = torch.ops.fairlead.pack([weight.detach() for weight in weights], bool(gate))
         self._bias = pack_bias(biases, alternate=bool(gate)) if biases else None
+        self._scales: Tensor | None = None
         self._multiply = torch.ops.fairlead.linear.default
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor | None, int, int]:
+        """Besides x: packed weights, scales where they are bytes, bias, columns, gate."""
+        return self._packed, self._scales, self._bias, self.num_columns, self._gate
 
     def __call__(self, x_TK: Tensor, add: Add | None = None) -> Tensor:
         if add is not None and self._gate:

@@ -78,6 +78,7 @@ class PackedInt8(PackedLinear):
         if not gate and any(len(weight) % LANES for weight in rows[:-1]):
             rows = [torch.cat(rows)]
         self._packed, scales = torch.ops.fairlead.pack_int8(rows, bool(gate))
+        self._scales = scales
         check_finite(scales, weights)
         self._bias = pack_bias(biases, alternate=bool(gate)) if biases else None
         multiply = torch.ops.fairlead.linear_int8.default

@@ -249,6 +249,24 @@ def test_a_grammar_holds_in_every_place_of_a_draft(build):
     assert drafted[0] == 0 < drafted[1]
 
 
+@pytest.mark.parametrize("method", [TWIN, STRANGER], ids=["twin", "stranger"])
+def test_tokens_are_the_same_whether_a_draft_is_written_in_one_call_or_place_by_place(build, method):
+    # Given requests that come and go, some of them sampled, which have no one call
+    greedy = {name: sampling for name, sampling in SAMPLINGS.items() if sampling.temperature == 0.0}
+    told = []
+    for samplings in (greedy, SAMPLINGS):
+        ways: list[Any] = []
+        for way in ("one call", "by place", "off"):
+            engine = build(OFF if way == "off" else method, num_blocks=36, kernels="native")
+            if way == "by place":
+                assert engine.speculation is not None and engine.speculation.model is not None
+                engine.speculation.model.runner.decoder._whole = None  # type: ignore[attr-defined]
+            ways.append(ask(engine, samplings).told())
+        told.append(ways)
+    for one_call, by_place, off in told:
+        assert one_call == by_place == off
+
+
 # Failure
 
 

@@ -16,6 +16,7 @@ from fairlead.core.errors import LoadError
 from fairlead.core.generation import Sampling
 from fairlead.llm.batch import StepBatch
 from fairlead.llm.blocks import BlockPool
+from fairlead.llm.decoder import LeanDecoder
 from fairlead.llm.runner import Runner
 from fairlead.llm.sampler import Sampler, SampleRow
 from fairlead.llm.scheduler import Chunk
@@ -128,9 +129,32 @@ class DraftModel:
 
     def _write_ahead(self, wanted: list[tuple[Shadow, SampleRow, int]], logits_NV: torch.Tensor) -> None:
         """`wanted`: the longest draft first. `logits_NV`: of what follows the tokens that are known."""
-        most = wanted[0][2]
         # what a grammar allows is not known yet
         shaped = [n for n, (_, row, _) in enumerate(wanted) if not row.guided and not (row.greedy and row.plain)]
+        decoder = self.runner.decoder
+        if isinstance(decoder, LeanDecoder) and decoder.writes_ahead and not shaped:
+            drafts = self._write_at_once(decoder, wanted, logits_NV)
+        else:
+            drafts = self._write_by_place(wanted, shaped, logits_NV)
+        for (shadow, _, _), draft in zip(wanted, drafts, strict=True):
+            shadow.num_computed += len(draft) - 1
+            shadow.seq.draft = draft if min(draft) >= 0 else draft[: draft.index(-1)]
+
+    def _write_at_once(self, decoder: LeanDecoder, wanted: list[tuple[Shadow, SampleRow, int]], logits_NV: torch.Tensor) -> list[list[int]]:
+        runner, most = self.runner, wanted[0][2]
+        known = [len(shadow.view.token_ids) for shadow, _, _ in wanted]
+        rows = [shadow.view.row for shadow, _, _ in wanted]
+        width = -(-(max(known) + most - 1) // runner.block_size)
+        tables_RB = runner.tables_RB[:, :width]
+        tables_NB = tables_RB[rows[0] : rows[0] + 1] if len(rows) == 1 else tables_RB[rows]
+        nums = [sum(length > place for _, _, length in wanted) for place in range(1, most)]
+        with torch.inference_mode():
+            ids_PN = decoder.write_ahead(logits_NV, torch.tensor(known), torch.from_numpy(tables_NB), nums, self._num_ids, runner.cache)
+        return [[ids_N[n] for ids_N in ids_PN[:length]] for n, (_, _, length) in enumerate(wanted)]
+
+    def _write_by_place(self, wanted: list[tuple[Shadow, SampleRow, int]], shaped: list[int], logits_NV: torch.Tensor) -> list[list[int]]:
+        """`shaped`: whose tokens are not simply the likeliest."""
+        most = wanted[0][2]
         rounds = _Rounds(self.runner, [shadow.view for shadow, _, _ in wanted], most - 1)
         drafts: list[list[int]] = [[] for _ in wanted]
         ids_N: list[int] = []
@@ -159,9 +183,7 @@ class DraftModel:
         finally:
             for row, token_id in reversed(pushed):
                 row.pop(token_id)
-        for (shadow, _, _), draft in zip(wanted, drafts, strict=True):
-            shadow.num_computed += len(draft) - 1
-            shadow.seq.draft = draft if min(draft) >= 0 else draft[: draft.index(-1)]
+        return drafts
 
     def _compute(self, rounds: "_Rounds", place: int, ids_N: list[int], num: int) -> torch.Tensor:
         """One token more of each sequence."""
