@@ -107,7 +107,7 @@ def build_generator(
         max_waiting=spec.max_waiting,
         max_model_len=max_model_len,
     )
-    speculation = build_speculation(scheduler, spec, loaded.decoder.vocab_size, draft, clock)
+    speculation = build_speculation(scheduler, spec, loaded.decoder, draft, clock)
     if threads and draft is not None:
         share_threads(draft.decoder, threads)
     template, parsed = choose_template(spec.response_template, folder, tokenizer.response_template, texts)
@@ -200,11 +200,13 @@ def load_draft(
 
 
 def build_speculation(
-    scheduler: Scheduler, spec: LlmSpec, vocab_size: int, draft: Loaded | None, clock: Callable[[], float]
+    scheduler: Scheduler, spec: LlmSpec, decoder: Decoder, draft: Loaded | None, clock: Callable[[], float]
 ) -> Speculation | None:
-    """None where it is off. `vocab_size`: of the model itself."""
+    """None where it is off. `decoder`: of the model itself."""
     if spec.speculation.method == "off":
         return None
+    if clock is time.perf_counter and decoder.device == "cpu":
+        clock = time.thread_time  # the processor's time, which stands still while other work has the core
     model = None
     if draft is not None:
         max_model_len = min(scheduler.max_model_len, draft.max_model_len)
@@ -221,7 +223,7 @@ def build_speculation(
         model = DraftModel(
             runner,
             scheduler.pool,
-            vocab_size=vocab_size,
+            vocab_size=decoder.vocab_size,
             max_batch_tokens=spec.max_batch_tokens,
             max_model_len=max_model_len,
             clock=clock,

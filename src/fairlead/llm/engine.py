@@ -329,7 +329,7 @@ class Engine:
         if self._suspects:  # they have shown that they can compute
             self._suspects[0].difference_update([chunk.seq for chunk in plan.chunks if chunk.samples])
         if speculation is not None and not forced:
-            speculation.end(plan, sum(len(tokens) for _, tokens in sampled), self.clock() - now)
+            speculation.end(plan, sum(len(tokens) for _, tokens in sampled))
         return answers
 
     def _row_of(self, sequence: Sequence) -> SampleRow:

@@ -1,7 +1,9 @@
 """Answers are the same with drafts and without, whatever is asked and whatever happens; and where drafts come from."""
 
+import itertools
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -529,6 +531,19 @@ def test_sampled_tokens_follow_the_models_distribution(build, method):
     freedom = len(cells)
     assert statistic < freedom + 4 * math.sqrt(2 * freedom), (statistic, freedom)
     assert engine.stats().num_drafted_tokens > 0
+
+
+def test_what_a_step_takes_is_told_by_the_processors_clock(folder):
+    # Given an engine on a CPU, whose core other work takes away now and then
+    engine = build_generator(folder, LlmSpec(**SMALL, speculation=NGRAM))[0]
+    assert engine.clock is time.perf_counter
+    assert engine.speculation is not None and engine.speculation.clock is time.thread_time
+    # When its own share of each step is a quarter of a second
+    marks = itertools.count()
+    engine.speculation.clock = lambda: next(marks) * 0.25
+    engine.add(0, prompts_of(9)[0], Sampling(temperature=0.0, max_tokens=3, ignore_eos=True))
+    Answers(engine).finish()
+    assert engine.speculation.pace._sizes[1].plain.median == 0.25
 
 
 def test_speculation_off_leaves_no_trace(build):

@@ -32,7 +32,7 @@ class Repeats:
         """Look at the tokens that are new."""
         ids = self._token_ids
         num = len(ids)
-        if num == self._num + 1 and num >= LONG and max(len(self._long), len(self._short)) < MAX_PLACES:
+        if num == self._num + 1 and num >= LONG and len(self._long) < MAX_PLACES and len(self._short) < MAX_PLACES:
             self._look_at_one(ids, num)
             return
         if num - self._num > MAX_RUN:

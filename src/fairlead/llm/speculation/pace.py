@@ -88,16 +88,20 @@ class _Size:
         "_drafted",
         "_drafts",
         "_first_price",
+        "_most",
         "_steps",
         "_tokens",
         "extra",
+        "most",
         "num_unnoted",
         "plain",
+        "plain_due",
         "price",
         "since_plain",
     )
 
-    def __init__(self, num_seqs: int) -> None:
+    def __init__(self, num_seqs: int, most: int) -> None:
+        self._most = most
         self._first_price = num_seqs / (num_seqs + HALF_PRICE_SEQS)
         self.plain = _Window()
         """Seconds of a step without drafts."""
@@ -111,6 +115,10 @@ class _Size:
         self.num_unnoted = 0
         """Steps without drafts since the last that was noted."""
         self.price = self._first_price
+        self.most = min(SLOW_START[0][1], most)
+        """Tokens of a draft, for now."""
+        self.plain_due = True
+        """Whether the next step goes without drafts."""
 
     def add(self, num_tokens: int, num_drafts: int, seconds: float, catch_up: float, *, times: int = 1) -> None:
         """`times`: for how many steps this one stands."""
@@ -127,6 +135,9 @@ class _Size:
             self._caught_up = self._caught_up * MEMORY + catch_up
             self._drafted = self._drafted * MEMORY + num_drafts
         self.price = self._measured()
+        self.most = min([self._most, *(most for num, most in SLOW_START if self.extra.num < num)])
+        num_plain = self.plain.num
+        self.plain_due = num_plain < NUM_PLAIN or self.since_plain >= min(PLAIN_EVERY, 8 * num_plain)
 
     @property
     def cost(self) -> float:
@@ -151,8 +162,7 @@ class Pace:
         self.price = WITHOUT
         """Of one token more in a draft, in this step."""
         self._sizes: dict[int, _Size] = {}
-        self._size = _Size(1)
-        self._most = most
+        self._size = _Size(1, most)
         self._credit = 0.0
 
     def begin(self, num_seqs: int) -> None:
@@ -160,20 +170,23 @@ class Pace:
         bucket = num_seqs if num_seqs <= 4 else int(2 * math.log2(num_seqs))
         size = self._sizes.get(bucket)
         if size is None:
-            size = self._sizes[bucket] = _Size(num_seqs)
+            size = self._sizes[bucket] = _Size(num_seqs, self.most)
         self._size = size
-        self._most = next((most for num, most in SLOW_START if size.extra.num < num), self.most)
-        num_plain = size.plain.num
-        plain = num_plain < NUM_PLAIN or size.since_plain >= min(PLAIN_EVERY, 8 * num_plain)
-        self.price = WITHOUT if plain else size.price
+        self.price = WITHOUT if size.plain_due else size.price
 
     def length(self, rate: float, most: int) -> int:
-        return length(rate, self.price, min(most, self._most, self.most))
+        return length(rate, self.price, min(most, self._size.most))
 
     @property
     def tries(self) -> bool:
         """Whether a sequence whose drafts are not worth their price may have one all the same in this step."""
         return self.price < WITHOUT and self._credit >= 0.0
+
+    @property
+    def notes(self) -> bool:
+        """Whether this step is noted though it goes without drafts."""
+        size = self._size
+        return size.plain.num < WINDOW or size.num_unnoted + 1 >= NOTED_EVERY
 
     def end(self, num_tokens: int, num_drafts: int, seconds: float, *, num_tried: int = 0, catch_up: float = 0.0) -> None:
         """A step in which every sequence decoded gave so many tokens, with that many of drafts computed. `num_tried`: of
@@ -181,9 +194,11 @@ class Pace:
         size = self._size
         times = 1
         if not num_drafts and not catch_up:
+            noted = self.notes
             size.since_plain = 0
             size.num_unnoted += 1
-            if size.plain.num >= WINDOW and size.num_unnoted < NOTED_EVERY:
+            if not noted:
+                size.plain_due = False
                 return
             times, size.num_unnoted = size.num_unnoted, 0
         only_tried = 0 < num_drafts == num_tried

@@ -47,7 +47,7 @@ class Speculation:
     def __init__(
         self, pace: Pace, *, max_model_len: int, model: DraftModel | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        """`model`: that writes the drafts; None: they are what followed before in the same text."""
+        """`model`: that writes the drafts; None: they are what followed before in the same text. `clock`: seconds that steps take."""
         self.pace = pace
         self.model = model
         self.max_model_len = max_model_len
@@ -57,6 +57,7 @@ class Speculation:
         self._drafted: dict[int, _Drafted | None] = {}
         """By sequence; None: it gets no more."""
         self._turn = 0
+        self._began = 0.0
         self._num_tried = self._num_seqs = 0
         self._proposed = False
         """Whether anybody got a draft before this step."""
@@ -70,24 +71,26 @@ class Speculation:
         self._proposed = False
         if self.model is not None:
             self.model.catch_up_seconds = 0.0
+            self._began = self.clock()
         decoding = [seq for seq in scheduler.running if seq.num_prompt < len(seq.token_ids) == seq.num_computed + 1]
         if not decoding or self._broken:
             return
         self._num_seqs = len(decoding)
         self.pace.begin(self._num_seqs)
-        if self.pace.price >= 1.0 and not self.pace.tries:
-            return
-        try:
-            if self.model is None:
-                self._look_up(decoding)
-            else:
-                self._write_ahead(self.model, decoding, scheduler, row_of)
-            self._proposed = any(seq.draft for seq in decoding)
-        except Exception as error:  # answers need no drafts
-            self._broken = True
-            for seq in decoding:
-                seq.draft = []
-            log.error("drafts failed, and there are no more", exc_info=error)
+        if self.pace.price < 1.0 or self.pace.tries:
+            try:
+                if self.model is None:
+                    self._look_up(decoding)
+                else:
+                    self._write_ahead(self.model, decoding, scheduler, row_of)
+                self._proposed = any(seq.draft for seq in decoding)
+            except Exception as error:  # answers need no drafts
+                self._broken = True
+                for seq in decoding:
+                    seq.draft = []
+                log.error("drafts failed, and there are no more", exc_info=error)
+        if self.model is None and (self._proposed or self.pace.notes):  # every step looks up, with drafts or without
+            self._began = self.clock()
 
     def _state(self, seq: Sequence) -> _Drafted | None:
         try:
@@ -174,10 +177,12 @@ class Speculation:
             state.rates[state.kind].note(num_accepted, num_drafts)
             self._rates[state.kind].note(num_accepted, num_drafts)
 
-    def end(self, plan: Plan, num_tokens: int, seconds: float) -> None:
-        """The step gave so many tokens, and took so long from before `propose` on. One that computes prompts, too, tells nothing."""
+    def end(self, plan: Plan, num_tokens: int) -> None:
+        """The step that `propose` began gave so many tokens. One that computes prompts, too, tells nothing."""
         if self._num_seqs == len(plan.chunks) == plan.num_tokens - plan.num_drafts and self._proposed == bool(plan.num_drafts):
             catch_up = 0.0 if self.model is None else self.model.catch_up_seconds
+            timed = self.model is not None or self._proposed or self.pace.notes
+            seconds = self.clock() - self._began if timed else 0.0
             self.pace.end(num_tokens, plan.num_drafts, seconds, num_tried=self._num_tried, catch_up=catch_up)
 
     def give_up(self, seq: Sequence) -> None:
