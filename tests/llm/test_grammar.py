@@ -1,7 +1,9 @@
 """Guides compiled: what they allow, what of them is kept, and how hostile ones end."""
 
 import json
+import random
 
+import numpy as np
 import pytest
 
 from fairlead.cli.demo_models.tiny.checks import CHAT
@@ -57,6 +59,36 @@ def refused(grammars: Grammars, guide: Guide) -> str:
 def test_a_guide_allows_what_it_says(grammars, guide, good, bad):
     assert [text for text in good if not takes(grammars, guide, text)] == []
     assert [text for text in bad if takes(grammars, guide, text)] == []
+
+
+GUIDES = [
+    schema(PERSON),
+    schema({"type": "object"}),
+    schema({"type": "array", "items": {"anyOf": [{"type": "number"}, {"enum": ["red", 7, None, [1]]}]}}),
+    schema({"type": "string", "format": "date-time"}),
+    schema({"const": {"k": "é\n"}}),
+    Guide(kind="regex", text="[a-z]{3}é?[0-9]*(yes|yellow)"),
+    Guide(kind="choice", text='["a very long answer that nobody had to think about", "a very short one"]'),
+    Guide(kind="lark", text='start: "<think>" /(?s:.*)/ "</think>" NUMBER | "x" <|im_end|> "y"\nNUMBER: /[0-9]{2}/\n'),
+]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=str)
+def test_asked_for_a_token_a_grammar_says_what_its_mask_says(grammars, guide):
+    # Given answers of any tokens that may come
+    dice = random.Random(0)
+    for _ in range(3):
+        matcher, answer = grammars.compile(guide).matcher(), []
+        for _ in range(25):
+            mask = np.unpackbits(np.frombuffer(matcher.inner.compute_bitmask(), np.uint8), bitorder="little")[:VOCAB]
+            if matcher.complete:
+                break
+            # Then it takes at each place the tokens of the mask and no others, and that alone which must come
+            assert [matcher.takes(token_id) for token_id in range(VOCAB)] == mask.astype(bool).tolist()
+            if forced := matcher.follow(answer, 0):
+                assert np.flatnonzero(mask).tolist() == forced[:1]
+            answer.append(dice.choice(np.flatnonzero(mask).tolist()))
+            matcher.follow(answer, 0)
 
 
 def test_sentencepiece_vocabularies_spell_their_bytes():

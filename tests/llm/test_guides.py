@@ -19,6 +19,7 @@ from fairlead.core.specs import LlmSpec
 from fairlead.llm import masks
 from fairlead.llm.build import build_generator
 from fairlead.llm.engine import Engine
+from fairlead.llm.grammar import Matcher
 from tests.llm.test_engine import Answers
 
 PERSON: dict[str, Any] = {
@@ -41,6 +42,11 @@ ASKS = ("Bob is 33 and an admin.", "What is 3 plus 4?", "Sort 5, 1, 9.", "Tell m
 def build(**changes: Any) -> Engine:
     torch.set_num_threads(1)
     return build_generator(CHAT, LlmSpec(**{**SPEC, **changes}))[0]
+
+
+@cache
+def cached_build(changes: str) -> Engine:
+    return build_generator(CHAT, convert({**SPEC, **json.loads(changes)}, LlmSpec))[0]
 
 
 @pytest.fixture
@@ -183,6 +189,29 @@ def test_the_tokens_are_the_same_however_they_are_computed(changes):
     assert found[0] == found[1]
 
 
+NGRAM = {"speculation": {"method": "ngram", "num_tokens": 4}}
+WAYS = [{}, {"forced_tokens": False}, NGRAM, {"kernels": "auto"}, {"kernels": "auto", **NGRAM}]
+
+
+@pytest.mark.parametrize("changes", WAYS, ids=str)
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(value=SCHEMAS)
+def test_asked_first_or_masked_the_tokens_are_the_same(value, changes):
+    engine = cached_build(json.dumps(changes))
+    found = []
+    # When grammars are asked whether they take the likeliest token, and when all of them refuse, so that each token is one of a mask
+    for takes in (Matcher.takes, lambda matcher, token_id: False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Matcher, "takes", takes)
+            for id, text in enumerate(ASKS):
+                sampling = structs.replace(GREEDY, min_tokens=5 * (id % 2), ignore_eos=id == 2, max_tokens=60)
+                ask(engine, id, text, schema(value), sampling)
+            answers = Answers(engine).finish()
+        found.append([answers.ids(id) for id in range(len(ASKS))])
+    # Then nobody can tell the difference
+    assert found[0] == found[1]
+
+
 def test_what_a_grammar_forces_takes_fewer_steps():
     steps: list[EngineStats] = []
     for forced in (True, False):
@@ -263,7 +292,9 @@ def test_masks_are_the_same_alone_and_together(engine, num_cores):
     forced = matchers[0].inner
     ids = engine.tokenizer.encode('{"name', add_special_tokens=False)
     for draft in ([], ids[1:]):
-        guided = [masks.Guided(matcher, ids[: number and 1], 0, draft if number == 1 else []) for number, matcher in enumerate(matchers)]
+        guided = [masks.Guided(matcher, draft if number == 1 else []) for number, matcher in enumerate(matchers)]
+        for matcher in matchers[1:]:
+            matcher.follow(ids[:1], 0)
         with found.alongside(guided) as rows:
             assert rows == []
         masks_RW = rows[0][0]

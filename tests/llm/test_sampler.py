@@ -11,6 +11,7 @@ from scipy import stats
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fairlead.core.generation import Sampling
+from fairlead.llm import kernels
 from fairlead.llm.sampler import NUM_UNIFORMS, Sampler, SampleRow
 
 V = 50
@@ -60,6 +61,27 @@ def test_greedy_is_argmax(dtype: torch.dtype) -> None:
     logits = logits_of(8192, 40, spread=0.5).to(dtype)
     sampled = Sampler(8192).sample(logits, [row(temperature=0.0) for _ in range(40)])
     assert [one.token_id for one in sampled] == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [7, 512, 1000, 70_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_finds_the_likeliest_that_torch_finds(dtype: torch.dtype, vocab_size: int) -> None:
+    if not kernels.load():
+        pytest.skip(kernels.load().reason)
+    # Given rows that tie, that hold no usable number, and masks that allow half of the tokens, or one, or none
+    logits = logits_of(vocab_size, 8, spread=0.5).to(dtype)
+    logits[1], logits[2, -1], logits[3, 3], logits[4] = 1.0, math.nan, math.inf, -math.inf
+    masks = np.random.default_rng(0).integers(-(2**31), 2**31, (9, -(-vocab_size // 32))).astype(np.int32)
+    masks[6], masks[7], masks[7, 0] = 0, 0, 1 << 5
+    native, plain = Sampler(vocab_size, native=True), Sampler(vocab_size)
+    # Then both find the same, of all rows and of some with their masks
+    found = native.likeliest(logits)
+    assert found == plain.likeliest(logits)
+    assert found[0] == logits[0].argmax() and found[1] == 0 and found[2:5] == [-1, -1, -1]
+    rows, places = [7, 0, 0, 5, 2, 1], [1, 6, 7, 0, 3, 8]
+    allowed = native.likeliest(logits, rows, masks, places)
+    assert allowed == plain.likeliest(logits, rows, masks, places)
+    assert allowed[1:3] == [-1, 5]
 
 
 def test_greedy_rows_of_a_mixed_batch_are_argmax_too() -> None:

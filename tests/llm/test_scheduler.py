@@ -31,9 +31,12 @@ class Steps:
         max_waiting: int = 100,
         max_model_len: int = 64,
         drafts: random.Random | None = None,
+        forced: random.Random | None = None,
     ) -> None:
-        """`drafts`: sequences that decode have one before every step, of tokens that will be chosen and of others."""
+        """`drafts`: sequences that decode have one before every step, of tokens that will be chosen and of others; `forced`: behind
+        a token that is chosen others may come at once, as a grammar's."""
         self.drafts = drafts
+        self.forced = forced
         self.num_accepted = 0
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
@@ -142,6 +145,9 @@ class Steps:
             num_accepted += seq.token_ids[-1] == guess
             if seq.token_ids[-1] != guess or seq.num_generated == self.answer_lens[seq]:
                 break
+        for _ in range(self.forced.randrange(6) if self.forced is not None else 0):
+            if seq.num_generated < self.answer_lens[seq]:
+                seq.token_ids.append(self.chosen(seq, seq.token_ids))
         self.scheduler.accept(seq, num_accepted)
         self.num_accepted += num_accepted
         if seq.num_generated == self.answer_lens[seq]:
@@ -519,6 +525,17 @@ def test_a_better_prompt_leaves_worse_decodes_their_token():
     assert shape(steps.step()) == [(2, 0, 7), (1, 3, 1)]
 
 
+def test_several_tokens_that_are_known_at_once_share_a_step_and_wait_for_no_prompt():
+    # Given a sequence that decodes, and behind whose next token three more are known at once
+    steps = Steps(max_batch_tokens=8)
+    seq = steps.add(3, answer=9, priority=1)
+    steps.step()
+    seq.token_ids += [1, 2, 3]
+    # When a long prompt of a better priority comes, then at least one of them is computed in every step
+    steps.add(20, answer=1, priority=0)
+    assert [shape(steps.step()) for _ in range(3)] == [[(2, 0, 7), (1, 3, 1)], [(2, 7, 7), (1, 4, 1)], [(2, 14, 6), (1, 5, 2)]]
+
+
 def test_a_sequence_that_would_never_fit_the_pool_is_refused_at_the_start():
     with pytest.raises(ValueError, match="one sequence of 64 tokens needs 16 KV blocks of 4, and there are 15"):
         Steps(num_blocks=15, max_model_len=64)
@@ -654,14 +671,24 @@ class AnySchedule(RuleBasedStateMachine):
 
     @initialize(
         drafts=st.one_of(st.none(), st.randoms(use_true_random=False)),
+        forced=st.one_of(st.none(), st.randoms(use_true_random=False)),
         num_blocks=st.integers(6, 20),
         max_num_seqs=st.integers(1, 5),
         max_batch_tokens=st.integers(1, 24),
         prefix_caching=st.sampled_from([True, True, False]),
     )
-    def start(self, drafts: random.Random | None, num_blocks: int, max_num_seqs: int, max_batch_tokens: int, prefix_caching: bool) -> None:
+    def start(
+        self,
+        drafts: random.Random | None,
+        forced: random.Random | None,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        prefix_caching: bool,
+    ) -> None:
         self.steps = Steps(
             drafts=drafts,
+            forced=forced,
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
             max_batch_tokens=max_batch_tokens,

@@ -114,7 +114,7 @@ def build_generator(
     engine = Engine(
         runner,
         scheduler,
-        Sampler(loaded.decoder.vocab_size) if device == "cpu" else CudaSampler(loaded.decoder.vocab_size),
+        Sampler(loaded.decoder.vocab_size, native=loaded.decoder.native) if device == "cpu" else CudaSampler(loaded.decoder.vocab_size),
         tokenizer,
         max_model_len=max_model_len,
         eos_ids=ends(loaded, tokenizer),

@@ -18,7 +18,7 @@ from fairlead.core.errors import ContextExceeded, FairleadError, InvalidRequest,
 from fairlead.core.generation import Delta, EngineStats, Sampling, TokenLogprob, Usage, add_calls
 from fairlead.llm.adapters import Adapters, Use
 from fairlead.llm.grammar import Grammar, Grammars, Matcher
-from fairlead.llm.masks import Guided, Masks
+from fairlead.llm.masks import Guided
 from fairlead.llm.offload import Offloaded, offload_device
 from fairlead.llm.output import OutputStream
 from fairlead.llm.parsing.answers import AnswerFormat, Parsing
@@ -37,7 +37,7 @@ from fairlead.observe.table import SECONDS
 log = structlog.get_logger("fairlead.llm")
 
 MAX_FORCED = 16
-"""Tokens that a grammar leaves no choice about, computed in one step."""
+"""Tokens that a grammar leaves no choice about, in one step."""
 MAX_FAILURES = 16
 """Failed steps with no good one between them after which the engine gives itself up: it is not the requests' fault."""
 
@@ -51,15 +51,13 @@ class EngineBroken(Exception):
 class _Choice:
     """One of the n answers to a request."""
 
-    __slots__ = ("delta", "finished", "index", "last_at", "matcher", "output", "row", "sequence", "trail")
+    __slots__ = ("delta", "finished", "index", "last_at", "output", "row", "sequence", "trail")
 
-    def __init__(self, index: int, sequence: Sequence, output: OutputStream, row: SampleRow, matcher: Matcher | None) -> None:
+    def __init__(self, index: int, sequence: Sequence, output: OutputStream, row: SampleRow) -> None:
         self.index = index
         self.sequence = sequence
         self.output = output
         self.row = row
-        self.matcher = matcher
-        """Of an answer that has a grammar."""
         self.delta = Delta(index=index)
         """What was not delivered yet."""
         self.finished = False
@@ -127,11 +125,10 @@ class Engine:
         """Whose `compile` gives what `add` wants of a guide."""
         self.answers = answers or AnswerFormat(None, tokenizer)
         """Whose `read` gives what `add` wants of a request that is to be parsed."""
-        self.masks = Masks(runner.decoder.vocab_size)
         self.forced_tokens = forced_tokens
         self._generations: dict[int, _Generation] = {}
         self._choices: dict[int, tuple[_Generation, _Choice]] = {}  # by sequence
-        self._matchers: dict[int, Matcher] = {}  # by sequence, of those that have a grammar
+        self._masked: set[int] = set()  # sequences whose tokens cannot be chosen without the masks of their grammars
         self._next_sequence = 0
         self._suspects: deque[set[Sequence]] = deque()
         """While not empty: groups of sequences of a step that failed, tried one group after another."""
@@ -193,8 +190,8 @@ class Engine:
             )
             matcher = None if grammar is None else grammar.matcher()
             ends = stop_ids | self.eos_ids
-            row = SampleRow(sampling, prompt_ids, seed=seed, index=index, stop_ids=ends, guided=matcher is not None)
-            generation.waiting.append(_Choice(index, sequence, output, row, matcher))
+            row = SampleRow(sampling, prompt_ids, seed=seed, index=index, stop_ids=ends, matcher=matcher)
+            generation.waiting.append(_Choice(index, sequence, output, row))
         self._start_choice(generation, bounded=True)
         for choice in generation.waiting:  # the request has started when they begin to wait
             choice.sequence.deadline = float("inf")
@@ -224,8 +221,8 @@ class Engine:
         self.scheduler.add(choice.sequence, bounded=bounded)
         generation.choices.append(choice)
         self._choices[choice.sequence.id] = (generation, choice)
-        if choice.matcher is not None:
-            self._matchers[choice.sequence.id] = choice.matcher
+        if choice.row.guided and not choice.row.takes_likeliest:
+            self._masked.add(choice.sequence.id)
 
     def abort(self, id: int) -> None:
         """Forget a request and free its blocks; nothing more comes out for it."""
@@ -240,7 +237,7 @@ class Engine:
         self.scheduler.abort(choice.sequence)
         self._gone(choice.sequence)
         self._choices.pop(choice.sequence.id, None)
-        self._matchers.pop(choice.sequence.id, None)
+        self._masked.discard(choice.sequence.id)
         for group in self._suspects:
             group.discard(choice.sequence)
 
@@ -290,7 +287,7 @@ class Engine:
         speculation = None if self._suspects else self.speculation
         if speculation is not None:
             speculation.propose(self.scheduler, self._row_of)
-        forced = self._heed_grammars()
+            self._heed_grammars()
         plan = self.scheduler.plan(now, only=self._suspects[0] if self._suspects else None)
         answers: list[Answer] = []
         for sequence in plan.preempted:
@@ -322,49 +319,39 @@ class Engine:
                 self._choices[sequence.id][1].trail.turn("prefill", now, step=self._num_steps - 1, num_tokens=cached)
         num_seqs = len(plan.chunks)
         for chunk, tokens in sampled:
-            if chunk.num_drafts and speculation is not None and chunk.seq.id not in forced:
+            if chunk.num_drafts and speculation is not None:
                 speculation.learn(chunk.seq, len(tokens) - 1, chunk.num_drafts)
             if chunk.seq.id in self._choices:  # not gone with another choice of its request
                 self._advance(chunk.seq, tokens, done, num_seqs, answers)
         if self._suspects:  # they have shown that they can compute
             self._suspects[0].difference_update([chunk.seq for chunk in plan.chunks if chunk.samples])
-        if speculation is not None and not forced:
+        if speculation is not None:
             speculation.end(plan, sum(len(tokens) for _, tokens in sampled))
         return answers
 
     def _row_of(self, sequence: Sequence) -> SampleRow:
         return self._choices[sequence.id][1].row
 
-    def _heed_grammars(self) -> set[int]:
-        """What a grammar forbids of a draft is not computed, and what it forces is a draft that costs no guessing. Returns who got
-        such a one."""
-        forced: set[int] = set()
-        if not self._matchers or self._suspects:
-            return forced
+    def _heed_grammars(self) -> None:
+        """What a grammar forbids of a draft is not computed."""
         for seq in self.scheduler.running:
-            matcher = self._matchers.get(seq.id)
-            if matcher is None or not seq.num_generated or len(seq.token_ids) - seq.num_computed != 1:
-                continue
-            if seq.draft:
-                matcher.follow(seq.token_ids, seq.num_prompt)
+            if seq.draft and (matcher := self._row_of(seq).matcher) is not None:
                 seq.draft = matcher.allowed(seq.draft)
-            if not seq.draft and self.forced_tokens:
-                matcher.follow(seq.token_ids, seq.num_prompt)
-                seq.draft = matcher.forced(MAX_FORCED)
-                if seq.draft:
-                    forced.add(seq.id)
-        return forced
 
     @contextmanager
     def _guided(self, plan: Plan) -> Iterator[None]:
-        """What the grammars of this step's answers allow is found while it computes."""
-        seqs = [chunk.seq for chunk in plan.chunks if chunk.samples and chunk.seq.id in self._matchers] if self._matchers else []
-        num_drafts = {chunk.seq.id: chunk.num_drafts for chunk in plan.chunks} if plan.num_drafts else {}
-        guided = [Guided(self._matchers[seq.id], seq.token_ids, seq.num_prompt, seq.draft[: num_drafts.get(seq.id, 0)]) for seq in seqs]
-        with self.masks.alongside(guided) as masks:
+        """What the grammars allow is found while the step computes, for those that the sampler cannot do without."""
+        guided: list[tuple[SampleRow, Guided]] = []
+        if self._masked or plan.num_drafts:
+            for chunk in plan.chunks:
+                if chunk.samples and (chunk.num_drafts or chunk.seq.id in self._masked):
+                    row = self._row_of(chunk.seq)
+                    if row.matcher is not None:
+                        guided.append((row, Guided(row.matcher, chunk.seq.draft[: chunk.num_drafts])))
+        with self.sampler.masks.alongside([each for _, each in guided]) as masks:
             yield
-        for seq, (masks_RW, first) in zip(seqs, masks, strict=True):
-            self._row_of(seq).allow(masks_RW, first)
+        for (row, _), (masks_RW, first) in zip(guided, masks, strict=True):
+            row.allow(masks_RW, first)
 
     @ranged("sample")
     def _sample(self, plan: Plan, logits_NV: torch.Tensor) -> list[tuple[Chunk, list[Sampled]]]:
@@ -406,17 +393,16 @@ class Engine:
     def _advance(self, sequence: Sequence, tokens: list[Sampled], now: float, num_seqs: int, answers: list[Answer]) -> None:
         """New tokens of one sequence: their text, its end, and what of it is delivered. `num_seqs`: that shared the step."""
         generation, choice = self._choices[sequence.id]
-        matcher = self._matchers.get(sequence.id)
+        matcher = choice.row.matcher
         if error := (matcher.error if matcher is not None else "") or tokens[0].error:
             self._num_quarantined += 1
             self._fail(sequence, ModelError(error), answers)
             return
         delta, trail = choice.delta, choice.trail
         trail.max_seqs = max(trail.max_seqs, num_seqs)
-        if choice.last_at is not None:
-            seconds = now - choice.last_at
-            for _ in tokens:
-                self._inter_token.observe(seconds / len(tokens))
+        last_at, num_before = choice.last_at, len(sequence.token_ids)
+        if last_at is not None:
+            seconds = now - last_at
             if trail.name != "decode":
                 trail.turn("decode", now, step=self._num_steps, num_tokens=len(sequence.token_ids))
             elif seconds > trail.slowest:
@@ -439,6 +425,12 @@ class Engine:
                     break
             if len(tokens) > 1:  # all but the last are the draft's
                 self.scheduler.accept(sequence, min(num_pushed, len(tokens) - 1))
+            if matcher is not None and not delta.finish_reason:
+                self._push_forced(choice, matcher)
+        if last_at is not None:
+            num_new = len(sequence.token_ids) - num_before
+            for _ in range(num_new):
+                self._inter_token.observe((now - last_at) / num_new)
         while generation.waiting:
             self._start_choice(generation)
         if delta.finish_reason:
@@ -475,12 +467,25 @@ class Engine:
             delta.logprobs = delta.logprobs or []
             delta.logprobs.append(self._spelled(sampled))
 
+    def _push_forced(self, choice: _Choice, matcher: Matcher) -> None:
+        """What the grammar leaves no choice about is chosen: the next step computes it together with the token before it."""
+        sequence = choice.sequence
+        forced = matcher.follow(sequence.token_ids, sequence.num_prompt)
+        room = MAX_FORCED if forced and self.forced_tokens and sequence.sampling.logprobs is None else 0
+        while forced and room:
+            for token_id in forced[:room]:
+                self._push(choice, Sampled(token_id))
+                if choice.delta.finish_reason:
+                    return
+            room -= len(forced[:room])
+            forced = matcher.follow(sequence.token_ids, sequence.num_prompt)
+
     def _finish(self, generation: _Generation, choice: _Choice) -> None:
         choice.finished = True
         self.scheduler.finish(choice.sequence)
         self._gone(choice.sequence)
         del self._choices[choice.sequence.id]
-        self._matchers.pop(choice.sequence.id, None)
+        self._masked.discard(choice.sequence.id)
         for group in self._suspects:
             group.discard(choice.sequence)
         self._finished[choice.delta.finish_reason] += 1

@@ -51,7 +51,7 @@ _JSON = re.compile(r"%json\s*(?=\{)")
 class Matcher:
     """How far one answer has come in its grammar. For one thread at a time."""
 
-    __slots__ = ("exhausted", "grammar", "inner", "num_tokens", "slow_seconds")
+    __slots__ = ("_forced", "exhausted", "grammar", "inner", "num_tokens", "slow_seconds")
 
     def __init__(self, grammar: "Grammar", inner: LLMatcher) -> None:
         self.grammar = grammar
@@ -61,21 +61,30 @@ class Matcher:
         self.slow_seconds = 0.0
         self.exhausted = ""
         """Why the answer must end, though its grammar could go on."""
+        self._forced: list[int] | None = None
+        """Tokens that must come next; None: not asked yet."""
 
-    def follow(self, token_ids: Sequence[int], start: int) -> None:
-        """The answer so far, from `start` on; it only ever grows."""
-        for place in range(start + self.num_tokens, len(token_ids)):
-            self.inner.consume_token(token_ids[place])
+    def follow(self, token_ids: Sequence[int], start: int) -> list[int]:
+        """The answer so far, from `start` on; it only ever grows. Returns the tokens that must come next, whatever the model says,
+        but for those that end it."""
+        for token_id in token_ids[start + self.num_tokens :]:
+            self.inner.consume_token(token_id)
             self.num_tokens += 1
+            self._forced = None
+        if self._forced is None:
+            self._forced = self.inner.compute_ff_tokens()
+        return self._before_end(self._forced) if self._forced else self._forced
+
+    def takes(self, token_id: int) -> bool:
+        """Whether it may come next. False as well where nothing is left but to end: then the mask tells how."""
+        if self._forced is None:
+            self._forced = self.inner.compute_ff_tokens()
+        return token_id == self._forced[0] if self._forced else bool(self.inner.validate_tokens([token_id]))
 
     def allowed(self, draft: list[int]) -> list[int]:
         """A draft up to the first token that may not come there, or that ends the answer."""
         draft = self._before_end(draft)
         return draft[: self.inner.validate_tokens(draft)] if draft else []
-
-    def forced(self, most: int) -> list[int]:
-        """Tokens that must come next, whatever the model says."""
-        return self._before_end(self.inner.compute_ff_tokens()[:most])
 
     def _before_end(self, token_ids: list[int]) -> list[int]:
         ends = self.grammar.eos_ids

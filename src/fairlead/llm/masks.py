@@ -1,17 +1,20 @@
-"""Which tokens the grammars of a step's answers allow: found in a thread of their own while the step computes."""
+"""Which tokens the grammars of a step's answers allow."""
 
 import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from llguidance import LLExecutor
 
 from fairlead.llm.grammar import Matcher
-from fairlead.llm.sampler import MaskRows
+
+MaskRows = np.ndarray[Any, np.dtype[np.int32]]
+"""[R, W]: a bit for every token of the vocabulary, from the lowest on."""
 
 MIN_CORES = 8
 """From so many on, masks are found several at a time."""
@@ -27,9 +30,6 @@ class Guided(NamedTuple):
     """One answer of a step."""
 
     matcher: Matcher
-    token_ids: Sequence[int]
-    """Prompt and answer."""
-    num_prompt: int
     draft: list[int]
 
 
@@ -38,44 +38,50 @@ class Masks:
 
     def __init__(self, vocab_size: int, num_cores: int = 0) -> None:
         """`num_cores`: 0 for the machine's."""
-        num_cores = num_cores or os.cpu_count() or 1
+        self._num_cores = num_cores or os.cpu_count() or 1
         self._num_words = -(-vocab_size // 32)
         self._rows_RW = np.zeros((0, self._num_words), np.int32)
         self._memory = (0, 0, 0)
         """Where they begin, bytes of one, how many there are."""
+        self._num_found = 0
+        """In this step."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        self._library = LLExecutor(max(1, min(MAX_THREADS, num_cores // 4)))
-        self._together = num_cores >= MIN_CORES
         self._slow = False
         """The last step's were: it is to be seen whose."""
 
+    @cached_property
+    def _library(self) -> LLExecutor:
+        return LLExecutor(max(1, min(MAX_THREADS, self._num_cores // 4)))
+
     @contextmanager
     def alongside(self, guided: Sequence[Guided]) -> Iterator[list[tuple[MaskRows, int]]]:
-        """When this ends, for each in order, the step's masks and where its own begin: that for its next token, and those for what
-        follows each token of its draft."""
+        """In a thread of their own while the step computes. When this ends, what `find` gives."""
+        self._num_found = 0
         found: list[tuple[MaskRows, int]] = []
         if not guided:
             yield found
             return
-        job = self._thread.submit(self._compute, guided)
+        job = self._thread.submit(self.find, guided)
         try:
             yield found
         finally:
             found += job.result()
 
-    def _compute(self, guided: Sequence[Guided]) -> list[tuple[MaskRows, int]]:
-        starts, end = [], 0
-        for matcher, token_ids, num_prompt, draft in guided:
-            matcher.follow(token_ids, num_prompt)
-            starts.append(end)
-            end += 1 + len(draft)
+    def find(self, guided: Sequence[Guided]) -> list[tuple[MaskRows, int]]:
+        """For each in order, the step's masks and where its own begin: that for its next token, and those for what follows each
+        token of its draft."""
+        starts, begin = [], self._num_found
+        for each in guided:
+            starts.append(self._num_found)
+            self._num_found += 1 + len(each.draft)
+        end = self._num_found
         if len(self._rows_RW) < end:
             self._rows_RW = np.zeros((max(end, 2 * len(self._rows_RW)), self._num_words), np.int32)
             self._memory = (self._rows_RW.ctypes.data, self._rows_RW.itemsize * self._num_words, len(self._rows_RW))
-        if self._together and not self._slow:
+        if self._num_cores >= MIN_CORES and not self._slow:
             started = time.perf_counter()
             self._fill(guided, starts)
-            self._slow = time.perf_counter() - started > SLOW_SECONDS * end
+            self._slow = time.perf_counter() - started > SLOW_SECONDS * (end - begin)
         else:
             self._slow = self._fill_timed(guided, starts)
         return [(self._rows_RW, start) for start in starts]
@@ -92,7 +98,7 @@ class Masks:
         data, num_bytes, _ = self._memory
         slow = False
         before = time.perf_counter()
-        for (matcher, _, _, draft), start in zip(guided, starts, strict=True):
+        for (matcher, draft), start in zip(guided, starts, strict=True):
             if draft:
                 self._library.unsafe_compute_mask_ptr_with_draft_token([(matcher.inner, start, draft)], *self._memory)
             else:

@@ -11,16 +11,17 @@ grammar and by `min_tokens`, temperature, min_p, top_k, top_p.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
 from fairlead.core.generation import Sampling
+from fairlead.llm.grammar import Matcher
+from fairlead.llm.masks import Guided, MaskRows, Masks
 
 Row = np.ndarray[Any, np.dtype[np.float32]]
-MaskRows = np.ndarray[Any, np.dtype[np.int32]]
-"""[R, W]: a bit for every token of the vocabulary, from the lowest on."""
 
 MIN_TEMPERATURE = 1e-5
 """Below it float32 cannot divide logits any more; it is as good as greedy."""
@@ -69,9 +70,10 @@ class SampleRow:
         "_stop_ids",
         "_uniforms",
         "_uniforms_block",
+        "_unshaped",
         "greedy",
-        "guided",
         "index",
+        "matcher",
         "num_generated",
         "sampling",
         "seed",
@@ -85,17 +87,17 @@ class SampleRow:
         seed: int,
         index: int = 0,
         stop_ids: Iterable[int] = (),
-        guided: bool = False,
+        matcher: Matcher | None = None,
     ) -> None:
         """`sampling`: with its defaults filled; `index`: which of the n choices; `stop_ids`: forbidden until `min_tokens`;
-        `guided`: a grammar forbids tokens, of which `allow` tells before each step."""
+        `matcher`: of its grammar, which has come as far as the row has."""
         assert sampling.temperature is not None and sampling.repetition_penalty is not None
         self.sampling = sampling
         self.seed = seed
         self.index = index
         self.num_generated = 0
         self.greedy = sampling.greedy
-        self.guided = guided
+        self.matcher = matcher
         self._masks: MaskRows | None = None
         self._masks_from = 0
         self._stop_ids = np.fromiter(stop_ids, np.int64)
@@ -107,6 +109,7 @@ class SampleRow:
             self._counts = _TokenCounts(prompt_ids)
         elif sampling.presence_penalty or sampling.frequency_penalty:
             self._counts = _TokenCounts(())
+        self._unshaped = self._counts is None and not len(self._bias_ids)
         self._uniforms: np.ndarray[Any, np.dtype[np.float64]] | None = None
         self._uniforms_block = -1
 
@@ -129,9 +132,14 @@ class SampleRow:
 
     @property
     def mask(self) -> tuple[MaskRows, int]:
-        """(the step's masks, the row of this position)."""
+        """(the step's masks, the row of this position); of a row that `allow` was told of."""
         assert self._masks is not None, "the step has found no masks"
         return self._masks, self._masks_from + self.num_generated
+
+    @property
+    def guided(self) -> bool:
+        """A grammar forbids tokens."""
+        return self.matcher is not None
 
     @property
     def plain(self) -> bool:
@@ -141,7 +149,12 @@ class SampleRow:
     @property
     def only_masked(self) -> bool:
         """Nothing shapes its logits, but that a grammar may forbid some."""
-        return self._counts is None and not len(self._bias_ids) and self.num_generated >= self._min_tokens
+        return self._unshaped and self.num_generated >= self._min_tokens
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Nothing is wanted of its logits but the likeliest token, of those that a grammar allows."""
+        return self._unshaped and self.greedy and self.num_generated >= self._min_tokens and self.sampling.logprobs is None
 
     def uniform(self) -> float:
         """In [0, 1), of this position and no other: element `num_generated` of the Philox stream keyed (seed, index).
@@ -219,36 +232,53 @@ class _TokenCounts:
 class Sampler:
     """Chooses tokens. Holds nothing between steps."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, *, native: bool = False) -> None:
+        """`native`: the C++ kernels have been loaded."""
         self.vocab_size = vocab_size
+        self.masks = Masks(vocab_size)
+        self._native = native
         self._starts = np.arange(0, vocab_size, SUM_SIZE)
 
     def sample(self, logits_NV: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         """A token for each row, in order. A row whose logits are not usable gets an `error` in place of one.
 
-        The caller tells each row what became of its token with `push`.
+        The caller tells each row what became of its token with `push`. A guided row of which only the likeliest token is wanted needs
+        no mask beforehand: its grammar is asked whether it takes that token, and for a mask only where it does not.
         """
         assert logits_NV.shape == (len(rows), self.vocab_size), f"{tuple(logits_NV.shape)} for {len(rows)} rows of {self.vocab_size}"
-        own, masked = [], []
+        own: list[int] = []
+        guided: list[tuple[int, Matcher]] = []
         for n, row in enumerate(rows):
-            if not (row.greedy and row.only_masked) or row.sampling.logprobs is not None:
+            if not row.takes_likeliest:
                 own.append(n)
-            elif row.guided:
-                masked.append(n)
-        if not own and not masked:
-            return [sampled(token_id) for token_id in _argmax(logits_NV)]
-        some = len(own) + len(masked) < len(rows)
-        answers = [sampled(token_id) for token_id in _argmax(logits_NV)] if some else [Sampled(-1)] * len(rows)
-        if masked:
-            ids = _masked_argmax(logits_NV if len(masked) == len(rows) else logits_NV[masked], [rows[n] for n in masked], [1] * len(masked))
-            for n, token_id in zip(masked, ids, strict=True):
-                answers[n] = sampled(token_id)
+            elif row.matcher is not None:
+                guided.append((n, row.matcher))
+        if len(own) == len(rows):
+            answers = [Sampled(-1)] * len(rows)
+        else:
+            ids = self.likeliest(logits_NV)
+            if refused := [(n, matcher) for n, matcher in guided if ids[n] < 0 or not matcher.takes(ids[n])]:
+                at = [n for n, _ in refused]
+                found = self.masks.find([Guided(matcher, []) for _, matcher in refused])
+                for n, token_id in zip(at, self.likeliest(logits_NV, at, found[0][0], [place for _, place in found]), strict=True):
+                    ids[n] = token_id
+            answers = [sampled(token_id) for token_id in ids]
         if not own:
             return answers
         # one transfer in the model's dtype, however many rows
         for n, logits_V in zip(own, _on_host(logits_NV if len(own) == len(rows) else logits_NV[own]), strict=True):
             answers[n] = self._sample_row(logits_V, rows[n])
         return answers
+
+    def likeliest(
+        self, logits_NV: torch.Tensor, rows: list[int] | None = None, masks_RW: MaskRows | None = None, places: list[int] | None = None
+    ) -> list[int]:
+        """The first of the largest of these rows (of all, where none are named), of those that the mask at each one's place allows;
+        -1 where the largest is not finite."""
+        if self._native and logits_NV.dtype in (torch.float32, torch.bfloat16):
+            masks = None if masks_RW is None else torch.from_numpy(masks_RW)
+            return torch.ops.fairlead.likeliest(logits_NV, rows or [], masks, places or []).tolist()  # type: ignore[no-any-return]
+        return _argmax(logits_NV[rows] if rows else logits_NV, None if masks_RW is None else masks_RW[places])
 
     def verify(self, logits_NV: torch.Tensor, rows: Sequence[SampleRow], drafts: Sequence[Sequence[int]]) -> list[list[Sampled]]:
         """One token or more for each row, in order. `logits_NV` has a row for the next token of each, and then one for what
@@ -258,27 +288,29 @@ class Sampler:
         position brings; then the next place is looked at. So drafts change how many tokens come, never which.
         """
         assert logits_NV.shape == (len(rows) + sum(map(len, drafts)), self.vocab_size)
+        ends = list(accumulate(len(draft) + 1 for draft in drafts))
+        unmasked = [n for n, row in enumerate(rows) if row.guided and row.takes_likeliest and not drafts[n]]
+        asked = self.sample(logits_NV[[ends[n] - 1 for n in unmasked]], [rows[n] for n in unmasked]) if unmasked else []
+        found = dict(zip(unmasked, asked, strict=True))
         answers: list[list[Sampled]] = []
         likeliest: list[int] | None = None
-        masked = all(row.guided and row.greedy and row.only_masked for row in rows)
-        if masked:
-            likeliest = _masked_argmax(logits_NV, rows, [len(draft) + 1 for draft in drafts])
-        at = 0
-        for row, draft in zip(rows, drafts, strict=True):
-            if row.greedy and (masked or row.plain) and row.sampling.logprobs is None:
-                if likeliest is None:
-                    likeliest = _argmax(logits_NV)
-                chosen = []
-                for place, token_id in enumerate(likeliest[at : at + len(draft) + 1]):
-                    chosen.append(sampled(token_id))
-                    if place == len(draft) or token_id != draft[place]:
-                        break
+        for n, (row, draft, end) in enumerate(zip(rows, drafts, ends, strict=True)):
+            start = end - len(draft) - 1
+            if n in found:
+                chosen = [found[n]]
+            elif not row.takes_likeliest:
+                chosen = self._verify_row(logits_NV[start:end], row, draft)
+            elif row.guided:
+                masks_RW, place = row.mask
+                places = list(range(place, place + len(draft) + 1))
+                chosen = _verified(self.likeliest(logits_NV, list(range(start, end)), masks_RW, places), draft)
             else:
-                chosen = self._verify_row(logits_NV[at : at + len(draft) + 1], row, draft)
+                if likeliest is None:
+                    likeliest = self.likeliest(logits_NV)
+                chosen = _verified(likeliest[start:end], draft)
             if chosen[-1].error and len(chosen) > 1:  # it fails, if it does, as the first of the next step
                 chosen.pop()
             answers.append(chosen)
-            at += len(draft) + 1
         return answers
 
     def _verify_row(self, logits_PV: torch.Tensor, row: SampleRow, draft: Sequence[int]) -> list[Sampled]:
@@ -354,15 +386,10 @@ def _on_host(logits_NV: torch.Tensor) -> Iterable[Row]:
         yield from logits_NV[at : at + ROWS_AT_ONCE].float().numpy()
 
 
-def _masked_argmax(logits_NV: torch.Tensor, rows: Sequence[SampleRow], nums: Sequence[int]) -> list[int]:
-    """`_argmax` of guided rows, which have so many logits each: for their position, and those that follow."""
-    masks_RW = rows[0].mask[0]
-    places: list[int] = []
-    for row, num in zip(rows, nums, strict=True):
-        own_RW, place = row.mask
-        assert own_RW is masks_RW, "masks of several steps"
-        places += range(place, place + num)
-    return _argmax(logits_NV, masks_RW[places])
+def _verified(likeliest: Sequence[int], draft: Sequence[int]) -> list[Sampled]:
+    """Those of the draft's tokens that are the likeliest in their place, and the one after them."""
+    num = next((place for place, token_id in enumerate(draft) if likeliest[place] != token_id), len(draft))
+    return [sampled(token_id) for token_id in likeliest[: num + 1]]
 
 
 def ceilings(mask_W: MaskRows, vocab_size: int) -> Row:

@@ -55,6 +55,12 @@ class Plan:
     """While it is made: tokens kept for running sequences that decode and have not had their turn."""
 
 
+def _decodes(seq: Sequence) -> bool:
+    """It goes on by a token in every step: it has one to compute, or several that its grammar has chosen."""
+    num_tokens = len(seq.token_ids) - seq.num_computed
+    return num_tokens == 1 or (num_tokens > 1 and len(seq.token_ids) > seq.num_prompt)
+
+
 def order(seq: Sequence) -> tuple[int, float, int]:
     return (seq.priority, seq.arrived, seq.id)
 
@@ -143,7 +149,7 @@ class Scheduler:
             running = self.running.copy()
         else:
             running = [seq for seq in self.running if seq in only]
-        plan.num_reserved = sum([len(seq.token_ids) - seq.num_computed == 1 for seq in running])
+        plan.num_reserved = sum([_decodes(seq) for seq in running])
         admitting = True
         for seq in running:
             if admitting and self.waiting and self.waiting[0].priority < seq.priority:
@@ -237,8 +243,10 @@ class Scheduler:
         """The next tokens of a running sequence: one, or as much of its prompt as the budget has left."""
         num_tokens = len(seq.token_ids) - seq.num_computed
         if num_tokens > 1:
-            num_tokens = min(num_tokens, self._budget(plan))
+            reserved = self._is_reserved(plan, seq)
+            num_tokens = min(num_tokens, self._budget(plan) + reserved)
             if num_tokens > 0 and self._make_room(plan, seq, num_tokens):
+                plan.num_reserved -= reserved
                 self._compute(plan, seq, num_tokens)
         elif num_tokens and self._make_room(plan, seq, 1):
             plan.num_reserved -= 1
@@ -385,7 +393,7 @@ class Scheduler:
         self._wait(seq)
 
     def _is_reserved(self, plan: Plan, seq: Sequence) -> bool:
-        return seq.num_tokens - seq.num_computed == 1 and (plan.only is None or seq in plan.only)
+        return _decodes(seq) and (plan.only is None or seq in plan.only)
 
     def _wait(self, seq: Sequence) -> None:
         seq.num_computed = 0
