@@ -57,7 +57,7 @@ _MISSING = object()
 def _anything(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    return SimpleNamespace
+    return type(name, (), {"__init__": lambda self, *_, **__: None})
 
 
 def _replace(struct: Any, **changes: Any) -> Any:

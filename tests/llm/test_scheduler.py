@@ -1,7 +1,9 @@
 """Who computes what in the next step, on a virtual clock and a KV memory that remembers whose tokens it holds."""
 
 import random
+from collections import deque
 from collections.abc import Set
+from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,6 +17,13 @@ from fairlead.llm.scheduler import Plan, Scheduler
 from fairlead.llm.sequence import Sequence
 
 GARBAGE = -1
+
+
+class Flight(NamedTuple):
+    plan: Plan
+    drafts: dict[Sequence, list[int]]
+    tables: dict[Sequence, list[int]]
+    """As they were when it was planned."""
 
 
 class Steps:
@@ -32,11 +41,16 @@ class Steps:
         max_model_len: int = 64,
         drafts: random.Random | None = None,
         forced: random.Random | None = None,
+        overlap: bool = False,
     ) -> None:
         """`drafts`: sequences that decode have one before every step, of tokens that will be chosen and of others; `forced`: behind
-        a token that is chosen others may come at once, as a grammar's."""
+        a token that is chosen others may come at once, as a grammar's. `overlap`: a step is planned before the one that computes has
+        been read, where it may be."""
         self.drafts = drafts
         self.forced = forced
+        self.overlap = overlap
+        self.flights: deque[Flight] = deque()
+        self.num_ahead = self.num_thrown_away = 0
         self.num_accepted = 0
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
@@ -49,13 +63,16 @@ class Steps:
         self.finished: list[Sequence] = []
         self.expired: list[Sequence] = []
 
-    def add(self, prompt: list[int] | int, answer: int = 3, *, prompt_logprobs: int | None = None, **kwargs) -> Sequence:
-        """A prompt of so many tokens of its own, or of these."""
+    def add(
+        self, prompt: list[int] | int, answer: int = 3, *, prompt_logprobs: int | None = None, bounded: bool = False, **kwargs
+    ) -> Sequence:
+        """A prompt of so many tokens of its own, or of these. `bounded`: the scheduler knows how long the answer may be."""
         self.num_made += 1
         if isinstance(prompt, int):
             prompt = [1000 * self.num_made + i for i in range(prompt)]
         kwargs.setdefault("arrived", self.now + self.num_made * 1e-6)
-        seq = Sequence(self.num_made, prompt, Sampling(prompt_logprobs=prompt_logprobs), **kwargs)
+        sampling = Sampling(prompt_logprobs=prompt_logprobs, max_tokens=answer if bounded else None)
+        seq = Sequence(self.num_made, prompt, sampling, **kwargs)
         self.scheduler.add(seq)
         self.answer_lens[seq] = answer
         return seq
@@ -88,9 +105,9 @@ class Steps:
         assert not set(seqs) & set(plan.preempted)
         assert plan.num_drafts == sum(chunk.num_drafts for chunk in plan.chunks)
         for seq, start, num_tokens, samples, num_drafts in plan.chunks:
-            assert num_tokens >= 1 and start == seq.num_computed and seq.row >= 0
+            assert num_tokens >= 1 and start + num_tokens - num_drafts == seq.num_computed and seq.row >= 0
             assert start + num_tokens <= len(seq.blocks) * self.pool.block_size
-            assert samples == (start + num_tokens - num_drafts == seq.num_tokens)
+            assert samples == (start + num_tokens - num_drafts == seq.num_tokens - samples)
             assert num_drafts <= len(seq.draft) and (samples or not num_drafts)
             assert start + num_tokens <= scheduler.max_model_len
             assert plan.only is None or seq in plan.only
@@ -98,11 +115,14 @@ class Steps:
         assert all(
             chunk.start == 0 for chunk in plan.chunks if chunk.seq in plan.admitted and chunk.seq.sampling.prompt_logprobs is not None
         )
-        assert plan.chunks or not scheduler.has_work or plan.only is not None
+        assert plan.chunks or not scheduler.has_work or plan.only is not None or self.flights
 
     def compute(self, plan: Plan) -> None:
-        """As a layer does: the K and V of all tokens are stored, then each token sees all before it."""
-        contents = {chunk.seq: self.contents(chunk.seq) for chunk in plan.chunks}
+        """As a layer does: the K and V of all tokens are stored, then each token sees all before it. A device does so in the order
+        of the plans, whenever that is."""
+        contents = {
+            seq: self.contents(seq, self.chosen_too(seq, start + num_tokens - num)) for seq, start, num_tokens, _, num in plan.chunks
+        }
         for seq, start, num_tokens, _, _ in plan.chunks:
             for position in range(start, start + num_tokens):
                 self.store(seq, position, contents[seq][position])
@@ -115,24 +135,56 @@ class Steps:
         block, offset = divmod(position, self.pool.block_size)
         self.memory[seq.blocks[block]][offset] = content
 
-    def contents(self, seq: Sequence, known: list[int] | None = None) -> list[int]:
+    def contents(self, seq: Sequence, known: list[int]) -> list[int]:
         running, contents = hash(seq.salt), []
-        for token in [*(seq.token_ids if known is None else known), *(seq.draft if known is None else ())]:
+        for token in known:
             running = hash((running, token))
             contents.append(running)
         return contents
 
-    def step(self, only: Set[Sequence] | None = None) -> Plan:
+    def chosen_too(self, seq: Sequence, end: int) -> list[int]:
+        """Its tokens up to there, as the device has them: those that it chose and nobody has read, too. Then the draft's."""
+        tokens = list(seq.token_ids)
+        while len(tokens) < end:
+            tokens.append(self.chosen(seq, tokens))
+        return [*tokens, *seq.draft]
+
+    def launch(self, only: Set[Sequence] | None = None) -> Plan:
         plan = self.plan(only)
-        drafts = {chunk.seq: chunk.seq.draft[: chunk.num_drafts] for chunk in plan.chunks}
         if plan.chunks:
+            drafts = {chunk.seq: chunk.seq.draft[: chunk.num_drafts] for chunk in plan.chunks}
+            self.flights.append(Flight(plan, drafts, {chunk.seq: list(chunk.seq.blocks) for chunk in plan.chunks}))
             self.compute(plan)
-            self.scheduler.commit(plan)
+        return plan
+
+    def launch_ahead(self) -> Plan | None:
+        if not self.overlap or len(self.flights) != 1 or self.drafts is not None or self.forced is not None or not self.scheduler.preempts_nobody():
+            return None
+        plan = self.launch()
+        assert not plan.preempted
+        self.num_ahead += bool(plan.chunks)
+        return plan
+
+    def land(self) -> Plan:
+        plan, drafts, _ = self.flights.popleft()
+        self.scheduler.commit(plan)
         for chunk in plan.chunks:
-            if chunk.samples:
+            self.num_thrown_away += chunk.seq.row < 0
+            if chunk.samples and chunk.seq.row >= 0:
                 self.append(chunk.seq, drafts[chunk.seq])
         self.scheduler.check_integrity()
         return plan
+
+    def step(self, only: Set[Sequence] | None = None) -> Plan:
+        if not self.flights and not (plan := self.launch(only)).chunks:
+            return plan
+        if only is None:
+            self.launch_ahead()
+        return self.land()
+
+    def land_all(self) -> None:
+        while self.flights:
+            self.land()
 
     def chosen(self, seq: Sequence, known: list[int]) -> int:
         # What is chosen depends on all that was read, so equal prompts answer alike.
@@ -155,12 +207,20 @@ class Steps:
             self.finished.append(seq)
 
     def fail(self, only: Set[Sequence] | None = None) -> Plan:
-        """A step that dies half-way: every slot that it was to write holds garbage."""
-        plan = self.plan(only)
-        if plan.chunks:
+        """A step that dies half-way, and with it the one after: every slot that they were to write holds garbage."""
+        if not self.flights and not (plan := self.launch(only)).chunks:
+            return plan
+        if only is None:
+            self.launch_ahead()
+        return self.roll_back_all()
+
+    def roll_back_all(self) -> Plan:
+        while self.flights:
+            plan, _, tables = self.flights.pop()
             for seq, start, num_tokens, _, _ in plan.chunks:
                 for position in range(start, start + num_tokens):
-                    self.store(seq, position, GARBAGE)
+                    block, offset = divmod(position, self.pool.block_size)
+                    self.memory[tables[seq][block]][offset] = GARBAGE
             self.scheduler.rollback(plan)
         self.scheduler.check_integrity()
         return plan
@@ -168,7 +228,7 @@ class Steps:
     def run(self, max_steps: int) -> int:
         """Until nothing is left to do; how many steps that took."""
         num_steps = 0
-        while self.scheduler.has_work:
+        while self.scheduler.has_work or self.flights:
             num_steps += 1
             assert num_steps <= max_steps, f"{self.scheduler.running} and {self.scheduler.waiting} have not finished"
             self.step()
@@ -576,19 +636,115 @@ def test_abort_while_a_step_is_under_way(succeeds: bool):
     assert steps.pool.num_free == 64 - 3
     (steps.scheduler.commit if succeeds else steps.scheduler.rollback)(plan)
     steps.scheduler.check_integrity()
-    assert first.num_computed == 0
     assert (steps.pool.num_published, second.num_computed, second.row) == ((2, 9, 1) if succeeds else (0, 0, -1))
 
 
-def test_a_plan_must_be_closed_before_the_next():
+def test_two_plans_are_under_way_at_most_and_end_in_their_order():
     steps = Steps()
     steps.add(3)
-    plan = steps.plan()
+    first, second = steps.plan(), steps.plan()
     with pytest.raises(AssertionError, match="neither committed nor rolled back"):
         steps.scheduler.plan(5.0)
-    steps.scheduler.commit(plan)
-    with pytest.raises(AssertionError, match="not under way"):
-        steps.scheduler.rollback(plan)
+    with pytest.raises(AssertionError, match="not the first under way"):
+        steps.scheduler.commit(second)
+    with pytest.raises(AssertionError, match="not the last under way"):
+        steps.scheduler.rollback(first)
+    steps.scheduler.commit(first)
+    steps.scheduler.rollback(second)
+    with pytest.raises(AssertionError, match="not the last under way"):
+        steps.scheduler.rollback(second)
+
+
+# Planned ahead
+
+
+def test_a_step_is_planned_with_a_place_for_each_token_that_is_being_chosen():
+    steps = Steps(overlap=True)
+    seq = steps.add(10, answer=3)
+    first = steps.launch()
+    assert (seq.num_tokens, seq.num_computed, seq.num_pending, len(seq.token_ids)) == (11, 10, 1, 10)
+    second = steps.launch_ahead()
+    assert shape(first) == [(1, 0, 10)] and second is not None and shape(second) == [(1, 10, 1)]
+    steps.land()
+    assert (seq.num_tokens, seq.num_pending, seq.num_generated) == (12, 1, 1)
+    steps.run(max_steps=4)
+    assert seq.num_generated == 3 and steps.num_thrown_away == 1
+
+
+def test_who_is_sure_to_end_is_not_planned_again():
+    steps = Steps(overlap=True, max_model_len=32)
+    by_length, by_context = steps.add(10, answer=2, bounded=True), steps.add(30, answer=2)
+    steps.run(max_steps=8)
+    assert {by_length, by_context} == set(steps.finished) and steps.num_thrown_away == 0 < steps.num_ahead
+
+
+def test_a_block_is_found_by_others_when_the_token_that_fills_it_is_known():
+    steps = Steps(overlap=True)
+    seq = steps.add(6, answer=9)
+    steps.step()  # its first token is known, its second is being chosen
+    plan = steps.launch_ahead()  # which this computes, the last of its block
+    assert plan is not None and shape(plan) == [(1, 7, 1)] and plan.published == [] and steps.pool.num_published == 1
+    steps.land()
+    assert steps.pool.num_published == 1
+    steps.land()
+    assert steps.pool.num_published == 2 and seq.num_generated == 3
+
+
+def test_what_is_computed_after_an_end_is_found_by_nobody():
+    steps = Steps(overlap=True)
+    steps.add(6, answer=2)
+    steps.run(max_steps=4)
+    assert steps.num_thrown_away == 1 and steps.pool.num_published == 1
+
+
+def test_blocks_of_one_that_ended_are_handed_on_while_it_is_still_computed():
+    steps = Steps(overlap=True, num_blocks=6, max_model_len=24, prefix_caching=False)
+    steps.add(7, answer=2)
+    steps.step()
+    steps.launch_ahead()
+    steps.land()  # it has ended, and is in flight once more
+    assert steps.flights and steps.pool.num_free == 6
+    steps.add(23, answer=1)
+    steps.run(max_steps=6)  # the slots that it wrote late are written again
+
+
+def test_a_step_that_would_throw_somebody_out_waits_until_the_one_before_is_known():
+    steps = Steps(overlap=True, num_blocks=4, max_model_len=16, max_batch_tokens=32)
+    steps.add(8, answer=9)
+    steps.add(7, answer=2, arrived=99.0)
+    steps.launch()
+    assert steps.pool.num_free == 0 and not steps.scheduler.preempts_nobody()
+    assert steps.launch_ahead() is None
+    steps.run(max_steps=30)
+    assert len(steps.finished) == 2
+
+
+def test_a_better_priority_in_line_waits_until_the_step_before_is_known():
+    steps = Steps(overlap=True, max_num_seqs=1)
+    worse = steps.add(3, answer=9, priority=1)
+    steps.step()
+    steps.land_all()
+    steps.launch()
+    steps.add(3, answer=1, priority=0)
+    assert steps.launch_ahead() is None
+    steps.land()
+    assert steps.launch().preempted == [worse]
+
+
+def test_steps_in_flight_that_fail_are_as_if_they_had_not_been():
+    steps = Steps(overlap=True)
+    old = steps.add(7, answer=9)
+    steps.step()
+    steps.land_all()
+    steps.launch()
+    new = steps.add(list(range(9)), answer=4)
+    ahead = steps.launch_ahead()
+    assert ahead is not None and shape(ahead) == [(1, 9, 1), (2, 0, 9)]
+    steps.roll_back_all()
+    assert (old.num_computed, old.num_pending, old.num_tokens) == (8, 0, 9)
+    assert (new.row, new.num_pending, new.scheduled_at) == (-1, 0, -1.0)
+    assert steps.pool.num_published == 2, "the first block of `old`, and the one that its first token filled"
+    steps.run(max_steps=20)
 
 
 # Steps that fail
@@ -676,6 +832,7 @@ class AnySchedule(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         max_batch_tokens=st.integers(1, 24),
         prefix_caching=st.sampled_from([True, True, False]),
+        overlap=st.booleans(),
     )
     def start(
         self,
@@ -685,10 +842,12 @@ class AnySchedule(RuleBasedStateMachine):
         max_num_seqs: int,
         max_batch_tokens: int,
         prefix_caching: bool,
+        overlap: bool,
     ) -> None:
         self.steps = Steps(
             drafts=drafts,
             forced=forced,
+            overlap=overlap,
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
             max_batch_tokens=max_batch_tokens,
@@ -707,8 +866,9 @@ class AnySchedule(RuleBasedStateMachine):
         age=st.sampled_from([0.0, 5.0]),
         salt=st.sampled_from(["", "", "tenant"]),
         prompt_logprobs=st.sampled_from([None, None, None, 1]),
+        bounded=st.booleans(),
     )
-    def arrive(self, prefix, length, own, answer, priority, patience, age, salt, prompt_logprobs) -> None:
+    def arrive(self, prefix, length, own, answer, priority, patience, age, salt, prompt_logprobs, bounded) -> None:
         steps = self.steps
         if steps.scheduler.num_waiting >= steps.scheduler.max_waiting:
             with pytest.raises(QueueFull):
@@ -723,6 +883,7 @@ class AnySchedule(RuleBasedStateMachine):
             arrived=steps.now - age,
             salt=salt,
             prompt_logprobs=prompt_logprobs,
+            bounded=bounded,
         )
 
     @rule(num_steps=st.integers(1, 4))
@@ -738,7 +899,10 @@ class AnySchedule(RuleBasedStateMachine):
     @rule(data=st.data(), fails=st.booleans())
     def restricted_step(self, data: st.DataObject, fails: bool) -> None:
         scheduler = self.steps.scheduler
+        self.steps.land_all()
         alive = [*scheduler.running, *scheduler.waiting]
+        if not alive:
+            return
         only = set(data.draw(st.lists(st.sampled_from(alive), min_size=1, unique_by=id)))
         assert (self.steps.fail if fails else self.steps.step)(only).chunks
 
@@ -755,24 +919,30 @@ class AnySchedule(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "steps"):
-            # Alone, one after another, each would need a step for every token of prompt and answer at the very most.
-            self.steps.run(max_steps=24 * (self.steps.scheduler.num_running + self.steps.scheduler.num_waiting))
+            # Alone, one after another, each would need a step for every token of prompt and answer at the very most, and one that is
+            # thrown away.
+            self.steps.run(max_steps=25 * (self.steps.scheduler.num_running + self.steps.scheduler.num_waiting) + len(self.steps.flights))
 
 
 AnySchedule.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
 TestAnySchedule = AnySchedule.TestCase
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_long_day_with_a_tiny_pool(seed: int):
+def test_a_long_day_with_a_tiny_pool(seed: int, overlap: bool):
     rng = random.Random(seed)
-    steps = Steps(num_blocks=24, max_num_seqs=6, max_batch_tokens=20, max_waiting=20, max_model_len=48)
+    steps = Steps(num_blocks=24, max_num_seqs=6, max_batch_tokens=20, max_waiting=20, max_model_len=48, overlap=overlap)
     accepted = []
     for _ in range(400):
         if rng.random() < 0.35:
             prompt = rng.choice(PREFIXES)[: rng.randint(1, 24)] + [rng.randrange(10_000) for _ in range(rng.randint(0, 8))]
             try:
-                accepted.append(steps.add(prompt, rng.randint(1, 16), priority=rng.choice([0, 0, 1]), salt=rng.choice("aab")))
+                accepted.append(
+                    steps.add(
+                        prompt, rng.randint(1, 16), priority=rng.choice([0, 0, 1]), salt=rng.choice("aab"), bounded=rng.random() < 0.5
+                    )
+                )
             except QueueFull:
                 assert steps.scheduler.num_waiting == 20
         if rng.random() < 0.03 and steps.scheduler.has_work:
@@ -783,6 +953,7 @@ def test_a_long_day_with_a_tiny_pool(seed: int):
     steps.run(max_steps=600)
     assert set(steps.finished) == set(accepted)
     assert steps.scheduler.num_preemptions > 0 and steps.scheduler.num_prefix_hit_tokens > 0
+    assert (steps.num_ahead > 100 and steps.num_thrown_away > 10) == overlap
 
 
 def test_the_answers_do_not_depend_on_the_schedule():
@@ -796,6 +967,8 @@ def test_the_answers_do_not_depend_on_the_schedule():
         return [seq.token_ids[seq.num_prompt :] for seq in seqs]
 
     alone = answers(num_blocks=400, max_num_seqs=1, max_batch_tokens=64, prefix_caching=False)
+    assert answers(num_blocks=400, max_num_seqs=6, max_batch_tokens=64, overlap=True) == alone
+    assert answers(num_blocks=12, max_num_seqs=6, max_batch_tokens=7, overlap=True) == alone
     assert answers(num_blocks=400, max_num_seqs=6, max_batch_tokens=64, drafts=random.Random(1)) == alone
     assert answers(num_blocks=12, max_num_seqs=6, max_batch_tokens=20, drafts=random.Random(2)) == alone
     assert answers(num_blocks=400, max_num_seqs=20, max_batch_tokens=640) == alone

@@ -188,6 +188,8 @@ class LlmSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     speculation: SpeculationSpec = SpeculationSpec()
     cuda_graphs: bool = True
     """On a CUDA device, steps that only decode are captured and replayed."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """on: the next step is planned and given to the device while it computes one; auto: on a CUDA device, without speculation."""
     chat_template: str = ""
     """A file in the model's folder to use in place of the checkpoint's own template."""
     response_template: str = "auto"

@@ -76,6 +76,7 @@ def build_generator(
 
     Raises LoadError with one readable sentence.
     """
+    overlap = overlaps(spec, device)
     if threads:
         torch.set_num_threads(threads)
     loaded = load_decoder(folder, spec, device=device)
@@ -124,8 +125,10 @@ def build_generator(
         defaults=loaded.defaults,
         adapters=adapters,
         speculation=speculation,
+        overlap=overlap,
         clock=clock,
     )
+    overlapped = ["overlap: the next step is planned while one computes"] if overlap else []
     info = EngineInfo(
         tasks=("generate", "tokenize"),
         max_model_len=max_model_len,
@@ -137,7 +140,7 @@ def build_generator(
         num_kv_blocks=num_blocks,
         block_size=spec.block_size,
         kv_block_bytes=block_bytes_of(loaded.decoder, spec) + (block_bytes_of(draft.decoder, spec) if draft else 0),
-        explain=(*loaded.explain, reason, *drafts, *offered, engine.grammars.explained, f"response template: {parsed}"),
+        explain=(*loaded.explain, reason, *drafts, *offered, *overlapped, engine.grammars.explained, f"response template: {parsed}"),
     )
     return engine, tokenizer, info
 
@@ -148,6 +151,14 @@ def runner_for(decoder: Decoder, *, graphs: bool, **sizes: Any) -> Runner:
         return Runner(decoder, **sizes)
     captures = graphs and isinstance(decoder, LeanDecoder) and decoder.kernel.name == "triton"
     return CudaRunner(decoder, **sizes, capture=capture_graph() if captures else None)
+
+
+def overlaps(spec: LlmSpec, device: str) -> bool:
+    """Whether the next step is planned while one computes. Raises LoadError where it cannot be."""
+    drafts = spec.speculation.method != "off"
+    if spec.overlap == "on" and drafts:
+        raise LoadError("`llm.overlap: on` cannot be heeded with `llm.speculation`: drafts are guessed from tokens that are known")
+    return spec.overlap == "on" or (spec.overlap == "auto" and device != "cpu" and not drafts)
 
 
 def open_adapters(folder: Path, decoder: Decoder, spec: LlmSpec) -> tuple[Adapters | None, list[str]]:
@@ -272,7 +283,8 @@ def build_embedder(
 
 def refuse_of_generators(spec: LlmSpec) -> None:
     """Raises LoadError for what only models that generate do."""
-    for key, wanted in (("quantization", spec.quantization != "off"), ("deterministic", spec.deterministic)):
+    wishes = (("quantization", spec.quantization != "off"), ("deterministic", spec.deterministic), ("overlap", spec.overlap == "on"))
+    for key, wanted in wishes:
         if wanted:
             raise LoadError(f"`llm.{key}` is of models that generate: leave the line out")
 

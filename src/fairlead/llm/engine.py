@@ -1,7 +1,8 @@
 """The engine: requests in, pieces of their answers out, one `step` at a time.
 
-plan → run → sample → commit → advance. It has no thread and no clock of its own, so that a test drives it step by step;
-`fairlead.backends.llm` gives it a thread.
+plan → run → choose → read → commit → advance. With `overlap` the next step is planned and given to the device before this one is
+read. The engine has no thread and no clock of its own, so that a test drives it step by step; `fairlead.backends.llm` gives it a
+thread.
 """
 
 import secrets
@@ -23,12 +24,13 @@ from fairlead.llm.offload import Offloaded, offload_device
 from fairlead.llm.output import OutputStream
 from fairlead.llm.parsing.answers import AnswerFormat, Parsing
 from fairlead.llm.phases import Trail, merged
-from fairlead.llm.runner import Runner, wants_prompt_logits
-from fairlead.llm.sampler import Sampled, Sampler, SampleRow
+from fairlead.llm.runner import Chosen, Runner, wants_prompt_logits
+from fairlead.llm.sampler import Sampled, Sampler, SampleRow, sampled
 from fairlead.llm.scheduler import Chunk, Plan, Scheduler
 from fairlead.llm.sequence import Sequence
 from fairlead.llm.speculation.draft_model import DraftModel
 from fairlead.llm.speculation.speculation import Speculation
+from fairlead.llm.steps import Flight, chosen_on_device, may_fly_ahead
 from fairlead.llm.tokenizer import Tokenizer
 from fairlead.observe.metrics import Histogram
 from fairlead.observe.nvtx import ranged
@@ -107,9 +109,11 @@ class Engine:
         forced_tokens: bool = True,
         answers: AnswerFormat | None = None,
         speculation: Speculation | None = None,
+        overlap: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`defaults`: of the model's generation_config; `clock`: seconds."""
+        """`defaults`: of the model's generation_config; `overlap`: the device computes while the host reads the step before; `clock`:
+        seconds."""
         self.runner = runner
         self.scheduler = scheduler
         self.sampler = sampler
@@ -120,6 +124,7 @@ class Engine:
         self.adapters = adapters
         """Whose `take` gives what `add` wants of one; None where it takes none."""
         self.speculation = speculation
+        self.overlap = overlap
         self.clock = clock
         self.grammars = Grammars(tokenizer, runner.decoder.vocab_size, self.eos_ids, enabled=guides)
         """Whose `compile` gives what `add` wants of a guide."""
@@ -130,6 +135,10 @@ class Engine:
         self._choices: dict[int, tuple[_Generation, _Choice]] = {}  # by sequence
         self._masked: set[int] = set()  # sequences whose tokens cannot be chosen without the masks of their grammars
         self._next_sequence = 0
+        self._flights: deque[Flight] = deque()
+        """At most two, the first planned first."""
+        self._landed = 0.0
+        """When the last one was read."""
         self._suspects: deque[set[Sequence]] = deque()
         """While not empty: groups of sequences of a step that failed, tried one group after another."""
         self._failures = 0
@@ -243,7 +252,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._generations)
+        return bool(self._generations or self._flights)
 
     @property
     def recovering(self) -> bool:
@@ -281,15 +290,33 @@ class Engine:
     @ranged("step")
     def step(self) -> list[Answer]:
         """Compute one step and return what it gave. Raises EngineBroken where no step succeeds any more."""
+        answers: list[Answer] = []
+        if not self._flights:
+            self._launch(answers)
+        if self._flights and self._may_fly_ahead():
+            self._launch(answers)
+        if self._flights:
+            self._land(answers)
+        return answers
+
+    def _may_fly_ahead(self) -> bool:
+        speculating = self.speculation is not None
+        return (
+            self.overlap
+            and may_fly_ahead(self._flights, recovering=self.recovering, speculating=speculating)
+            and self.scheduler.preempts_nobody()
+        )
+
+    def _launch(self, answers: list[Answer]) -> None:
+        """Plan a step and give it to the device."""
         now = self.clock()
         while self._suspects and not self._suspects[0]:
             self._suspects.popleft()
-        speculation = None if self._suspects else self.speculation
-        if speculation is not None:
-            speculation.propose(self.scheduler, self._row_of)
+        before = self._flights[-1].chosen if self._flights else None
+        if self.speculation is not None and not self._flights and not self._suspects:
+            self.speculation.propose(self.scheduler, self._row_of)
             self._heed_grammars()
         plan = self.scheduler.plan(now, only=self._suspects[0] if self._suspects else None)
-        answers: list[Answer] = []
         for sequence in plan.preempted:
             trail, num_tokens = self._choices[sequence.id][1].trail, len(sequence.token_ids)
             trail.turn("preempted", now, step=self._num_steps, num_tokens=num_tokens)
@@ -298,19 +325,42 @@ class Engine:
         if not plan.chunks:
             if self._suspects:  # nothing of the group can run now: let everybody
                 self._suspects.popleft()
-            return answers
+            return
         try:
             with self._guided(plan):
-                logits = self.runner.run(plan.chunks)
-            sampled = self._sample(plan, logits)
+                logits_NV = self.runner.run(plan.chunks, before)
+            self._flights.append(self._choose(plan, logits_NV))
         except Exception as error:
             self._isolate(plan, error, answers)
-            return answers
+
+    @ranged("sample")
+    def _choose(self, plan: Plan, logits_NV: torch.Tensor) -> Flight:
+        """The step's tokens where the device chooses them, on their way to the host."""
+        chunks = [chunk for chunk in plan.chunks if chunk.samples]
+        flight = Flight(plan, chunks, [self._row_of(chunk.seq) for chunk in chunks], logits_NV)
+        if self.overlap and chosen_on_device(plan, flight.rows):
+            ids_N = self.sampler.choose(logits_NV, flight.rows, [chunk.seq.num_pending - 1 for chunk in chunks])
+            flight.chosen = Chosen(ids_N, {chunk.seq.id: place for place, chunk in enumerate(chunks)})
+            flight.read = self.runner.fetch(ids_N)
+        return flight
+
+    def _land(self, answers: list[Answer]) -> None:
+        """Wait for the first step in flight, and go on from what it gave."""
+        flight = self._flights.popleft()
+        plan, now = flight.plan, flight.plan.now
+        try:
+            found = self._read(flight)
+        except Exception as error:
+            while self._flights:  # it computes with what is not there
+                self.scheduler.rollback(self._flights.pop().plan)
+            self._isolate(plan, error, answers)
+            return
         self._failures = 0
         self.scheduler.commit(plan)
         done = self.clock()
         self._num_steps += 1
-        self._step_time.observe(done - now)
+        self._step_time.observe(done - max(now, self._landed))
+        self._landed = done
         for sequence in plan.admitted:
             if sequence.num_preemptions == 0:
                 self._queue_time.observe(now - sequence.arrived)
@@ -318,16 +368,16 @@ class Engine:
                 cached = sequence.cached_tokens if sequence.num_preemptions == 0 else 0
                 self._choices[sequence.id][1].trail.turn("prefill", now, step=self._num_steps - 1, num_tokens=cached)
         num_seqs = len(plan.chunks)
-        for chunk, tokens in sampled:
+        speculation = None if plan.only is not None else self.speculation
+        for chunk, tokens in found:
             if chunk.num_drafts and speculation is not None:
                 speculation.learn(chunk.seq, len(tokens) - 1, chunk.num_drafts)
-            if chunk.seq.id in self._choices:  # not gone with another choice of its request
+            if chunk.seq.id in self._choices:  # not gone: ended by the step before, or with its request
                 self._advance(chunk.seq, tokens, done, num_seqs, answers)
-        if self._suspects:  # they have shown that they can compute
-            self._suspects[0].difference_update([chunk.seq for chunk in plan.chunks if chunk.samples])
+        if self._suspects and plan.only is not None:  # they have shown that they can compute
+            self._suspects[0].difference_update([chunk.seq for chunk in flight.chunks])
         if speculation is not None:
-            speculation.end(plan, sum(len(tokens) for _, tokens in sampled))
-        return answers
+            speculation.end(plan, sum(len(tokens) for _, tokens in found))
 
     def _row_of(self, sequence: Sequence) -> SampleRow:
         return self._choices[sequence.id][1].row
@@ -353,10 +403,12 @@ class Engine:
         for (row, _), (masks_RW, first) in zip(guided, masks, strict=True):
             row.allow(masks_RW, first)
 
-    @ranged("sample")
-    def _sample(self, plan: Plan, logits_NV: torch.Tensor) -> list[tuple[Chunk, list[Sampled]]]:
+    @ranged("read")
+    def _read(self, flight: Flight) -> list[tuple[Chunk, list[Sampled]]]:
         """A token for every chunk that caught up, or several where it has a draft; log-probabilities of prompts on the way."""
-        chunks, rows = [], []
+        plan, logits_NV, chunks, rows = flight.plan, flight.logits_NV, flight.chunks, flight.rows
+        if flight.chosen is not None:
+            return [(chunk, [sampled(token_id)]) for chunk, token_id in zip(chunks, flight.read(), strict=True)]
         at: list[int] = []
         place = 0
         for chunk in plan.chunks:
@@ -366,8 +418,6 @@ class Engine:
             elif chunk.samples:
                 place += 1 + chunk.num_drafts
             if chunk.samples:
-                chunks.append(chunk)
-                rows.append(self._choices[chunk.seq.id][1].row)
                 at += range(place - 1 - chunk.num_drafts, place)
         if not chunks:
             return []
@@ -379,6 +429,8 @@ class Engine:
 
     def _note_prompt_logprobs(self, chunk: Chunk, logits_TV: torch.Tensor) -> None:
         sequence = chunk.seq
+        if sequence.id not in self._choices:
+            return
         generation, _ = self._choices[sequence.id]
         known: list[TokenLogprob | None] = generation.prompt_logprobs or [None]
         # after a preemption the prompt is computed again; the last row of the prompt predicts what is generated
@@ -503,8 +555,8 @@ class Engine:
         """A step failed. Its sequences are tried again in halves until the one that cannot be computed stands alone."""
         self._num_failed_steps += 1
         self._failures += 1
-        group = {chunk.seq for chunk in plan.chunks}
-        log.error("step failed", sequences=len(group), tokens=sum(chunk.num_tokens for chunk in plan.chunks), exc_info=error)
+        group = {chunk.seq for chunk in plan.chunks if chunk.seq.id in self._choices}
+        log.error("step failed", sequences=len(plan.chunks), tokens=sum(chunk.num_tokens for chunk in plan.chunks), exc_info=error)
         self.scheduler.rollback(plan)
         if self.speculation is not None:
             for chunk in plan.chunks:
@@ -514,7 +566,7 @@ class Engine:
             self._suspects[0] -= group
         if self._failures >= MAX_FAILURES:
             raise EngineBroken(f"{self._failures} steps failed one after another, the last with {type(error).__name__}: {error}") from error
-        if len(group) == 1:
+        if len(plan.chunks) == len(group) == 1:
             self._num_quarantined += 1
             message = f"the model failed on this request: {type(error).__name__}: {error}"
             self._fail(group.pop(), ModelError(message), answers)

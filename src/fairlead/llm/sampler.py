@@ -156,12 +156,18 @@ class SampleRow:
         """Nothing is wanted of its logits but the likeliest token, of those that a grammar allows."""
         return self._unshaped and self.greedy and self.num_generated >= self._min_tokens and self.sampling.logprobs is None
 
-    def uniform(self) -> float:
-        """In [0, 1), of this position and no other: element `num_generated` of the Philox stream keyed (seed, index).
+    @property
+    def on_device(self) -> bool:
+        """Its token can be chosen where the logits are: they are taken as they are, and nothing else of them is told."""
+        return self.plain and self.sampling.logprobs is None
+
+    def uniform(self, ahead: int = 0) -> float:
+        """In [0, 1), of this position, or of one so many ahead, and no other: element `num_generated` of the Philox stream keyed
+        (seed, index).
 
         Philox4x64-10 (Salmon et al. 2011) counts instead of remembering, so that a step may be computed again.
         """
-        block, place = divmod(self.num_generated, NUM_UNIFORMS)
+        block, place = divmod(self.num_generated + ahead, NUM_UNIFORMS)
         if self._uniforms is None or block != self._uniforms_block:
             key = np.array([self.seed & 0xFFFF_FFFF_FFFF_FFFF, self.index], np.uint64)
             bits = np.random.Philox(key=key, counter=block * (NUM_UNIFORMS // 4))  # four numbers for each count
@@ -279,6 +285,17 @@ class Sampler:
             masks = None if masks_RW is None else torch.from_numpy(masks_RW)
             return torch.ops.fairlead.likeliest(logits_NV, rows or [], masks, places or []).tolist()  # type: ignore[no-any-return]
         return _argmax(logits_NV[rows] if rows else logits_NV, None if masks_RW is None else masks_RW[places])
+    def choose(self, logits_NV: torch.Tensor, rows: Sequence[SampleRow], ahead: Sequence[int]) -> torch.Tensor:
+        """[N] int64, where the logits are: a token for each row, all of them `on_device`; -1 where its logits are not usable.
+
+        `ahead`: how many tokens of each row come before this one that it was not told of yet.
+        """
+        drawn = [n for n, row in enumerate(rows) if not row.greedy]
+        ids = self.likeliest(logits_NV) if len(drawn) < len(rows) else [-1] * len(rows)
+        if drawn:
+            for n, logits_V in zip(drawn, _on_host(logits_NV if len(drawn) == len(rows) else logits_NV[drawn]), strict=True):
+                ids[n] = self._draw(logits_V, rows[n], ahead[n]) if np.isfinite(logits_V.max()) else -1
+        return torch.tensor(ids, dtype=torch.int64)
 
     def verify(self, logits_NV: torch.Tensor, rows: Sequence[SampleRow], drafts: Sequence[Sequence[int]]) -> list[list[Sampled]]:
         """One token or more for each row, in order. `logits_NV` has a row for the next token of each, and then one for what
@@ -344,10 +361,10 @@ class Sampler:
             return Sampled(token_id)
         return _told(logits_V, token_id, row.sampling.logprobs)
 
-    def _draw(self, logits_V: Row, row: SampleRow) -> int:
+    def _draw(self, logits_V: Row, row: SampleRow, ahead: int = 0) -> int:
         """By the inverse of the cumulative distribution at the row's uniform."""
         weights, ids = self.shape(logits_V, row.sampling)
-        place = _place(weights, row.uniform(), self._starts if ids is None else None)
+        place = _place(weights, row.uniform(ahead), self._starts if ids is None else None)
         return place if ids is None else int(ids[place])
 
     def shape(self, logits_V: Row, sampling: Sampling) -> tuple[Row, np.ndarray[Any, np.dtype[np.int64]] | None]:
@@ -404,9 +421,7 @@ def _argmax(logits_NV: torch.Tensor, mask_NW: MaskRows | None = None) -> list[in
         if mask_NW is not None:
             ceilings_NV = torch.from_numpy(ceilings(mask_NW, logits_NV.shape[-1])).to(logits_NV.device, logits_NV.dtype)
             logits_NV = torch.minimum(logits_NV, ceilings_NV)
-        ids_N = logits_NV.argmax(-1)
-        finite_N = logits_NV.gather(-1, ids_N[:, None]).squeeze(-1).isfinite()
-        return torch.where(finite_N, ids_N, -1).tolist()  # type: ignore[no-any-return]
+        return likeliest(logits_NV).tolist()  # type: ignore[no-any-return]
     ids: list[int] = []
     for at in range(0, len(logits_NV), ROWS_AT_ONCE):  # torch's argmax takes 5 to 20 times as long on a CPU
         rows = logits_NV[at : at + ROWS_AT_ONCE].float().numpy()
@@ -415,6 +430,13 @@ def _argmax(logits_NV: torch.Tensor, mask_NW: MaskRows | None = None) -> list[in
         chosen = rows.argmax(-1)
         ids += np.where(np.isfinite(rows[np.arange(len(rows)), chosen]), chosen, -1).tolist()
     return ids
+
+
+def likeliest(logits_NV: torch.Tensor) -> torch.Tensor:
+    """[N] int64: the first of the largest of each row; -1 where it is not finite."""
+    ids_N = logits_NV.argmax(-1)
+    finite_N = logits_NV.gather(-1, ids_N[:, None]).squeeze(-1).isfinite()
+    return torch.where(finite_N, ids_N, -1)
 
 
 def sampled(token_id: int) -> Sampled:

@@ -3,7 +3,7 @@
 One rule, that of vLLM's v1 scheduler: the tokens computed catch up with the tokens known. Prompts cut into chunks, decodes,
 cached prefixes and sequences that start again after a preemption are all the same case. Sequences are served by
 (priority, arrival); of one priority those that run before those that wait. Drafts come last: they take budget and blocks that
-nothing known has a use for.
+nothing known has a use for. A second step may be planned while one is under way, with a place for every token that it chooses.
 
     waiting ── plan ──► running ── finish ──► gone          abort: from anywhere
        ▲                  │
@@ -11,6 +11,7 @@ nothing known has a use for.
 """
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Set
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -28,14 +29,14 @@ class Chunk(NamedTuple):
     start: int
     num_tokens: int
     samples: bool
-    """It goes up to the last token known: the step's logits choose the next."""
+    """It goes up to the last token that has a place: the step's logits choose the next."""
     num_drafts: int = 0
     """Of its tokens the last, which are the sequence's `draft`: each has logits, to see whether it is what would be chosen."""
 
 
 @dataclass(slots=True)
 class Plan:
-    """One step. A plan with chunks is followed by `commit` or `rollback`; an empty one by nothing."""
+    """One step. A plan with chunks is under way until `commit` or `rollback`; an empty one is not."""
 
     now: float
     only: Set[Sequence] | None = None
@@ -48,6 +49,8 @@ class Plan:
     """Started or started again: they have a new row."""
     published: list[int] = field(default_factory=list)
     """Blocks that others may share already, and that this step is to fill."""
+    withheld: list[tuple[Sequence, int]] = field(default_factory=list)
+    """(sequence, place in its table) of blocks that the step fills with a token that is not known yet."""
     num_tokens: int = 0
     num_drafts: int = 0
     """Of those, the ones that are not known."""
@@ -57,7 +60,7 @@ class Plan:
 
 def _decodes(seq: Sequence) -> bool:
     """It goes on by a token in every step: it has one to compute, or several that its grammar has chosen."""
-    num_tokens = len(seq.token_ids) - seq.num_computed
+    num_tokens = len(seq.token_ids) + seq.num_pending - seq.num_computed
     return num_tokens == 1 or (num_tokens > 1 and len(seq.token_ids) > seq.num_prompt)
 
 
@@ -97,7 +100,8 @@ class Scheduler:
         """No waiting sequence has an earlier one."""
         self._blocked: tuple[Sequence, int, int] | None = None
         """(first in line that found too few blocks, sequences that ran, blocks that were free)."""
-        self._underway: Plan | None = None
+        self._underway: deque[Plan] = deque()
+        """At most two, the first planned first."""
 
     @property
     def num_running(self) -> int:
@@ -122,7 +126,8 @@ class Scheduler:
     def abort(self, seq: Sequence) -> None:
         """Forget it, wherever it is; its blocks are free at once. One that is gone already is no error.
 
-        While a step is under way the blocks are still being written, but the next plan is the first that can hand them on.
+        While steps are under way the blocks are still being written, but only later plans can hand them on, and a device
+        computes steps in the order of their plans.
         """
         if seq.row >= 0:
             self._vacate(seq)
@@ -132,7 +137,7 @@ class Scheduler:
                 del self.waiting[index]
 
     def finish(self, seq: Sequence) -> None:
-        """Its row and blocks are free; the full blocks stay cached."""
+        """Its row and blocks are free, as after `abort`; the full blocks stay cached."""
         assert seq.row >= 0, f"{seq} does not run"
         self._vacate(seq)
 
@@ -142,11 +147,11 @@ class Scheduler:
         `only`: nothing but these compute, to find the one that makes a step fail. They start even where others must be
         preempted for it, and nothing expires.
         """
-        assert self._underway is None, "the last plan was neither committed nor rolled back"
+        assert len(self._underway) < 2, "two plans were neither committed nor rolled back"
         plan = Plan(now, only)
         if only is None:
             self._expire(plan)
-            running = self.running.copy()
+            running = [seq for seq in self.running if not self._ends(seq)] if self._underway else self.running.copy()
         else:
             running = [seq for seq in self.running if seq in only]
         plan.num_reserved = sum([_decodes(seq) for seq in running])
@@ -163,21 +168,39 @@ class Scheduler:
                 if chunk.seq.draft and chunk.samples:
                     self._add_draft(plan, index, chunk)
         if plan.chunks:
-            self._underway = plan
+            self._underway.append(plan)
+        for seq, start, num_tokens, samples, num_drafts in plan.chunks:
+            seq.num_computed = start + num_tokens - num_drafts
+            seq.num_pending += samples
         return plan
+
+    def preempts_nobody(self) -> bool:
+        """Whether that is sure of a plan made now. One made while a step is under way must not: that step may end sequences,
+        and then nobody has to go."""
+        if self.waiting and self.running and self.waiting[0].priority < self.running[-1].priority:
+            return False
+        if self.pool.num_free >= len(self.running) + self.max_batch_tokens // self.pool.block_size:
+            return True
+        missing = 0
+        for seq in self.running:
+            num_tokens = min(seq.num_tokens - seq.num_computed, self.max_batch_tokens)
+            missing += max(0, self.pool.num_blocks_for(seq.num_computed + num_tokens) - len(seq.blocks))
+        return missing <= self.pool.num_free
 
     def commit(self, plan: Plan) -> None:
         """The step is computed. The engine then appends a token to each sequence whose chunk `samples`, or several and tells
         how many of them were drafts (`accept`)."""
-        assert plan is self._underway, "this plan is not under way"
-        self._underway = None
-        for seq, _, num_tokens, _, num_drafts in plan.chunks:
+        assert self._underway and plan is self._underway[0], "this plan is not the first under way"
+        self._underway.popleft()
+        for seq, _, _, samples, _ in plan.chunks:
+            seq.num_pending -= samples
+            seq.draft = []
+        for seq, index in plan.withheld:
             if seq.row >= 0:
-                seq.num_computed += num_tokens - num_drafts
-                seq.draft = []
+                self.pool.publish(seq, index, index + 1)
         for seq in plan.admitted:
             if seq.num_preemptions == 0 and self._asks_cache(seq):
-                self.num_prefix_queried_tokens += seq.num_tokens
+                self.num_prefix_queried_tokens += len(seq.token_ids)
                 self.num_prefix_hit_tokens += seq.cached_tokens
 
     def reserve(self, seq: Sequence, num_tokens: int) -> int:
@@ -199,16 +222,19 @@ class Scheduler:
             self.pool.publish(seq, start // size, end // size)
 
     def rollback(self, plan: Plan) -> None:
-        """The step failed: what it was to compute is not there.
+        """The step failed, or goes on from one that did: what it was to compute is not there.
 
         Sequences that ran before it keep what they had computed. Those that it admitted wait again as if it had not been:
-        they alone can have taken a block that the step was to fill.
+        of those that stay, they alone can have taken a block that the step was to fill.
         """
-        assert plan is self._underway, "this plan is not under way"
-        self._underway = None
+        assert self._underway and plan is self._underway[-1], "this plan is not the last under way"
+        self._underway.pop()
         self.pool.unpublish(plan.published)
-        for chunk in plan.chunks:
-            chunk.seq.draft = []
+        for seq, start, _, samples, _ in plan.chunks:
+            seq.draft = []
+            seq.num_pending -= samples
+            if seq.row >= 0:
+                seq.num_computed = start
         for seq in plan.admitted:
             if seq.row >= 0:
                 self._vacate(seq)
@@ -226,7 +252,11 @@ class Scheduler:
         assert sorted(rows + self._free_rows) == list(range(self.num_rows)), f"rows {rows} in use, {self._free_rows} free"
         for seq in self.waiting:
             assert seq.row == -1 and not seq.blocks and not seq.num_computed, f"{seq} waits and holds something"
-        if self._underway is None:
+        assert len(self._underway) <= 2
+        for seq in (*self.running, *self.waiting):
+            pending = sum(chunk.seq is seq and chunk.samples for plan in self._underway for chunk in plan.chunks)
+            assert seq.num_pending == pending, f"{seq}: {seq.num_pending} pending, {pending} under way"
+        if not self._underway:
             for seq in self.running:
                 for block in seq.blocks[seq.num_computed // self.pool.block_size :]:
                     assert not self.pool.is_published(block), f"{seq}: block {block} is published and not computed"
@@ -241,7 +271,7 @@ class Scheduler:
 
     def _continue(self, plan: Plan, seq: Sequence) -> None:
         """The next tokens of a running sequence: one, or as much of its prompt as the budget has left."""
-        num_tokens = len(seq.token_ids) - seq.num_computed
+        num_tokens = len(seq.token_ids) + seq.num_pending - seq.num_computed
         if num_tokens > 1:
             reserved = self._is_reserved(plan, seq)
             num_tokens = min(num_tokens, self._budget(plan) + reserved)
@@ -276,8 +306,11 @@ class Scheduler:
             seq.blocks += self.pool.allocate(self.pool.num_blocks_for(end) - len(seq.blocks))
         if end // size > start // size:
             # Found by others from now on: in a step, every token's K and V are stored before any token attends.
-            plan.published += self.pool.publish(seq, start // size, end // size)
-        plan.chunks.append(Chunk(seq, start, num_tokens, end == len(seq.token_ids)))
+            if end <= len(seq.token_ids):
+                plan.published += self.pool.publish(seq, start // size, end // size)
+            else:  # by a token that the step under way chooses
+                plan.withheld.append((seq, start // size))
+        plan.chunks.append(Chunk(seq, start, num_tokens, end == len(seq.token_ids) + seq.num_pending))
         plan.num_tokens += num_tokens
 
     def _add_draft(self, plan: Plan, index: int, chunk: Chunk) -> None:
@@ -384,7 +417,15 @@ class Scheduler:
     def _yields(self, plan: Plan, victim: Sequence, *, to: Sequence) -> bool:
         return victim.priority > to.priority or (plan.only is not None and victim not in plan.only)
 
+    def _ends(self, seq: Sequence) -> bool:
+        """The token that it waits for is its last one, whichever it is."""
+        most = seq.sampling.max_tokens
+        return seq.num_pending > 0 and (
+            seq.num_tokens >= self.max_model_len or (most is not None and seq.num_tokens - seq.num_prompt >= most)
+        )
+
     def _preempt(self, plan: Plan, seq: Sequence) -> None:
+        assert not self._underway, "the step under way may end somebody"
         plan.num_reserved -= self._is_reserved(plan, seq)
         plan.preempted.append(seq)
         seq.num_preemptions += 1

@@ -9,6 +9,8 @@ class Sequence:
 
     One rule moves it: the tokens computed (whose K and V are in its blocks) catch up with the tokens known. A prompt is
     many known and few computed; a decode is one behind; a preempted sequence starts again from zero with all it knows.
+    A token that a step under way chooses has its place from the moment the step is planned: who plans another step before
+    the host knows the token counts it, who needs its id finds it on the device.
     """
 
     __slots__ = (
@@ -21,6 +23,7 @@ class Sequence:
         "hashes",
         "id",
         "num_computed",
+        "num_pending",
         "num_preemptions",
         "num_prompt",
         "priority",
@@ -51,6 +54,9 @@ class Sequence:
         """Tokens that may follow, proposed for the next step alone: it computes them with the last one known, and those that
         turn out to be chosen become known. Only of one that decodes."""
         self.num_computed = 0
+        """Tokens that are computed, or that a step under way computes."""
+        self.num_pending = 0
+        """Tokens after `token_ids` that steps under way choose: one for each."""
         self.blocks: list[int] = []
         """Block ids, in the order of its tokens."""
         self.hashes: list[bytes] = []
@@ -73,7 +79,8 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Known or pending."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_generated(self) -> int:

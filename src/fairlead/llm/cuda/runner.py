@@ -17,7 +17,7 @@ import torch
 from fairlead.llm.batch import StepBatch
 from fairlead.llm.load import Decoder
 from fairlead.llm.lora import Layout
-from fairlead.llm.runner import Runner, wants_prompt_logits
+from fairlead.llm.runner import Chosen, Runner, Wait, fill_in, id_at, wants_prompt_logits
 from fairlead.llm.scheduler import Chunk
 
 log = structlog.get_logger("fairlead.llm")
@@ -82,12 +82,12 @@ class CudaRunner(Runner):
         self._captured: set[int] = set()
         self._spare = num_blocks  # the block of rows that fill up a bucket
         max_blocks = self.tables_RB.shape[1]
-        pinned = decoder.device != "cpu"
-        inputs = torch.zeros(3, max_num_seqs, dtype=torch.int64, pin_memory=pinned)
-        lens = torch.ones(max_num_seqs, dtype=torch.int32, pin_memory=pinned)
-        tables = torch.full((max_num_seqs, max_blocks), self._spare, dtype=torch.int32, pin_memory=pinned)
-        self._host = (inputs, lens, tables)
-        self._fixed = tuple(tensor.clone() if decoder.device == "cpu" else tensor.to(decoder.device) for tensor in self._host)
+        self._on_cuda = torch.device(decoder.device).type == "cuda"
+        inputs = torch.zeros(2, 3, max_num_seqs, dtype=torch.int64, pin_memory=self._on_cuda)
+        lens = torch.ones(2, max_num_seqs, dtype=torch.int32, pin_memory=self._on_cuda)
+        tables = torch.full((2, max_num_seqs, max_blocks), self._spare, dtype=torch.int32, pin_memory=self._on_cuda)
+        self._host = (inputs, lens, tables)  # written by turns
+        self._fixed = tuple(tensor[0].clone().to(decoder.device) for tensor in self._host)
         self._arange = torch.arange(max_num_seqs + 1, device=decoder.device)
 
     def sleep(self) -> None:
@@ -96,19 +96,48 @@ class CudaRunner(Runner):
         self._captured.clear()
         super().sleep()
 
-    def run(self, chunks: Seq[Chunk]) -> torch.Tensor:
+    def mark(self) -> Wait:
+        if not self._on_cuda:
+            return super().mark()
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.decoder.device))
+        return event.synchronize  # type: ignore[no-any-return]
+
+    def fetch(self, ids_N: torch.Tensor) -> Callable[[], list[int]]:
+        if not self._on_cuda:
+            return super().fetch(ids_N)
+        host_N = torch.empty(ids_N.shape, dtype=ids_N.dtype, pin_memory=True)
+        host_N.copy_(ids_N, non_blocking=True)
+        copied = self.mark()
+
+        def read() -> list[int]:
+            copied()
+            return host_N.tolist()  # type: ignore[no-any-return]
+
+        return read
+
+    def _run(self, chunks: Seq[Chunk], chosen: Chosen | None) -> torch.Tensor:
         if self._capture is None or not all(_decodes(chunk) for chunk in chunks):
-            return super().run(chunks)
+            return super()._run(chunks, chosen)
         size = self._buckets[bisect_left(self._buckets, len(chunks))]
-        self._write(chunks, size)
+        self._write(chunks, size, chosen)
+        return self.replay(self._turn, size, chosen)[: len(chunks)]
+
+    def replay(self, turn: int, size: int, chosen: Chosen | None) -> torch.Tensor:
+        """What the device does of a step that is captured."""
+        for host, fixed in zip(self._host[:2], self._fixed[:2], strict=True):
+            fixed.copy_(host[turn], non_blocking=True)
+        self._fixed[2][:size].copy_(self._host[2][turn, :size], non_blocking=True)
+        if chosen is not None and chosen.places:
+            fill_in(self._fixed[0][0, :size], chosen)
         with torch.inference_mode():
-            return self._step(size)()[: len(chunks)]
+            return self._step(size)()
 
     def _step(self, size: int) -> Compute:
         """Launch by launch the first time, captured the second, replayed from then on."""
         step = self._steps.get(size)
         if step is None:
-            batch = self._batch(size)
+            batch = self._fixed_batch(size)
             step = self._steps[size] = lambda: self.decoder(batch, self.cache)
         elif size not in self._captured:
             assert self._capture is not None
@@ -117,7 +146,7 @@ class CudaRunner(Runner):
             log.debug("step captured", sequences=size)
         return step
 
-    def _batch(self, size: int) -> StepBatch:
+    def _fixed_batch(self, size: int) -> StepBatch:
         """Views of the tensors that stay where they are."""
         (ids, positions, slots), lens, tables = self._fixed
         return StepBatch(
@@ -132,15 +161,16 @@ class CudaRunner(Runner):
             max_context_len=self.tables_RB.shape[1] * self.block_size,
         )
 
-    def _write(self, chunks: Seq[Chunk], size: int) -> None:
-        """The step's input into those tensors."""
+    def _write(self, chunks: Seq[Chunk], size: int, chosen: Chosen | None) -> None:
+        """The step's input, on the host."""
         num = len(chunks)
-        inputs, lens, tables = (tensor.numpy() for tensor in self._host)
+        inputs, lens, tables = (tensor[self._turn].numpy() for tensor in self._host)
         rows = np.empty(num, np.int64)
         for s, chunk in enumerate(chunks):
             sequence = chunk.seq
             rows[s] = sequence.row
-            inputs[0, s], inputs[1, s] = sequence.token_ids[chunk.start], chunk.start
+            inputs[0, s] = sequence.token_ids[chunk.start] if chosen is None else id_at(sequence, chunk.start, chosen)
+            inputs[1, s] = chunk.start
             self._know_blocks(sequence.row, sequence.blocks)
         positions = inputs[1, :num]
         block, offset = np.divmod(positions, self.block_size)
@@ -152,9 +182,6 @@ class CudaRunner(Runner):
         inputs[2, num:size] = self._spare * self.block_size
         lens[num:size] = 1
         tables[num:size, 0] = self._spare
-        for host, fixed in zip(self._host[:2], self._fixed[:2], strict=True):
-            fixed.copy_(host, non_blocking=True)
-        self._fixed[2][:size].copy_(self._host[2][:size], non_blocking=True)
 
 
 def _decodes(chunk: Chunk) -> bool:

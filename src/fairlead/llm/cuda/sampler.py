@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fairlead.llm.sampler import MIN_TEMPERATURE, Sampled, Sampler, SampleRow, sampled
+from fairlead.llm.sampler import MIN_TEMPERATURE, Sampled, Sampler, SampleRow, likeliest, sampled
 
 MAX_TOP_K = 1024
 """Above it the whole row is sorted."""
@@ -17,7 +17,7 @@ MAX_TOP_K = 1024
 
 class CudaSampler(Sampler):
     def sample(self, logits_NV: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-        drawn = [n for n, row in enumerate(rows) if row.plain and not row.greedy and row.sampling.logprobs is None]
+        drawn = [n for n, row in enumerate(rows) if row.on_device and not row.greedy]
         if not drawn:
             return super().sample(logits_NV, rows)
         ids = iter(draw(logits_NV if len(drawn) == len(rows) else logits_NV[drawn], [rows[n] for n in drawn]).tolist())
@@ -26,12 +26,30 @@ class CudaSampler(Sampler):
         rest = iter(super().sample(logits_NV[others], [rows[n] for n in others]) if others else ())
         return [sampled(next(ids)) if n in at else next(rest) for n in range(len(rows))]
 
+    def choose(self, logits_NV: torch.Tensor, rows: Sequence[SampleRow], ahead: Sequence[int]) -> torch.Tensor:
+        drawn = [n for n, row in enumerate(rows) if not row.greedy]
+        if drawn and len(drawn) == len(rows):
+            return draw(logits_NV, rows, ahead)
+        ids_N = likeliest(logits_NV)
+        if drawn:
+            at_D = _on(logits_NV.device, drawn, torch.int64)
+            ids_D = draw(logits_NV.index_select(0, at_D), [rows[n] for n in drawn], [ahead[n] for n in drawn])
+            ids_N = ids_N.index_copy(0, at_D, ids_D)
+        return ids_N
 
-def draw(logits_NV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """[N] int64: a token for each row; -1 where its logits are not usable."""
+
+def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """On its way from memory that the device reads by itself: a copy from any other would wait for what the device has to do.
+    Torch keeps such memory until it is read."""
+    pinned = device.type != "cpu"
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+
+
+def draw(logits_NV: torch.Tensor, rows: Sequence[SampleRow], ahead: Sequence[int] = ()) -> torch.Tensor:
+    """[N] int64: a token for each row; -1 where its logits are not usable. `ahead`: as `choose` takes it; (): 0 for each."""
 
     def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(logits_NV.device, non_blocking=True)[:, None]
+        return _on(logits_NV.device, values, dtype)[:, None]
 
     samplings = [row.sampling for row in rows]
     temperature_N1 = column([max(sampling.temperature or 0.0, MIN_TEMPERATURE) for sampling in samplings])
@@ -62,7 +80,8 @@ def draw(logits_NV: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
         threshold_N1 = torch.where(top_p_N1 < 1.0, torch.maximum(threshold_N1, nucleus_N1), threshold_N1)
     weights_NV = torch.where(weights_NV >= threshold_N1, weights_NV, 0.0)
     sums_NV = weights_NV.cumsum(-1, dtype=torch.float64)
-    target_N1 = column([row.uniform() for row in rows], torch.float64) * sums_NV[:, -1:]
+    uniforms = [row.uniform(num) for row, num in zip(rows, ahead or [0] * len(rows), strict=True)]
+    target_N1 = column(uniforms, torch.float64) * sums_NV[:, -1:]
     ids_N = torch.searchsorted(sums_NV, target_N1, right=True).squeeze(1)
     last_N = vocab_size - 1 - (weights_NV > 0).flip(-1).int().argmax(-1)  # what rounding leads past the end
     return torch.where(largest_N1.squeeze(1).isfinite(), torch.minimum(ids_N, last_N), -1)
