@@ -77,9 +77,11 @@ class Running:
         assert not self.thread.is_alive()
 
 
-@pytest.fixture
-def running(checkpoint: Path) -> Iterator[Running]:
-    running = Running(BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=SPEC), 1))
+@pytest.fixture(params=["off", "on"])
+def running(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    """With a step in flight when it is closed, or none."""
+    spec = structs.replace(SPEC, overlap=request.param)
+    running = Running(BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=spec), 1))
     yield running
     running.close()
 
@@ -171,8 +173,7 @@ def test_adapters_take_turns_in_a_budget_for_one(tmp_path):
         running.close()
 
 
-def test_closing_ends_what_is_left(checkpoint):
-    running = Running(BACKEND.load_engine(checkpoint, ModelSpec(name="m", llm=SPEC), 1))
+def test_closing_ends_what_is_left(running):
     for work in range(3):
         running.submit(work, Generate(chat=HELLO, sampling=Sampling(max_tokens=200, ignore_eos=True)))
     running.close()

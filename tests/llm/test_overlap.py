@@ -219,8 +219,8 @@ def test_of_a_guided_row_and_of_drafts_the_host_decides():
 
 
 def test_a_step_follows_one_whose_tokens_the_device_knows():
-    unknown = Flight(Plan(0.0), [], [], torch.zeros(0), set())
-    chosen = Flight(Plan(0.0), [], [], torch.zeros(0), set(), Chosen(torch.zeros(0), {}))
+    unknown = Flight(Plan(0.0), [], [], set(), logits_NV=torch.zeros(0))
+    chosen = Flight(Plan(0.0), [], [], set(), chosen=Chosen(torch.zeros(0), {}))
     ways = {"recovering": False, "speculating": False}
     assert may_fly_ahead([chosen], **ways)
     assert not may_fly_ahead([unknown], **ways) and not may_fly_ahead([], **ways) and not may_fly_ahead([chosen, chosen], **ways)

@@ -335,10 +335,12 @@ class Engine:
 
     @ranged("sample")
     def _choose(self, plan: Plan, logits_NV: torch.Tensor) -> Flight:
-        """The step's tokens where the device chooses them, on their way to the host."""
+        """The step's tokens, on their way to the host, or its logits, of which the host will choose."""
         chunks = [chunk for chunk in plan.chunks if chunk.samples]
-        flight = Flight(plan, chunks, [self._row_of(chunk.seq) for chunk in chunks], logits_NV)
-        if self.overlap and chosen_on_device(plan, flight.rows):
+        flight = Flight(plan, chunks, [self._row_of(chunk.seq) for chunk in chunks])
+        if not (self.overlap and chosen_on_device(plan, flight.rows)):
+            flight.logits_NV = logits_NV
+        else:
             ids_N = self.sampler.choose(logits_NV, flight.rows, [chunk.seq.num_pending - 1 for chunk in chunks])
             flight.chosen = Chosen(ids_N, {chunk.seq.id: place for place, chunk in enumerate(chunks)})
             flight.read = self.runner.fetch(ids_N)
@@ -409,6 +411,7 @@ class Engine:
         plan, logits_NV, chunks, rows = flight.plan, flight.logits_NV, flight.chunks, flight.rows
         if flight.chosen is not None:
             return [(chunk, [sampled(token_id)]) for chunk, token_id in zip(chunks, flight.read(), strict=True)]
+        assert logits_NV is not None
         at: list[int] = []
         place = 0
         for chunk in plan.chunks:

@@ -20,9 +20,10 @@ class Flight:
     """Of the plan, those that sample."""
     rows: list[SampleRow]
     """Of those, in order."""
-    logits_NV: torch.Tensor
+    logits_NV: torch.Tensor | None = None
+    """Where the host chooses."""
     chosen: Chosen | None = None
-    """Where the device chooses."""
+    """Where the device does."""
     read: Callable[[], list[int]] = field(default=list)
     """Waits for what it chose."""
 
