@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from fairlead.core.errors import LoadError, ModelError, TimeoutExpired
 from fairlead.core.generation import Guide, Sampling
@@ -21,6 +22,7 @@ from fairlead.llm.sampler import SampleRow
 from fairlead.llm.scheduler import Chunk, Plan
 from fairlead.llm.sequence import Sequence
 from fairlead.llm.steps import Flight, chosen_on_device, may_fly_ahead
+from tests.llm.adapters import tiny_adapter
 from tests.llm.late import LateDevice, late
 from tests.llm.test_engine import BLOCK_BYTES, CURSED, Answers, Clock, Cursed, Ticking, fall_over, prompts_of
 from tests.llm.tiny import EOS_ID, tiny_checkpoint
@@ -57,9 +59,9 @@ Build = Callable[..., Engine]
 
 @pytest.fixture
 def build(checkpoint: Path) -> Build:
-    def make(overlap: str = "on", num_blocks: int = 36, clock: Clock | None = None, **changes: Any) -> Engine:
+    def make(overlap: str = "on", num_blocks: int = 36, clock: Clock | None = None, folder: Path = checkpoint, **changes: Any) -> Engine:
         spec = LlmSpec(**{**SMALL, "kv_cache_bytes": num_blocks * BLOCK_BYTES, "overlap": overlap, **changes})
-        return build_generator(checkpoint, spec, clock=clock or Clock())[0]
+        return build_generator(folder, spec, clock=clock or Clock())[0]
 
     return make
 
@@ -182,6 +184,26 @@ def test_a_grammar_is_followed_beside_answers_that_have_none(build):
         found.append(told(answers.finish()))
     assert found[0] == found[1]
     assert found[0][0, 0]["text"] == "one sailor, " * 3 + "two sailors"
+
+
+def test_adapters_are_mixed_in_steps_that_overlap(build, tmp_path):
+    folder = tiny_checkpoint(tmp_path, "llama")
+    tiny_adapter(folder, "one", std=0.3)
+    tiny_adapter(folder, "two", r=2, std=0.4)
+    found = []
+    for overlap in ("off", "on"):
+        engine = build(overlap, folder=folder)
+        if overlap == "on":
+            late(engine, captures=True)
+        assert engine.adapters is not None
+        answers = Answers(engine)
+        for id, name in enumerate(("one", "", "two", "one", "")):
+            adapter = engine.adapters.take(name) if name else None
+            engine.add(id, prompts_of(20)[0], structs.replace(GREEDY, max_tokens=6 + 3 * id), adapter=adapter)
+            answers.step()
+        found.append(told(answers.finish()))
+    assert found[0] == found[1]
+    assert len({tuple(found[0][id, 0]["ids"][:6]) for id in (0, 1, 2)}) == 3
 
 
 # What is planned ahead
