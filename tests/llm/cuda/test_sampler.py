@@ -76,3 +76,31 @@ def test_a_token_without_weight_is_never_drawn():
     drawn = draw(logits_NV, [row(seed) for seed in range(64)]).tolist()
 
     assert set(drawn) == {17, 29}
+
+
+@pytest.mark.parametrize("temperatures", [(0.0, 1.0, 0.0, 0.7), (0.0, 0.0), (1.0, 0.6, 1.3)])
+def test_tokens_that_stay_on_the_device_are_those_that_are_told(temperatures):
+    rows = [row(seed, temperature=temperature) for seed, temperature in enumerate(temperatures)]
+    logits_NV = logits(len(rows))
+    logits_NV[1] = float("nan")
+    sampler = CudaSampler(VOCAB)
+
+    chosen = sampler.choose(logits_NV, rows, [0] * len(rows))
+
+    assert chosen.dtype == torch.int64
+    assert chosen.tolist() == [each.token_id for each in sampler.sample(logits_NV, rows)] and chosen[1] == -1
+
+
+@pytest.mark.parametrize("sampler", [Sampler(VOCAB), CudaSampler(VOCAB)])
+def test_a_row_that_is_ahead_draws_with_the_number_of_its_place(sampler):
+    logits_NV = logits(1)
+    told = row(7)
+    one_after_another = []
+    for _ in range(70):
+        [each] = sampler.sample(logits_NV, [told])
+        told.push(each.token_id)
+        one_after_another.append(each.token_id)
+
+    untold = row(7)
+    assert [int(sampler.choose(logits_NV, [untold], [ahead])) for ahead in range(70)] == one_after_another
+    assert untold.num_generated == 0 and len(set(one_after_another)) > 20
