@@ -158,7 +158,13 @@ class Steps:
         return plan
 
     def launch_ahead(self) -> Plan | None:
-        if not self.overlap or len(self.flights) != 1 or self.drafts is not None or self.forced is not None or not self.scheduler.preempts_nobody():
+        if (
+            not self.overlap
+            or len(self.flights) != 1
+            or self.drafts is not None
+            or self.forced is not None
+            or not self.scheduler.preempts_nobody()
+        ):
             return None
         plan = self.launch()
         assert not plan.preempted

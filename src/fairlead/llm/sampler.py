@@ -285,6 +285,7 @@ class Sampler:
             masks = None if masks_RW is None else torch.from_numpy(masks_RW)
             return torch.ops.fairlead.likeliest(logits_NV, rows or [], masks, places or []).tolist()  # type: ignore[no-any-return]
         return _argmax(logits_NV[rows] if rows else logits_NV, None if masks_RW is None else masks_RW[places])
+
     def choose(self, logits_NV: torch.Tensor, rows: Sequence[SampleRow], ahead: Sequence[int]) -> torch.Tensor:
         """[N] int64, where the logits are: a token for each row, all of them `on_device`; -1 where its logits are not usable.
 
