@@ -234,15 +234,16 @@ def test_what_needs_the_host_is_not_chosen_on_the_device(changes, on_device):
     assert not chosen_on_device(plan, [mine, row(logprobs=1)])
 
 
-def test_of_a_guided_row_and_of_drafts_the_host_decides():
-    guided = SampleRow(Sampling(temperature=0.0).with_defaults({}), [5], seed=1, guided=True)
+def test_of_a_guided_row_and_of_drafts_the_host_decides(build):
+    matcher = build().grammars.compile(Guide(kind="regex", text="a+")).matcher()
+    guided = SampleRow(Sampling(temperature=0.0).with_defaults({}), [5], seed=1, matcher=matcher)
     assert not chosen_on_device(Plan(0.0), [guided])
     assert not chosen_on_device(Plan(0.0, num_drafts=1), [row()])
 
 
 def test_a_step_follows_one_whose_tokens_the_device_knows():
-    unknown = Flight(Plan(0.0), [], [], set(), logits_NV=torch.zeros(0))
-    chosen = Flight(Plan(0.0), [], [], set(), chosen=Chosen(torch.zeros(0), {}))
+    unknown = Flight(Plan(0.0), [], [], logits_NV=torch.zeros(0))
+    chosen = Flight(Plan(0.0), [], [], chosen=Chosen(torch.zeros(0), {}))
     ways = {"recovering": False, "speculating": False}
     assert may_fly_ahead([chosen], **ways)
     assert not may_fly_ahead([unknown], **ways) and not may_fly_ahead([], **ways) and not may_fly_ahead([chosen, chosen], **ways)
