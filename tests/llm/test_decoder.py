@@ -21,6 +21,7 @@ from fairlead.llm.attention import AttentionKernel, ReferenceAttention, choose
 from fairlead.llm.batch import LayerCache, StepBatch, new_cache
 from fairlead.llm.decoder import PREPARE, LeanDecoder, matches, probe
 from fairlead.llm.linear import Prepare
+from fairlead.llm.lora import Layout, LowRank, Weights
 
 BLOCK = 16
 SMALL = {
@@ -195,6 +196,47 @@ def test_one_call_gives_the_bits_of_its_operators(name, dtype, quantization, nat
 
     for one, other in zip(at_once, tell(decoder, stories), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("num_wanted", [0, 2, 33])
+@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), ("gate_proj", "down_proj"), ("k_proj", "o_proj", "up_proj")])
+@pytest.mark.parametrize("quantization", PREPARE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_call_adds_what_its_operators_add(dtype, quantization, modules, num_wanted, native):
+    # Given two adapters of some of the layers' modules, and sequences that have one, the other, or none
+    decoder = lean(random_model(CONFIGS["llama"], dtype), native, prepare=PREPARE[quantization])
+    if not decoder.writes_ahead:
+        pytest.skip("our linear layers are not the fast ones here")
+    layout = Layout(decoder.sites, decoder.dtype, "cpu", native=True)
+    generator = torch.Generator().manual_seed(7)
+    parts = [part for site in decoder.sites for part in site if part.name.endswith(modules)]
+    one, other = (
+        layout.keep(
+            {
+                part.name: LowRank(
+                    torch.randn(rank, part.num_inputs, generator=generator) * 0.1, torch.randn(part.num_outputs, rank, generator=generator)
+                )
+                for part in parts
+            }
+        )
+        for rank in (4, 6)
+    )
+    stories = [Story(torch.randint(3, 131, (num,), generator=generator), ids) for num, ids in ((12, [5]), (20, [1, 2]), (1, [3]))]
+    batch = step([(story, 0, len(story.ids)) for story in stories])
+    batch.logit_rows_N = torch.arange(33)[33 - num_wanted :]
+
+    def logits(*adapters: Weights | None) -> torch.Tensor:
+        batch.laid = layout.lay(adapters, [12, 20, 1], batch.logit_rows_N.numpy())
+        with torch.inference_mode():
+            return decoder(batch, new_cache(decoder.layers, 8, BLOCK, decoder.dtype, decoder.device))
+
+    mixed = [(one, None, other), (other, other, one), (None, one, None)]
+    at_once, plain = [logits(*adapters) for adapters in mixed], logits(None, None, None)
+    decoder._whole = None
+
+    for adapters, found in zip(mixed, at_once, strict=True):
+        assert torch.equal(found, logits(*adapters))
+        assert not num_wanted or not torch.equal(found, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,7 +1,7 @@
 """A decoder of our own for the Llama family: fused projections, rotation by table, one flat batch [T, .] over the paged KV cache.
 
 It computes what transformers' modules of these families compute, in a third of the operators: with native kernels nine a
-layer, all of them in one call where no adapter adds to them. It is built from the modules of a loaded model and trusted only after
+layer, all of them in one call. It is built from the modules of a loaded model and trusted only after
 `probe` has compared the two.
 """
 
@@ -206,10 +206,11 @@ class LeanDecoder:
 
     def __call__(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor:
         """Logits [N, V] of the rows that `batch` asks for; K and V of all its tokens go to `cache`."""
-        if self._whole is not None and batch.laid is None:
+        operands = None if batch.laid is None else batch.laid.operands
+        if self._whole is not None and (batch.laid is None or operands is not None):
             logits_NV: Tensor = self._whole.decode(
                 batch.input_ids_T, batch.positions_T, batch.slots_T, batch.query_starts_S1, batch.context_lens_S, batch.block_tables_SB,
-                batch.logit_rows_N, [layer.k for layer in cache], [layer.v for layer in cache],
+                batch.logit_rows_N, [layer.k for layer in cache], [layer.v for layer in cache], operands,
             )  # fmt: skip
             return logits_NV
         x_TC = F.embedding(batch.input_ids_T, self._embedding)

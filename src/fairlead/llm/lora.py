@@ -63,12 +63,20 @@ class Weights:
     """Plain: by site."""
 
 
+Operands = tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]
+"""Arenas, places of each site (empty where nothing is added), then tiles and rows: of all, and of those whose logits are wanted."""
+
+
 class Laid(Protocol):
     """Adapters as the rows of one step have them."""
 
     def adds(self, first: int, num: int, *, wanted: bool = False) -> list[Add | None]:
         """For `num` sites from `first` on; None where no adapter of the step changes one. `wanted`: of the rows whose logits are wanted
         alone."""
+
+    @property
+    def operands(self) -> Operands | None:
+        """For kernels/decoder.cpp; None where torch's operators compute it."""
 
 
 class Layout:
@@ -207,6 +215,8 @@ class _Packed:
             [_adding(arenas, place, *of_rows) if site in active else None for site, place in enumerate(places)]
             for of_rows in (rows, wanted)
         )
+        nothing = torch.empty(0, dtype=torch.int64)
+        self.operands = (arenas, [place if site in active else nothing for site, place in enumerate(places)], *rows, *wanted)
 
     def adds(self, first: int, num: int, *, wanted: bool = False) -> list[Add | None]:
         return (self._wanted_adds if wanted else self._adds)[first : first + num]
@@ -222,6 +232,8 @@ def _adding(arenas: list[Tensor], place: Tensor, tiles: Tensor, rows: Tensor) ->
 
 
 class _Plain:
+    operands = None
+
     def __init__(self, adapters: list[Weights], rows: list[Tensor], wanted: list[Tensor]) -> None:
         self._adapters = adapters
         self._rows = rows

@@ -1,4 +1,4 @@
-// The lean decoder (llm/decoder.py) as one call, for steps without adapters: of a small model's step the way back to Python between
+// The lean decoder (llm/decoder.py) as one call: of a small model's step the way back to Python between
 // two dozen operators is a third. It calls the very operators that the decoder calls, in their order. As a draft model it also writes
 // ahead, a token after another, before it returns.
 #include <ATen/core/Tensor.h>
@@ -26,12 +26,16 @@ template <typename Signature> auto find(const char* name) { return c10::Dispatch
 struct Operators {
     using Linear = Tensor(const Tensor&, const Tensor&, const Some&, int64_t, int64_t);
     using LinearInt8 = Tensor(const Tensor&, const Tensor&, const Tensor&, const Some&, int64_t, int64_t);
+    using AddLowRank = void(Tensor, const Tensor&, at::TensorList, const Tensor&, const Tensor&, const Tensor&);
+    using GatePanels = Tensor(const Tensor&, int64_t, int64_t);
     using AddNorm = Tensor(Tensor, const Some&, const Tensor&, double, double, bool);
     using RopeStore = void(Tensor, const Tensor&, const Tensor&, const Some&, const Some&, Tensor, Tensor, const Some&, const Some&, int64_t, double, bool);
     using Attend = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, int64_t, double, const Some&,
                           std::optional<bool>, bool);
     c10::TypedOperatorHandle<Linear> linear = find<Linear>("fairlead::linear");
     c10::TypedOperatorHandle<LinearInt8> linear_int8 = find<LinearInt8>("fairlead::linear_int8");
+    c10::TypedOperatorHandle<AddLowRank> add_low_rank = find<AddLowRank>("fairlead::add_low_rank");
+    c10::TypedOperatorHandle<GatePanels> gate_panels = find<GatePanels>("fairlead::gate_panels");
     c10::TypedOperatorHandle<AddNorm> add_norm = find<AddNorm>("fairlead::add_norm");
     c10::TypedOperatorHandle<RopeStore> rope_store = find<RopeStore>("fairlead::rope_store");
     c10::TypedOperatorHandle<Attend> attend = find<Attend>("fairlead::attend");
@@ -43,6 +47,10 @@ using Packed = std::tuple<Tensor, Some, Some, int64_t, int64_t>;
 using Attends = std::tuple<double, int64_t, double, Some>;
 // attention_norm, qkv, q_norm, k_norm, rotates, how it attends, out, mlp_norm, gate_up, down
 using Layer = std::tuple<Tensor, Packed, Some, Some, bool, Attends, Packed, Tensor, Packed, Packed>;
+// arenas, places of each site (none where no adapter adds), then tiles and rows: of all, and of those whose logits are wanted
+using Laid = std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor>;
+constexpr int64_t LANES = 16;  // columns of a panel
+constexpr size_t SITES = 4;  // of a layer: qkv, out, gate_up, down
 // of embedding and residual, and the divisor of logits
 using Multipliers = std::tuple<double, double, double>;
 
@@ -64,25 +72,27 @@ class Decoder : public torch::CustomClassHolder {
 
     // As LeanDecoder._norm_before: logits [N, V] of the rows `logit_rows`; none: of all.
     Tensor decode(const Tensor& ids, const Tensor& positions, const Tensor& slots, const Tensor& starts, const Tensor& lens, const Tensor& tables, const Some& logit_rows,
-                  const std::vector<Tensor>& keys, const std::vector<Tensor>& values) const {
+                  const std::vector<Tensor>& keys, const std::vector<Tensor>& values, const std::optional<Laid>& laid) const {
         TORCH_CHECK(keys.size() == layers_.size() && values.size() == layers_.size(), "decode: a cache of each layer");
+        TORCH_CHECK(!laid || std::get<1>(*laid).size() == SITES * layers_.size(), "decode: places of each site");
         Tensor x = at::embedding(embedding_, ids);
         if (embedding_multiplier_ != 1) x.mul_(embedding_multiplier_);
         Some y;
         for (size_t i = 0; i < layers_.size(); i++) {
             const auto& [attention_norm, qkv, q_norm, k_norm, rotates, attends, out, mlp_norm, gate_up, down] = layers_[i];
             const auto& [scale, window, softcap, sinks] = attends;
-            const Tensor projected = multiply(operators_.add_norm.call(x, y, attention_norm, eps_, residual_multiplier_, true), qkv);
+            const Tensor projected = multiply(operators_.add_norm.call(x, y, attention_norm, eps_, residual_multiplier_, true), qkv, laid, SITES * i);
             const Some cos = rotates ? Some(cos_) : Some(), sin = rotates ? Some(sin_) : Some();
             operators_.rope_store.call(projected, positions, slots, cos, sin, keys[i], values[i], q_norm, k_norm, num_heads_, eps_, true);
             const Tensor q = projected.view({projected.size(0), -1, keys[i].size(3)}).narrow(1, 0, num_heads_);
             Tensor a = operators_.attend.call(q, keys[i], values[i], starts, lens, tables, scale, window, softcap, sinks, std::nullopt, fixed_).flatten(1);
-            if (logit_rows && i + 1 == layers_.size() && !(x.size(0) == 1 && logit_rows->size(0) == 1)) {
+            const bool last = logit_rows && i + 1 == layers_.size();
+            if (last && !(x.size(0) == 1 && logit_rows->size(0) == 1)) {
                 x = x.index_select(0, *logit_rows);
                 a = a.index_select(0, *logit_rows);
             }
-            const Tensor h = operators_.add_norm.call(x, multiply(a, out), mlp_norm, eps_, residual_multiplier_, true);
-            y = multiply(multiply(h, gate_up), down);
+            const Tensor h = operators_.add_norm.call(x, multiply(a, out, laid, SITES * i + 1, last), mlp_norm, eps_, residual_multiplier_, true);
+            y = multiply(multiply(h, gate_up, laid, SITES * i + 2, last), down, laid, SITES * i + 3, last);
         }
         Tensor logits = multiply(operators_.add_norm.call(x, y, norm_, eps_, residual_multiplier_, true), head_);
         return logits_divisor_ == 1 ? logits : logits.div_(logits_divisor_);
@@ -114,7 +124,7 @@ class Decoder : public torch::CustomClassHolder {
                 lens.mutable_data_ptr<int32_t>()[s] = (int32_t)position + 1;
             }
             const auto some = [n](const Tensor& x) { return x.narrow(0, 0, n); };
-            choose(decode(some(ids[p]), some(places), some(slots), starts.narrow(0, 0, n + 1), some(lens), some(tables), {}, keys, values), num_ids,
+            choose(decode(some(ids[p]), some(places), some(slots), starts.narrow(0, 0, n + 1), some(lens), some(tables), {}, keys, values, {}), num_ids,
                    ids.mutable_data_ptr<int64_t>() + (p + 1) * num);
         }
         return ids;
@@ -124,6 +134,22 @@ class Decoder : public torch::CustomClassHolder {
     Tensor multiply(const Tensor& x, const Packed& weights) const {
         const auto& [packed, scales, bias, num_columns, gate] = weights;
         return scales ? operators_.linear_int8.call(x, packed, *scales, bias, num_columns, gate) : operators_.linear.call(x, packed, bias, num_columns, gate);
+    }
+
+    // With what adapters add at the site; `last`: to rows whose logits are wanted.
+    Tensor multiply(const Tensor& x, const Packed& weights, const std::optional<Laid>& laid, size_t site, bool last = false) const {
+        if (!laid || !std::get<1>(*laid)[site].numel()) return multiply(x, weights);
+        const auto& [arenas, places, tiles, rows, wanted_tiles, wanted_rows] = *laid;
+        const auto& [packed, scales, bias, num_columns, gate] = weights;
+        const auto add = [&](const Tensor& y) { operators_.add_low_rank.call(y, x, arenas, places[site], last ? wanted_tiles : tiles, last ? wanted_rows : rows); };
+        if (!gate) {
+            Tensor y = multiply(x, weights);
+            add(y);
+            return y;
+        }
+        const Tensor both = multiply(x, Packed(packed, scales, bias, packed.size(0) * LANES, 0));
+        add(both);
+        return operators_.gate_panels.call(both, num_columns, gate);
     }
 
     static void choose(const Tensor& logits, int64_t num_ids, int64_t* to) {
