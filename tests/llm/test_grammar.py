@@ -198,11 +198,23 @@ def test_an_impossible_schema_is_refused(grammars, value, told):
         Guide(kind="lark", text='start: %json {"type": "string", "not": {}}\n'),
         Guide(kind="lark", text='{"grammars": [{"json_schema": {"not": {}, "x-guidance": {"lenient": true}}}]}'),
         Guide(kind="lark", text="start: A0\n" + "".join(f"A{n}: {f'A{n + 1} ' * 4}\n" for n in range(30)) + 'A30: "x"?\n'),
+        Guide(kind="lark", text="start: A0\n" + "".join(f"A{n}: A{n + 1} A{n + 1}\n" for n in range(17)) + 'A17: "x"\n'),
+        Guide(kind="lark", text="start: A\nA: B{200}\nB: C{200}\nC: /ab/{9}\n"),
+        Guide(kind="lark", text="start: a\na[lazy]: B{1000}\nB: /x{60}/\n"),
+        Guide(kind="lark", text="start: A0\n" + "".join(f"A{n}: A{n + 1}\n" for n in range(2500)) + 'A2500: "x"\n'),
+        Guide(kind="lark", text="start: " + " ".join(f"A{n}" for n in range(10)) + "".join(f"\nA{n}: /{n}a{{8000}}/" for n in range(10))),
+        Guide(kind="regex", text="(abcdefghijklmnopqrst){10000}"),
     ],
-    ids=range(19),
+    ids=range(25),
 )  # fmt: skip
 def test_a_hostile_guide_is_refused(grammars, guide):
     assert len(refused(grammars, guide)) < 600
+
+
+def test_counts_in_a_literal_repeat_nothing(grammars):
+    text = '#"[\nstart: "{99999}" A ("," A){0,10000}\nA: /["{]{9}/ | "a{20000}" // "\n'
+    assert takes(grammars, Guide(kind="lark", text=text), '{99999}a{20000},"{"{"{"{"')
+    assert takes(grammars, Guide(kind="lark", text='start: "' + "x" * 60 + '"{900} A{900}\nA: "y"\n'), "x" * 54_000 + "y" * 900)
 
 
 def test_hostile_text_never_ends_in_anything_but_a_refusal(grammars):

@@ -2,7 +2,7 @@
 
 llguidance parses; nothing here knows a step or a logit. Grammars are compiled where requests are read, once for all that ask for the
 same; every answer has a Matcher of its own. The library cannot be interrupted, so that all it takes is bounded before it begins
-(`schema.cleaned`, `check_repeats`) and by its own fuel (`LIMITS`).
+(`schema.cleaned`, `schema.Written`) and by its own fuel (`LIMITS`).
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -19,7 +19,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from fairlead.core.errors import InvalidRequest, Unsupported
 from fairlead.core.generation import MAX_GUIDE_BYTES, Guide
-from fairlead.llm.schema import MAX_LITERAL_CHARS, BadSchema, check_repeats, cleaned, pointer_to
+from fairlead.llm.schema import MAX_LITERAL_CHARS, BadSchema, Written, cleaned, pointer_to, written_size
 from fairlead.llm.tokenizer import Tokenizer
 
 MAX_CACHED = 64
@@ -45,6 +45,16 @@ LIMITS = LLParserLimits(
 
 _OPTIONS = re.compile(r"^[ \t]*[?!]?[A-Za-z_][\w-]*[ \t]*\[((?:[^\]\"]|\"[^\"]*\")*)\]", re.MULTILINE)
 _UNHEEDED = re.compile(r"\b(stop|temperature)\s*=")
+_TOKENS = re.compile(
+    r"""(?://|\#)[^\n]*
+    |(?P<string>"(?:[^"\\\n]|\\.)*"i?)
+    |(?P<regex>/(?:[^/\\\n]|\\.)+/[a-z]*)
+    |(?P<head>[?!]*(?P<name>[A-Za-z_][\w-]*)[ \t]*(?P<options>\[(?:[^\]"]|"[^"]*")*\])?[ \t]*:)
+    |(?P<word>[A-Za-z_][\w-]*)
+    |(?P<bracket>[()\[\]])
+    |(?P<repeat>\{\s*\d*\s*,?\s*\d*\s*\}|~\s*\d+(?:\s*\.\.\s*\d+)?)""",
+    re.VERBOSE,
+)
 _JSON = re.compile(r"%json\s*(?=\{)")
 
 
@@ -207,7 +217,8 @@ class Grammars:
             case "json":
                 return self._of_schema(guide.text)
             case "regex":
-                _check_rules(guide.text)
+                _check_size(guide.text)
+                written_size(guide.text)
                 return self._matcher(LLMatcher.grammar_from_regex(guide.text))
             case "choice":
                 return self._matcher(_of_lark(_choice(guide.text)))
@@ -313,15 +324,81 @@ def _checked_lark(text: str) -> str:
         rules.append(text[end : found.end()])
         end = after
     rules.append(text[end:])
-    _check_rules("".join(rules))
+    _check_size("".join(rules))
+    _check_lexemes("".join(rules))
     return "".join(chain.from_iterable(zip_longest(rules, schemas, fillvalue="")))
 
 
-def _check_rules(text: str) -> None:
+def _check_size(text: str) -> None:
     """Raises InvalidRequest."""
     if (size := len(text.encode())) > MAX_RULES_BYTES:
         raise InvalidRequest(f"it has {size} bytes, and at most {MAX_RULES_BYTES} are allowed")
-    check_repeats(text)
+
+
+def _check_lexemes(text: str) -> None:
+    """Each becomes one automaton, with every terminal that it leads to written out, which rules are not. Raises InvalidRequest."""
+    bodies: dict[str, list[re.Match[str]]] = {}
+    lexemes: list[str] = []
+    for token in _TOKENS.finditer(text):
+        if token.lastgroup == "head":
+            name = token["name"]
+            body = bodies.setdefault(name, [])
+            if token["options"] and not _is_terminal(name):  # `[lazy]` and the like
+                lexemes.append(name)
+        elif token.lastgroup is not None and bodies:
+            body.append(token)
+    sizes: dict[str, int] = {}
+
+    def size_of(name: str) -> int:
+        if name not in sizes:
+            sizes[name] = 0  # one that leads to itself is refused later
+            sizes[name] = _written(bodies.get(name, ()), size_of)
+        return sizes[name]
+
+    whole = Written()
+    for name, tokens in bodies.items():
+        if name not in lexemes and not _is_terminal(name):
+            _written(tokens, lambda _: 0, in_rule=True)
+            lexemes += (token[0] for token in tokens if token.lastgroup == "word" and _is_terminal(token[0]))
+            for token in tokens:
+                whole.add(_own_size(token), 0)
+    try:
+        for name in dict.fromkeys(lexemes):
+            whole.add(size_of(name), 0)
+    except RecursionError:
+        raise InvalidRequest("its terminals lead to each other too deeply") from None
+
+
+def _is_terminal(name: str) -> bool:
+    return name.lstrip("_")[:1].isupper()
+
+
+def _own_size(token: re.Match[str]) -> int:
+    """Of a literal or a regular expression. Raises InvalidRequest."""
+    match token.lastgroup:
+        case "string":
+            return len(token[0].encode()) - 2
+        case "regex":
+            return written_size(token[0][1:].rpartition("/")[0])
+    return 0
+
+
+def _written(tokens: Iterable[re.Match[str]], size_of: Callable[[str], int], *, in_rule: bool = False) -> int:
+    """`in_rule`: what is repeated is not written out, only counted. Raises InvalidRequest."""
+    written = Written()
+    for token in tokens:
+        match token.lastgroup:
+            case "bracket":
+                written.bracket("(" if token[0] in "([" else ")")
+            case "repeat":
+                written.repeat(token[0])
+            case "word":
+                size = size_of(token[0]) if _is_terminal(token[0]) else 0
+                written.add(size, size)
+            case _:
+                size = 1 if in_rule else _own_size(token)
+                written.add(size, size)
+    return written.total
 
 
 def _parts(schema: dict[str, Any], shared: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -17,8 +17,8 @@ MAX_OPTIONAL = 256
 MAX_LITERAL_CHARS = 8192
 MAX_REPEATS = 10_000
 """In a pattern: an automaton counts them one by one."""
-MAX_REPEATS_WITHIN = 50_000
-"""Of what is repeated within what is repeated."""
+MAX_WRITTEN = 50_000
+"""Bytes of a pattern or of a grammar's terminals, with what they repeat written out: some 0.1 s and 30 MB where all of it is forced."""
 MAX_MULTIPLE = 10_000
 """Of the least number that every `multipleOf` of a schema divides, in units of their last digit: an automaton has that many states."""
 MAX_COUNT = 1 << 31
@@ -56,7 +56,10 @@ SUPPORTED = frozenset((*ONE, *SEVERAL, *NAMED, *COUNTS, *NUMBERS, *VALUES))
 TYPES = frozenset(("array", "boolean", "integer", "null", "number", "object", "string"))
 FORMATS = frozenset(("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"))
 
-_COUNTED = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()]|\{\s*(\d+)?\s*,?\s*(\d+)?\s*\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?", re.DOTALL)
+_PIECE = re.compile(
+    r"(?P<one>\\.|\[\^?\]?(?:\\.|\[(?:\\.|[^\]\\])*\]|[^\[\]\\])*\])|(?P<bracket>\((?:\?:)?|\))|(?P<repeat>\{\s*\d*\s*,?\s*\d*\s*\}|~\s*\d+(?:\s*\.\.\s*\d+)?)|[|*+?]+|(?P<plain>[^\\\[(){~|*+?]+|.)",
+    re.DOTALL,
+)
 
 
 class BadSchema(InvalidRequest):
@@ -79,27 +82,57 @@ def cleaned(schema: Any) -> Any:
     return clean
 
 
-def check_repeats(pattern: str) -> None:
-    """Raises InvalidRequest where a regular expression counts too far, with what is counted within what."""
-    inner = [1]  # for each group that is open, the furthest that something in it counts
-    closed = 1  # of the group that has just ended
-    for found in _COUNTED.finditer(pattern):
-        piece = found[0]
-        if piece[0] in "\\[":  # an escape, or a class of characters
-            continue
-        if piece == "(":
-            inner.append(1)
-        elif piece == ")":
-            closed = inner.pop() if len(inner) > 1 else inner[0]
-            inner[-1] = max(inner[-1], closed)
+class Written:
+    """How long something is with all that it repeats written out. Every step of it raises InvalidRequest where that is too much."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        """Of what is in the brackets so far."""
+        self._last = 0
+        """Of the part that a count would repeat."""
+        self._outer: list[int] = []
+
+    def add(self, size: int, last: int) -> None:
+        self.size, self._last = self.size + size, last
+        if self.size > MAX_WRITTEN:
+            raise InvalidRequest(f"written out it is too large: it has more than {MAX_WRITTEN} bytes")
+
+    def bracket(self, sign: str) -> None:
+        if sign == "(":
+            self._outer.append(self.size)
+            self.size = self._last = 0
         else:
-            numbers = [int(number[:9]) for number in found.groups() if number]
-            most = max(numbers, default=1)
-            within = closed if found.start() and pattern[found.start() - 1] == ")" else 1
-            if most > MAX_REPEATS or most * within > MAX_REPEATS_WITHIN:
-                raise InvalidRequest(f"{piece[:40]} repeats too much: at most {MAX_REPEATS} times, and {MAX_REPEATS_WITHIN} in all")
-            inner[-1] = max(inner[-1], most * within)
-            closed = most * within
+            inner = self.size
+            self.size = self._outer.pop() if self._outer else 0
+            self.add(inner, inner)
+
+    def repeat(self, text: str) -> None:
+        most = max((int(number[:9]) for number in re.findall(r"\d+", text)), default=1)
+        size = self.size + self._last * max(most - 1, 0)
+        if most > MAX_REPEATS or size > MAX_WRITTEN:
+            raise InvalidRequest(f"{text[:40]} repeats too much: at most {MAX_REPEATS} times, and {MAX_WRITTEN} bytes written out")
+        self.size, self._last = size, self._last * max(most, 1)
+
+    @property
+    def total(self) -> int:
+        return self.size + sum(self._outer)
+
+
+def written_size(pattern: str) -> int:
+    """Of a regular expression. Raises InvalidRequest where it repeats too much."""
+    written = Written()
+    for found in _PIECE.finditer(pattern):
+        piece = found[0]
+        match found.lastgroup:
+            case "bracket":
+                written.bracket(piece[0])
+            case "repeat":
+                written.repeat(piece)
+            case "one":
+                written.add(1, 1)
+            case "plain":
+                written.add(len(piece.encode()), len(piece[-1].encode()))
+    return written.total
 
 
 def pointer_to(pointer: str, name: str | int) -> str:
@@ -254,7 +287,7 @@ def _check_text(text: str, at: str) -> None:
 def _check_pattern(pattern: str, at: str) -> None:
     _check_text(pattern, at)
     try:
-        check_repeats(pattern)
+        written_size(pattern)
     except InvalidRequest as error:
         raise BadSchema(at, error.message) from None
 
