@@ -180,6 +180,15 @@ def test_a_body_goes_on_byte_for_byte_where_nothing_is_redacted() -> None:
     assert REDACT.check(request).request is request
 
 
+@pytest.mark.parametrize("name", ["role", "file", "image_url", "input_audio"])
+def test_a_parameter_called_as_a_part_of_a_message_hides_nothing(name: str) -> None:
+    tool = {"function": {"name": "f", "parameters": {"type": "object", "properties": {name: {"description": "a bomb"}}}}}
+    with pytest.raises(Filtered):
+        DENY.check(chat(user("hello"), tools=[tool]))
+    with pytest.raises(Filtered):
+        DENY.check(passed({"model": "m", "messages": [], "tools": [tool]}))
+
+
 def test_a_body_is_written_anew_where_something_is() -> None:
     parts = [{"type": "text", "text": MAIL}, {"type": "image_url", "image_url": {"url": "data:jane@example.com"}}]
     body = {"model": "m", "messages": [{"role": "user", "content": MAIL}, {"role": "user", "content": parts}], "n": 2, "user": "u"}

@@ -63,6 +63,10 @@ _WORDS = frozenset(
 """Names of fields that protocols and JSON Schema give: nobody says anything by them."""
 _NUMBERS = frozenset((int, float, bool, type(None)))
 _MEDIA_KEYS = frozenset(("image_url", "input_audio", "file"))
+_NO_KEYS = frozenset[str]()
+_ROLE = frozenset(("role",))
+_MEDIA_TYPES = frozenset((*_MEDIA_KEYS, "input_image", "input_file"))
+"""Of parts of messages, which have no text under those keys: a tool's parameters may be called so as well."""
 
 Change = Callable[[str, str], str]
 """(text, role of who says it or "") → the text to put in its place, the same object where nothing changes."""
@@ -184,7 +188,11 @@ class Texts(Struct, frozen=True):
             own = value.get("role")
             role = own if isinstance(own, str) else role
             names = [name if name in _WORDS else self.change(name, role) for name in value]
-            parts = [each if name in _MEDIA_KEYS or name == "role" else self._deep(each, role, depth + 1) for name, each in value.items()]
+            part = value.get("type")
+            skipped = _MEDIA_KEYS if isinstance(part, str) and part in _MEDIA_TYPES else _NO_KEYS
+            if isinstance(own, str):
+                skipped = skipped | _ROLE
+            parts = [each if name in skipped else self._deep(each, role, depth + 1) for name, each in value.items()]
             if all(map(_is, names, value)) and all(map(_is, parts, value.values())):
                 return value
             if len(set(names)) < len(names):
