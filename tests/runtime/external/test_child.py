@@ -16,6 +16,7 @@ from fairlead.runtime.external import child as child_module
 from fairlead.runtime.external.child import (
     INHERITED,
     INHERITED_FAMILIES,
+    KEPT,
     LAST_LINES,
     LINES_PER_SECOND,
     MAX_LINE_CHARS,
@@ -157,9 +158,10 @@ def test_the_documentation_names_all_that_an_engine_is_given() -> None:
     text = (Path(__file__).parents[3] / "docs/engines.md").read_text()
     _, _, section = text.partition("## What it is given")
     named = set(re.findall(r"`([A-Za-z_]+)`", section.partition("\n## ")[0]))
-    assert named - {"PYTHONPATH", "PYTHONHOME"} == INHERITED | set(INHERITED_FAMILIES)
+    assert named - {"PYTHONPATH", "PYTHONHOME", *KEPT} == INHERITED | set(INHERITED_FAMILIES) and named.issuperset(KEPT)
     given = {"PATH": "/bin", "LC_ALL": "C", "HF_TOKEN": "hf", "VLLM_USE_V1": "1"}
     assert inherited(given | {"FAIRLEAD_STORE_URL": "postgresql://", "MY_HF_TOKEN": "x", "PATHS": "x", "Path": "x"}) == given
+    assert inherited({"NVIDIA_API_KEY": "x", "VLLM_API_KEY": "x", "LMCACHE_REDIS_PASSWORD": "x"}) == {}
 
 
 def test_a_program_is_looked_for_in_its_environment_first(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ INHERITED_FAMILIES = (
     *("VLLM_", "FLASHINFER_", "LMCACHE_", "NIXL_", "SGLANG_", "SGL_", "TRTLLM_", "TLLM_", "LLAMA_", "GGML_"),
 )
 """The same by how a name begins."""
+KEPT = ("_API_KEY", "_SECRET", "_PASSWORD")
+"""But for what ends so: `NVIDIA_API_KEY`, say, opens a cloud."""
 
 
 def free_port() -> int:
@@ -95,7 +97,11 @@ class Lines(Printed):
 
 def inherited(environ: Mapping[str, str]) -> dict[str, str]:
     """What an engine may know of an environment."""
-    return {name: value for name, value in environ.items() if name in INHERITED or name.startswith(INHERITED_FAMILIES)}
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in INHERITED or (name.startswith(INHERITED_FAMILIES) and not name.endswith(KEPT))
+    }
 
 
 class Child:
