@@ -117,6 +117,17 @@ def test_a_strict_tool_is_called_as_its_schema_says_or_not_at_all(running):
     assert answer.text and not answer.tool_calls
 
 
+def test_a_guide_takes_long_until_it_is_compiled_in_the_form_that_the_answer_follows(running):
+    guide = Guide(kind="choice", text='["first", "asked"]', parameter="f")
+    prompt = asked(tools=(), guide=guide)
+    # Known alone or behind reasoning: either answers a chat
+    assert running.engine.takes_long(prompt) and len(running.engine.engine.answers.forms(prompt)) == 3
+    running.ask(prompt)
+    assert not running.engine.takes_long(prompt)
+    assert running.engine.takes_long(asked(guide=guide))
+    assert running.engine.takes_long(structs.replace(prompt, guide=structs.replace(guide, text="5")))
+
+
 def test_beside_tools_the_text_follows_its_guide(running):
     guide = Guide(kind="json", text='{"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}', parameter="f")
     answer = running.ask(asked("What is 2 + 3?", tools=[CLOCK], guide=guide, tool_choice=ToolChoice()))
@@ -149,6 +160,16 @@ def test_a_schema_that_cannot_be_followed_is_pointed_at(running):
     with pytest.raises(InvalidRequest, match=r"`tools\[1\].function.parameters` cannot be followed: /properties/a"):
         running.ask(asked(tools=[WEATHER, broken], tool_choice=ToolChoice(mode="required")))
     assert running.ask(asked(tools=[WEATHER, broken])).tool_calls  # nothing has to follow it
+
+
+@pytest.mark.parametrize("style", ["hermes", "qwen3-xml"])
+def test_the_schema_of_a_tool_may_contain_itself(style):
+    running = load(checks.CHAT, response_template=style)
+    tree = tool("tree", {"type": "object", "properties": {"leaf": {"type": "boolean"}, "left": {"$ref": "#"}}, "required": ["leaf"]})
+    for choice in (ToolChoice(mode="named", name="tree"), ToolChoice(mode="required")):
+        assert running.ask(asked(tools=[WEATHER, tree], tool_choice=choice)).token_ids
+    running.engine.close()
+    running.thread.join(SECONDS)
 
 
 def test_a_degree_of_reasoning_that_the_template_does_not_know_is_refused(running):

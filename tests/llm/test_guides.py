@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec import convert, structs
 
 from fairlead.cli.demo_models.tiny.checks import CHAT
-from fairlead.core.errors import ModelError
+from fairlead.core.errors import InvalidRequest
 from fairlead.core.generation import Chat, EngineStats, Guide, Message, Sampling
 from fairlead.core.specs import LlmSpec
 from fairlead.llm import masks
@@ -272,9 +272,15 @@ def test_one_that_can_go_no_further_ends_alone(engine):
     # When it comes to its bounds
     answers = Answers(engine).finish()
     # Then the others have their answers, and the next request that asks for it compiles it anew
-    assert isinstance(answers.errors[7], ModelError) and "as its grammar demands" in answers.errors[7].message
+    assert isinstance(answers.errors[7], InvalidRequest) and "as its grammar demands" in answers.errors[7].message
     assert all(answers.deltas[id][-1].finish_reason == "stop" for id in range(2))
     assert one(engine, ASKS[0], schema(PERSON))[1] == "stop"
+
+
+def test_one_that_forces_text_without_end_is_the_requests_own_fault(engine):
+    ask(engine, 0, ASKS[0], Guide(kind="lark", text='start: "a" start\n'), structs.replace(GREEDY, max_tokens=40))
+    found = Answers(engine).finish()
+    assert isinstance(found.errors[0], InvalidRequest) and "as its grammar demands" in found.errors[0].message
 
 
 def test_one_that_takes_the_time_of_all_ends(engine, monkeypatch: pytest.MonkeyPatch):

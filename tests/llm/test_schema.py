@@ -3,7 +3,7 @@
 import pytest
 
 from fairlead.core.errors import InvalidRequest
-from fairlead.llm.schema import MAX_DEPTH, MAX_OPTIONAL, BadSchema, written_size, cleaned
+from fairlead.llm.schema import MAX_DEPTH, MAX_OPTIONAL, BadSchema, cleaned, written_size
 
 
 def test_what_only_describes_is_left_out():
@@ -70,12 +70,27 @@ def test_a_schema_may_refer_to_itself():
     assert cleaned(schema) == schema
 
 
-@pytest.mark.parametrize("pattern", ["a{2000}", "(ab{3}){100}", r"\{99999\}", "[{99999}]+", "(a{100})(b{1000})", "a{,5}", "x~5", "(?:a|b|cde){1,10000}", r'(?:[[^\n]&&[^"]]|\\["n]){0,9999}'])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a{2000}",
+        "(ab{3}){100}",
+        r"\{99999\}",
+        "[{99999}]+",
+        "(a{100})(b{1000})",
+        "a{,5}",
+        "x~5",
+        "(?:a|b|cde){1,10000}",
+        r'(?:[[^\n]&&[^"]]|\\["n]){0,9999}',
+    ],
+)
 def test_patterns_may_repeat(pattern):
     written_size(pattern)
 
 
-@pytest.mark.parametrize("pattern", ["a{10001}", "(a{1000}){1000}", "((a{99}){99}){99}", "(a|(b{9000})c){0,10}", "a~20000", "x{5,99999}", "(one hundred){9999}"])
+@pytest.mark.parametrize(
+    "pattern", ["a{10001}", "(a{1000}){1000}", "((a{99}){99}){99}", "(a|(b{9000})c){0,10}", "a~20000", "x{5,99999}", "(one hundred){9999}"]
+)
 def test_patterns_that_count_too_far_are_refused(pattern):
     with pytest.raises(InvalidRequest, match="repeats too much"):
         written_size(pattern)

@@ -106,8 +106,11 @@ class LlmThread(EngineThread):
         """A grammar must be compiled first."""
         if not isinstance(prompt, Generate) or not isinstance(self.engine, Engine):
             return False
-        calls = prompt.chat is not None and needs_grammar(prompt.chat.tools, prompt.tool_choice)
-        return calls or (prompt.guide is not None and not self.engine.grammars.known(prompt.guide))
+        tools = [] if prompt.chat is None else prompt.chat.tools
+        if tools:
+            return prompt.guide is not None or needs_grammar(tools, prompt.tool_choice)
+        forms = self.engine.answers.forms(prompt)
+        return bool(forms) and not any(map(self.engine.grammars.known, forms))
 
     def read(self, prompt: Prompt) -> Ready | Embed | Pair | Delta:
         """The prompt as token ids, or the answer to one that needs no step."""

@@ -449,7 +449,10 @@ class Engine:
         """New tokens of one sequence: their text, its end, and what of it is delivered. `num_seqs`: that shared the step."""
         generation, choice = self._choices[sequence.id]
         matcher = choice.row.matcher
-        if error := (matcher.error if matcher is not None else "") or tokens[0].error:
+        if unmatched := matcher.error if matcher is not None else "":
+            self._fail(sequence, InvalidRequest(unmatched), answers)
+            return
+        if error := tokens[0].error:
             self._num_quarantined += 1
             self._fail(sequence, ModelError(error), answers)
             return

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fairlead.core.errors import InvalidRequest
+from fairlead.core.errors import FairleadError, InvalidRequest
 from fairlead.core.generation import Generate, Guide
 from fairlead.llm.parsing.guide import Thought, guide_of
 from fairlead.llm.parsing.parser import ResponseParser
@@ -83,6 +83,22 @@ class AnswerFormat:
             thought=self._thought(parsing),
         )
         return parsing, guide
+
+    def forms(self, prompt: Generate) -> list[Guide]:
+        """What the guide of a prompt without tools may become: by itself, or behind reasoning."""
+        if prompt.guide is None:
+            return []
+        if prompt.chat is None or not prompt.parsed or self.template is None or self.template.reasoning is None:
+            return [prompt.guide]
+        thoughts: tuple[Thought, ...] = ("", "may", "open")
+        found = (
+            guide_of(self.template, self._added_ids, tools=(), choice=prompt.tool_choice, guide=prompt.guide, thought=thought)
+            for thought in thoughts
+        )
+        try:
+            return [guide for guide in found if guide is not None]
+        except (FairleadError, ValueError, TypeError, RecursionError):  # reading it tells what is wrong
+            return [prompt.guide]
 
     def _thought(self, parsing: Parsing) -> Thought:
         parser = parsing.parser()

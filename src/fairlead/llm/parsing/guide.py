@@ -14,6 +14,7 @@ from fairlead.llm.parsing.template import ResponseTemplate
 Thought = Literal["", "may", "open"]
 """Whether an answer begins with reasoning: not, as it likes, or the prompt has begun it."""
 
+WHOLE = "fl_arguments"
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _HOLES = re.compile(r"(NAME|ARGUMENTS)")
 _SLASH = re.compile(r"(?<!\\)((?:\\\\)*)/")
@@ -61,6 +62,16 @@ def guide_of(
     else:
         rules.start(thought, rules.text_and_calls(permitted, parallel=choice.parallel))
     return Guide(kind="lark", text=rules.text, parameter="tools" if guide is None else guide.parameter)
+
+
+def _from_whole(value: Any) -> Any:
+    """A schema whose references, from the outermost one, lead into that of all arguments."""
+    if isinstance(value, dict):
+        return {
+            name: f"#/$defs/{WHOLE}{each[1:]}" if name == "$ref" and isinstance(each, str) and each.startswith("#") else _from_whole(each)
+            for name, each in value.items()
+        }
+    return list(map(_from_whole, value)) if isinstance(value, list) else value
 
 
 class _Rules:
@@ -175,9 +186,10 @@ class _Rules:
             return self.rule(f"%json {json.dumps({'type': 'object', **schema}, ensure_ascii=False)}")
         required = schema.get("required") or ()
         properties = schema.get("properties") or {}
-        shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+        shared = {"$defs": {WHOLE: _from_whole({"type": "object", **schema})}} if '"$ref"' in json.dumps(properties) else {}
         parts = [
-            self._argument(key, {**each, **shared} if isinstance(each, dict) else {}) + ("" if key in required else "?")
+            self._argument(key, {**(_from_whole(each) if shared else each), **shared} if isinstance(each, dict) else {})
+            + ("" if key in required else "?")
             for key, each in properties.items()
         ]
         return self.rule(" ".join(parts) or '""')
