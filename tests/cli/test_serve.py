@@ -180,6 +180,8 @@ def test_models_are_listed_loaded_and_unloaded_from_the_command_line(root):
         failed = models("load", "nothing")
         assert failed.returncode == 2
         assert "failed to load 'nothing'" in failed.stderr
+        lost = models("sleep", "identity")  # asks the port that knows no such thing
+        assert lost.returncode == 2 and "answers 404. Is it the operations port of `fairlead serve`?" in lost.stderr
 
 
 def test_flags_win_over_the_file():

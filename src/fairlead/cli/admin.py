@@ -326,6 +326,8 @@ def checked(answer: Answer, asks: Asks) -> Answer:
         problem = msgspec.json.decode(answer.body)
         detail = problem.get("detail") or problem["error"]
     except (msgspec.DecodeError, AttributeError, KeyError):
+        detail = ""
+    if not detail or (answer.status == 404 and not answer.headers.get("content-type", "").startswith("application/problem+json")):
         detail = f"{asks.place} answers {answer.status}. Is it the operations port of `fairlead serve`?"
     if answer.status == 401:
         detail = f"{detail} (give a key with the scope admin: FAIRLEAD_ADMIN_KEY or --key)"

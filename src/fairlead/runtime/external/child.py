@@ -42,7 +42,7 @@ INHERITED = frozenset(
 INHERITED_FAMILIES = (
     *("LC_", "XDG_", "PYTHON", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "MALLOC_"),
     *("CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_", "NCCL_", "UCX_", "HIP_", "ROCM_", "ROCR_", "HSA_", "GPU_"),
-    *("TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "XLA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_"),
+    *("TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "XLA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TIKTOKEN_", "NUMBA_"),
     *("VLLM_", "FLASHINFER_", "LMCACHE_", "NIXL_", "SGLANG_", "SGL_", "TRTLLM_", "TLLM_", "LLAMA_", "GGML_"),
 )
 """The same by how a name begins."""
