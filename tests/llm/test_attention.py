@@ -1,7 +1,7 @@
 """All attention kernels agree with the oracle on any mixed batch, and the C++ one on more threads, strides and layouts."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -266,6 +266,38 @@ def test_what_the_kernel_cannot_do_it_says(native):
         native.attend(q.bfloat16(), layer, batch, spec)
     with pytest.raises(RuntimeError, match="slot 48 is not one of 48"):
         native.store(torch.zeros(1, 2, 32), torch.zeros(1, 2, 32), layer, torch.tensor([48]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block_tables_SB": [[0, 3], [1, 0]]}, "a block of sequence 0 is not one of 3"),
+        ({"block_tables_SB": [[0, 1], [-1, 0]]}, "a block of sequence 1 is not one of 3"),
+        ({"context_lens_S": [33, 9]}, "sequence 0 has 33 tokens, and a table of 2 blocks"),
+        ({"context_lens_S": [20, 2]}, "sequence 1 has fewer tokens than are asked of it"),
+        ({"query_starts_S1": [0, 5, 4], "context_lens_S": [20, 9]}, "sequence 1 ends before it begins"),
+        ({"query_starts_S1": [0, 1, 5]}, "query_starts end at 5, and there are 4 tokens"),
+    ],
+)
+def test_nothing_is_read_beyond_the_cache_whatever_a_step_says(native, changes, said):
+    batch = StepBatch(
+        **{
+            "input_ids_T": torch.zeros(0),
+            "positions_T": torch.zeros(0),
+            "slots_T": torch.zeros(0),
+            "query_starts_S1": torch.tensor([0, 1, 4], dtype=torch.int32),
+            "context_lens_S": torch.tensor([20, 9], dtype=torch.int32),
+            "block_tables_SB": torch.tensor([[0, 1], [2, 99]], dtype=torch.int32),
+            "logit_rows_N": torch.zeros(0),
+        }
+    )
+    layer = LayerCache(torch.zeros(3, 2, 16, 32), torch.zeros(3, 2, 16, 32))
+    q, spec = torch.zeros(4, 4, 32), AttentionSpec(0.2)
+    assert native.attend(q, layer, batch, spec).isfinite().all(), "what lies behind a table's last block is nobody's"
+
+    wrong = replace(batch, **{name: torch.tensor(value, dtype=torch.int32) for name, value in changes.items()})
+    with pytest.raises(RuntimeError, match=said):
+        native.attend(q, layer, wrong, spec)
 
 
 def test_the_kernels_are_chosen(native):

@@ -620,6 +620,23 @@ void check_cache(const Tensor& cache, const char* name) {
                 " must be [num_blocks, K, block_size, D] with the tokens of a head together");
 }
 
+// What is read by numbers of others is there.
+void check_reads(const Tensor& starts, const Tensor& lens, const Tensor& tables, int64_t num_tokens, int64_t num_blocks, int64_t block_size) {
+    const int32_t *start = starts.const_data_ptr<int32_t>(), *len = lens.const_data_ptr<int32_t>(), *table = tables.const_data_ptr<int32_t>();
+    const int64_t num = lens.size(0);
+    TORCH_CHECK(start[0] == 0 && start[num] == num_tokens, "query_starts end at ", start[num], ", and there are ", num_tokens, " tokens");
+    for (int64_t s = 0; s < num; s++) {
+        TORCH_CHECK(start[s] <= start[s + 1], "sequence ", s, " ends before it begins");
+        TORCH_CHECK(start[s + 1] - start[s] <= len[s], "sequence ", s, " has fewer tokens than are asked of it");
+        const int64_t blocks = (len[s] + block_size - 1) / block_size;
+        TORCH_CHECK(blocks <= tables.size(1), "sequence ", s, " has ", len[s], " tokens, and a table of ", tables.size(1), " blocks");
+        const int32_t* const mine = table + s * tables.stride(0);
+        uint32_t largest = 0;  // of a number below zero, too
+        for (int64_t b = 0; b < blocks; b++) largest = std::max(largest, (uint32_t)mine[b]);
+        TORCH_CHECK(!blocks || largest < num_blocks, "a block of sequence ", s, " is not one of ", num_blocks);
+    }
+}
+
 template <typename T, bool PAIRS = false>
 Tensor attend_typed(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, const Tensor& lens, const Tensor& tables,
                     double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks, bool fixed) {
@@ -658,6 +675,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
                 "query_starts [S + 1], context_lens [S] and block_tables [S, B] do not fit");
     TORCH_CHECK(scale > 0, "scale must be positive");
     TORCH_CHECK(!sinks || sinks->numel() == q.size(1), "sinks must be [H]");
+    check_reads(starts, lens, tables, q.size(0), k.size(0), k.size(2));
     if (q.scalar_type() == at::kFloat) return attend_typed<float>(q, k, v, starts, lens, tables, scale, window, softcap, sinks, fixed);
     TORCH_CHECK(q.scalar_type() == at::kBFloat16, "attention is for float32 and bfloat16, not ", q.scalar_type());
 #if defined(__AVX512BF16__)
