@@ -15,6 +15,7 @@ from fairlead.llm.build import build_generator
 from fairlead.llm.engine import Engine
 from fairlead.llm.offload import Offloaded, offload_device
 from tests.llm.adapters import ALL, tiny_adapter
+from tests.llm.late import late
 from tests.llm.tiny import tiny_checkpoint
 
 SMALL: dict[str, Any] = {"dtype": "float32", "max_model_len": 96, "block_size": 16, "max_num_seqs": 4, "kv_cache_bytes": 1 << 20}
@@ -102,6 +103,22 @@ def test_what_runs_is_not_put_to_sleep(checkpoint):
     engine.add(1, PROMPT, Sampling(max_tokens=4))
     with pytest.raises(AssertionError, match="requests run"):
         engine.sleep()
+
+
+def test_it_falls_asleep_though_a_step_computes_for_those_that_left(checkpoint):
+    # Given requests that are given up just before, while the device has a step of theirs
+    engine = engine_of(checkpoint, overlap="on")
+    before = tokens_of(engine)
+    late(engine, captures=False)
+    engine.add(2, PROMPT, Sampling(temperature=0.0, max_tokens=12, ignore_eos=True))
+    engine.step()
+    engine.step()
+    engine.abort(2)
+    assert engine.has_work
+    engine.sleep()
+    assert not engine.has_work and engine.runner.cache == []
+    engine.wake()
+    assert tokens_of(engine) == before
 
 
 # Storages on the host

@@ -263,7 +263,9 @@ class Engine:
     def sleep(self) -> None:
         """Give back KV memory with all prefixes, the draft model's too, LoRA adapters, and on a CUDA device the memory of the weights,
         which wait on the host. No request may be there."""
-        assert not self.has_work, "requests run"
+        assert not self._generations, "requests run"
+        while self._flights:  # of requests that are gone
+            self._land([])
         self.scheduler.pool.clear()
         for each in self._runners:
             each.sleep()
