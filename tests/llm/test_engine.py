@@ -384,6 +384,22 @@ def test_a_request_that_fails_its_step_is_found_and_the_others_go_on(build, plac
     assert stats.num_quarantined == 1 and stats.num_failed_steps > 0 and not stats.recovering
 
 
+def test_an_engine_whose_suspects_have_all_left_has_recovered(build):
+    engine = build()
+    Cursed(engine, CURSED, fall_over)
+    for id, ids in enumerate(([5, CURSED], [6, 7], [8, 9])):
+        engine.add(id, ids, GREEDY)
+    answers = Answers(engine)
+    answers.step()
+    assert engine.stats().recovering and len(engine._suspects) == 2
+    # When those leave who were not tried, and the one that fails is found
+    engine.abort(1)
+    engine.abort(2)
+    answers.finish()
+    # Then an idle engine is as ready as any, though no step has come after it
+    assert set(answers.errors) == {0} and not engine.stats().recovering
+
+
 def test_logits_that_are_no_numbers_end_one_request_alone(build):
     engine = build(max_batch_tokens=96)
 

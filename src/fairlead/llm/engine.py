@@ -256,7 +256,8 @@ class Engine:
 
     @property
     def recovering(self) -> bool:
-        return bool(self._suspects)
+        """Somebody is still suspected: groups of which all are gone wait for nothing."""
+        return any(self._suspects)
 
     # Sleep
 
