@@ -248,6 +248,13 @@ def test_while_it_looks_for_the_one_at_fault_it_says_so():
     assert not it.engine.stats().recovering and it.engine.stats().num_failed_steps == 2
 
 
+def test_where_all_whom_it_suspects_have_left_it_has_recovered():
+    it = Asking().add(1, "!raise").add(2).step()
+    it.engine.abort(1)
+    it.engine.abort(2)
+    assert not it.engine.stats().recovering
+
+
 def test_an_engine_in_which_nothing_works_gives_itself_up():
     it = Asking()
     for work in range(MAX_FAILURES):

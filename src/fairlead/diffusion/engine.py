@@ -401,5 +401,5 @@ class DiffusionEngine:
             finished=dict(self._finished),
             queue_time=(list(self._queue_time.counts), self._queue_time.sum),
             step_time=(list(self._step_time.counts), self._step_time.sum),
-            recovering=bool(self._suspects),
+            recovering=any(self._suspects),
         )
