@@ -81,7 +81,7 @@ def test_asked_for_a_token_a_grammar_says_what_its_mask_says(grammars, guide):
         matcher, answer = grammars.compile(guide).matcher(), []
         for _ in range(25):
             mask = np.unpackbits(np.frombuffer(matcher.inner.compute_bitmask(), np.uint8), bitorder="little")[:VOCAB]
-            if matcher.complete:
+            if matcher.inner.is_stopped() and not matcher.inner.is_error():
                 break
             # Then it takes at each place the tokens of the mask and no others, and that alone which must come
             assert [matcher.takes(token_id) for token_id in range(VOCAB)] == mask.astype(bool).tolist()

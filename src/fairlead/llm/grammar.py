@@ -101,11 +101,6 @@ class Matcher:
         return token_ids if ends.isdisjoint(token_ids) else token_ids[: min(token_ids.index(end) for end in ends if end in token_ids)]
 
     @property
-    def complete(self) -> bool:
-        """Nothing may follow but the answer's end."""
-        return self.inner.is_stopped() and not self.inner.is_error()
-
-    @property
     def error(self) -> str:
         """Why it can go no further; "" where it can."""
         if not self.inner.is_error():
